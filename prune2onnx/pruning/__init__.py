@@ -1,0 +1,27 @@
+"""Learned-threshold pruning: prune, penalty, density, bake (arXiv 1712.01721)."""
+
+from prune2onnx.pruning.functions import FUNCTIONS
+from prune2onnx.pruning.granularity import GRANULARITIES
+from prune2onnx.pruning.learned import (
+    Density,
+    LayerDensity,
+    bake,
+    density,
+    hold_zeros,
+    penalty,
+    prunable_weights,
+    prune,
+)
+
+__all__ = [
+    "FUNCTIONS",
+    "GRANULARITIES",
+    "Density",
+    "LayerDensity",
+    "bake",
+    "density",
+    "hold_zeros",
+    "penalty",
+    "prunable_weights",
+    "prune",
+]

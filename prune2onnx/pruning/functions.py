@@ -1,0 +1,124 @@
+r"""Pruning functions: what training sees of a weight w, given a threshold t.
+
+Every function here is odd in w, differentiable (almost everywhere) in w and in t, close to w where
+|w| >> t and close to 0 where |w| << t, so a threshold can be learned by back-propagation beside
+the weight it prunes. A function returns its value together with both partial derivatives: the
+closed forms cost half the memory traffic of a graph of elementary operations, and stand beside the
+equation they belong to.
+
+Notation: sigma is the logistic function, beta (1 / units of w) the sharpness, t > 0 broadcasts
+against w. No layer, threshold parameter or mask lives here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# value, d value / d w, d value / d t; each of w's shape
+Partials = tuple[Tensor, Tensor, Tensor]
+
+
+def threshold_linear(w: Tensor, t: Tensor, beta: float | Tensor) -> Partials:
+    r"""Threshold-linear function of Manessi et al. (arXiv 1712.01721).
+
+    v(w, t) = ReLU(w - t) + t sigma(beta (w - t)) - ReLU(-w - t) - t sigma(beta (-w - t))
+
+    v -> w for |w| >> t; the hard threshold w * [|w| > t] as beta -> infinity.
+    """
+    above = torch.sub(w, t).mul_(beta).sigmoid_()
+    below = torch.add(w, t).mul_(-beta).sigmoid_()
+    gap = above - below
+    beyond = w.abs() > t
+    # ReLU(w - t) - ReLU(-w - t) is w less its part within [-t, t].
+    value = torch.sub(w, w.clamp(-t, t)).addcmul_(gap, t)
+    above.addcmul_(above, above, value=-1)  # sigma' = sigma (1 - sigma)
+    below.addcmul_(below, below, value=-1)
+    slope = t * beta
+    d_t = gap.sub_(w.sign().mul_(beyond)).addcmul_(torch.sub(below, above), slope)
+    d_w = above.add_(below).mul_(slope).add_(beyond)
+    return value, d_w, d_t
+
+
+def soft_threshold(w: Tensor, t: Tensor, beta: float | Tensor) -> Partials:
+    """Soft threshold of STR, Kusupati et al. (arXiv 2002.03231).
+
+    v(w, t) = sign(w) ReLU(|w| - t)
+
+    Exactly zero within the threshold; survivors are shrunk by t. beta is not used: the function
+    has no smooth edge.
+    """
+    beyond = w.abs() > t
+    return w - w.clamp(-t, t), beyond.to(w.dtype), w.sign().mul_(beyond).neg_()
+
+
+def sigmoid_gate(w: Tensor, t: Tensor, beta: float | Tensor) -> Partials:
+    """Sigmoid gate: the survivor count's own gate, applied to the weight (this project's choice).
+
+    v(w, t) = w sigma(beta (|w| - t))
+
+    Unlike threshold-linear it leaves survivors no jump of height t / 2 at the threshold's edge
+    but half of their value, and its leak below the threshold vanishes with w.
+    """
+    gate, gate_w, gate_t = survivor_gate(w, t, beta)
+    return w * gate, gate_w.mul_(w).add_(gate), gate_t.mul_(w)
+
+
+def survivor_gate(w: Tensor, t: Tensor, beta: float | Tensor) -> Partials:
+    """Differentiable count of survivors: sigma(beta (|w| - t)), about 1 above t and 0 below.
+
+    Its sum over a weight is the regulariser. The paper's own regulariser is not used: this one is
+    the project's choice.
+    """
+    gate = w.abs().sub_(t).mul_(beta).sigmoid_()
+    d_t = torch.addcmul(gate, gate, gate, value=-1).mul_(-beta)
+    return gate, torch.mul(d_t, w.sign()).neg_(), d_t
+
+
+class _WithPartials(torch.autograd.Function):
+    """Lends a function that returns its partial derivatives to autograd (first order only)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, w: Tensor, t: Tensor, beta: float | Tensor, function: Callable[..., Partials]
+    ) -> Tensor:
+        value, d_w, d_t = function(w, t, beta)
+        ctx.save_for_backward(d_w, d_t)
+        ctx.t_shape = t.shape
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad,) = grads
+        d_w, d_t = ctx.saved_tensors
+        return d_w.mul(grad), d_t.mul(grad).sum_to_size(ctx.t_shape), None, None
+
+
+def differentiable(
+    function: Callable[..., Partials], w: Tensor, t: Tensor, beta: float | Tensor
+) -> Tensor:
+    """Evaluates one of the functions above as a node of the autograd graph.
+
+    Args:
+        function: a function of this module.
+        w: weight or group norm, any shape, floating.
+        t: threshold, positive, broadcastable to w.
+        beta: sharpness, in 1 / units of w.
+
+    Returns:
+        The value, of w's shape and dtype; its gradients reach w and t.
+    """
+    result: Tensor = _WithPartials.apply(w, t, beta, function)  # type: ignore[no-untyped-call]
+    return result
+
+
+FUNCTIONS: dict[str, Callable[..., Partials]] = {
+    "threshold-linear": threshold_linear,
+    "soft-threshold": soft_threshold,
+    "sigmoid-gate": sigmoid_gate,
+}

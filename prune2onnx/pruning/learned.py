@@ -1,0 +1,450 @@
+"""Learned thresholds on a module: prune, penalty, density, bake, hold_zeros.
+
+These calls are all a training loop needs::
+
+    prune(model)                                   # before the optimiser is made
+    loss = task_loss(model(x), y) + 1e-5 * penalty(model)
+    masks = bake(model)                            # plain parameters again, with exact zeros
+    hold_zeros(model, masks)                       # and zeros they stay while fine-tuning
+
+Built on `torch.nn.utils.parametrize`: the dense tensor stays at `parametrizations.weight.original`
+and keeps its identity, so an optimiser that knew it goes on. No training loop lives here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
+from prune2onnx.pruning.granularity import GRANULARITIES
+
+# Layer type -> the axis of its output channels in `weight`.
+PRUNABLE: dict[type[nn.Module], int] = {
+    nn.Linear: 0,
+    nn.Conv1d: 0,
+    nn.Conv2d: 0,
+    nn.Conv3d: 0,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 1,
+    nn.ConvTranspose3d: 1,
+}
+
+
+@dataclass(frozen=True)
+class LayerDensity:
+    """Survivors of one weight.
+
+    Attributes:
+        name: the weight's name in the unpruned state_dict.
+        nnz: elements that survive.
+        size: elements.
+        threshold: learned threshold, mean over channels where there are many, in the units of the
+            group's measure; None for a weight that carries no threshold.
+    """
+
+    name: str
+    nnz: int
+    size: int
+    threshold: float | None
+
+    @property
+    def density(self) -> float:
+        """Survivors over elements, 0-1."""
+        return self.nnz / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class Density:
+    """Survivors of all pruned weights, per layer and in total."""
+
+    layers: tuple[LayerDensity, ...]
+
+    @property
+    def nnz(self) -> int:
+        """Surviving elements over all layers."""
+        return sum(layer.nnz for layer in self.layers)
+
+    @property
+    def size(self) -> int:
+        """Elements over all layers."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def total(self) -> float:
+        """Survivors over elements of all layers, 0-1."""
+        return self.nnz / self.size if self.size else 0.0
+
+
+class _LearnedThreshold(nn.Module):
+    """The parametrization of one weight: w, t -> w~.
+
+    t = scale * softplus(rho), so it is positive whatever the optimiser does to rho. `scale` is the
+    root mean square of the weight's measures when pruning began; the sharpness beta is relative to
+    it, too. In training mode the pruning function is used as it is; in evaluation mode whatever is
+    within the threshold is exactly zero, which is what `bake` leaves behind.
+    """
+
+    scale: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        channel_axis: int,
+        *,
+        function: str,
+        granularity: str,
+        per_channel: bool,
+        beta: float,
+        start: float,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.beta = beta
+        self.importance = 1.0
+        self.function = FUNCTIONS[function]
+        self.granularity = GRANULARITIES[granularity](channel_axis)
+        with torch.no_grad():
+            scale = weight.detach().float().square().mean().sqrt()
+            if not scale > 0:  # an all-zero weight has no scale of its own: take its initialiser's
+                scale = torch.tensor((weight.numel() / weight.shape[channel_axis]) ** -0.5)
+        shape = [1] * weight.ndim
+        if per_channel:
+            shape[channel_axis] = weight.shape[channel_axis]
+        rho = torch.expm1(torch.tensor(start)).log()  # softplus(rho) = start
+        self.rho = nn.Parameter(rho.to(weight.device, weight.dtype).expand(shape).clone())
+        self.register_buffer("scale", scale.to(weight.device, weight.dtype))
+
+    def threshold(self) -> Tensor:
+        """The threshold t > 0, [1, ..., 1] or [1, ..., channels, ..., 1]."""
+        return self.scale * nn.functional.softplus(self.rho)
+
+    def alive(self, w: Tensor) -> Tensor:
+        """Bool, of w's shape: the elements that survive."""
+        return (self.granularity.measure(w).abs() > self.threshold()).expand_as(w)
+
+    def survivors(self, w: Tensor) -> Tensor:
+        """Differentiable number of surviving elements, a scalar."""
+        measure = self.granularity.measure(w)
+        sharpness = self.beta / self.scale
+        gate = differentiable(survivor_gate, measure, self.threshold(), sharpness)
+        return gate.sum() * (w.numel() / measure.numel())
+
+    def forward(self, w: Tensor) -> Tensor:
+        measure = self.granularity.measure(w)
+        sharpness = self.beta / self.scale
+        pruned = differentiable(self.function, measure, self.threshold(), sharpness)
+        w_pruned = self.granularity.spread(w, pruned)
+        if self.training:
+            return w_pruned
+        return torch.where(self.alive(w), w_pruned, torch.zeros_like(w_pruned))
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Where a learned threshold sits: a weight and every module that shares it."""
+
+    threshold: _LearnedThreshold
+    original: nn.Parameter
+    modules: tuple[nn.Module, ...]
+
+
+def _sites(model: nn.Module) -> Iterator[_Site]:
+    """The learned thresholds of a model, each once, in the order of its modules."""
+    found: dict[int, tuple[_LearnedThreshold, nn.Parameter, list[nn.Module]]] = {}
+    for module in model.modules():
+        if not parametrize.is_parametrized(module, "weight"):
+            continue
+        chain = cast(Any, module).parametrizations.weight
+        if isinstance(chain[0], _LearnedThreshold):
+            found.setdefault(id(chain.original), (chain[0], chain.original, []))[2].append(module)
+    for threshold, original, modules in found.values():
+        yield _Site(threshold, original, tuple(modules))
+
+
+def _matching(names: Sequence[str], pattern: str) -> set[str]:
+    """The weights a pattern means: by the weight's name or by its layer's."""
+    return {
+        name
+        for name in names
+        if fnmatchcase(name, pattern) or fnmatchcase(name.removesuffix(".weight"), pattern)
+    }
+
+
+def _select(names: Sequence[str], patterns: Iterable[str], what: str) -> set[str]:
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matched = _matching(names, pattern)
+        if not matched:
+            raise RecipeError(
+                f"{what} pattern {pattern!r} matches no prunable weight; "
+                f"there are {', '.join(names)}"
+            )
+        chosen |= matched
+    return chosen
+
+
+def _known(value: str, table: Mapping[str, Any], what: str) -> None:
+    if value not in table:
+        near = difflib.get_close_matches(value, table, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"{what} {value!r} is not one of {', '.join(table)}{hint}")
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if isinstance(weight, UninitializedParameter):
+        raise Prune2OnnxError(
+            f"{name}: not initialised yet (a lazy layer); run one batch through the model first"
+        )
+    if not weight.is_floating_point():
+        raise Prune2OnnxError(
+            f"{name}: dtype {weight.dtype}, expected a floating one; exclude the layer"
+        )
+    bad = int((~torch.isfinite(weight)).sum())
+    if bad:
+        raise Prune2OnnxError(
+            f"{name}: {bad:,} of {weight.numel():,} values are NaN or infinite; "
+            "check the weights you loaded, or exclude the layer"
+        )
+
+
+def prunable_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
+    """Weight name -> the Linear and convolution layers that hold it, in module order.
+
+    A weight shared by several layers stands once, under its first name.
+    """
+    holders: dict[int, tuple[str, list[nn.Module]]] = {}
+    for name, module in model.named_modules():
+        if any(isinstance(module, kind) for kind in PRUNABLE):
+            layer: Any = module
+            weight = (
+                layer.parametrizations.weight.original
+                if parametrize.is_parametrized(layer, "weight")
+                else layer.weight
+            )
+            key = f"{name}.weight" if name else "weight"
+            holders.setdefault(id(weight), (key, []))[1].append(layer)
+    return {name: tuple(modules) for name, modules in holders.values()}
+
+
+def prune(
+    model: nn.Module,
+    *,
+    function: str = "threshold-linear",
+    granularity: str = "weight",
+    thresholds: str = "layer",
+    beta: float = 10.0,
+    start: float = 0.05,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    balance: float = 0.0,
+    importance: Mapping[str, float] | None = None,
+) -> nn.Module:
+    """Puts a learned threshold on the weights of a model, in place.
+
+    Make the optimiser after this call, so that it knows the thresholds (the parameters whose name
+    ends in `.rho`).
+
+    Args:
+        model: any module; Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers are considered.
+        function: a name in `FUNCTIONS`.
+        granularity: "weight", or "channel": an output channel lives or dies as a whole.
+        thresholds: one per "layer", or one per "channel".
+        beta: sharpness of the pruning function, in 1 / the weight's root mean square.
+        start: first threshold, in root mean squares of the weight.
+        include: patterns (fnmatch) of the weights to prune, such as "fc1" or "features.*".
+        exclude: patterns of weights among them to leave alone.
+        balance: weights the penalty by (size / largest size) ** balance, so that layers that are
+            small, and usually important, are pressed less; 0 counts every element alike.
+        importance: pattern -> further factor on the penalty of the weights it matches.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RecipeError: an unknown choice, a number out of range, a pattern that matches nothing.
+        Prune2OnnxError: no layer to prune, a weight that is not finite, not initialised or
+            already parametrized; the model is left as it was.
+    """
+    _known(function, FUNCTIONS, "pruning function")
+    _known(granularity, GRANULARITIES, "granularity")
+    _known(thresholds, {"layer": 0, "channel": 0}, "thresholds")
+    for value, what in ((beta, "beta"), (start, "start")):
+        if not 0 < value < float("inf"):
+            raise RecipeError(f"{what} is {value}, expected a positive number")
+    holders = prunable_weights(model)
+    if not holders:
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: no layer to prune; "
+            f"expected at least one of {', '.join(t.__name__ for t in PRUNABLE)}"
+        )
+    names = list(holders)
+    chosen = _select(names, include, "include") - _select(names, exclude, "exclude")
+    if not chosen:
+        raise RecipeError("include and exclude leave no weight to prune")
+    factors = dict.fromkeys(names, 1.0)
+    for pattern, factor in (importance or {}).items():
+        for name in _select(names, (pattern,), "importance"):
+            factors[name] *= factor
+
+    planned: list[tuple[_LearnedThreshold, tuple[nn.Module, ...]]] = []
+    for name in (n for n in names if n in chosen):
+        modules = holders[name]
+        if any(parametrize.is_parametrized(module, "weight") for module in modules):
+            raise Prune2OnnxError(
+                f"{name}: already parametrized; bake or remove that parametrization first, "
+                "or exclude the layer"
+            )
+        weight = modules[0].weight
+        if not isinstance(weight, nn.Parameter):
+            raise Prune2OnnxError(
+                f"{name}: a {type(weight).__name__} computed by the layer, expected a parameter; "
+                "remove the old-style weight_norm or spectral_norm, or exclude the layer"
+            )
+        _check_weight(name, weight)
+        axis = next(axis for kind, axis in PRUNABLE.items() if isinstance(modules[0], kind))
+        learned = _LearnedThreshold(
+            name,
+            weight,
+            axis,
+            function=function,
+            granularity=granularity,
+            per_channel=thresholds == "channel",
+            beta=beta,
+            start=start,
+        )
+        learned.importance = factors[name]
+        planned.append((learned, modules))
+    largest = max(modules[0].weight.numel() for _, modules in planned)  # type: ignore[operator]
+    for learned, modules in planned:
+        size = cast(Tensor, modules[0].weight).numel()
+        learned.importance *= (size / largest) ** balance
+        learned.train(modules[0].training)
+        for module in modules:
+            parametrize.register_parametrization(module, "weight", learned)
+    return model
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """Differentiable number of surviving weights, the regulariser; a scalar.
+
+    sum over layers of importance * sum sigma(beta (|measure| - t)), times the group's size where a
+    group has many elements. The project's own choice (the paper's regulariser is not used).
+
+    Raises:
+        Prune2OnnxError: the model carries no learned threshold.
+    """
+    counts = [
+        site.threshold.importance * site.threshold.survivors(site.original)
+        for site in _sites(model)
+    ]
+    if not counts:
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: no learned threshold; call prune(model) first"
+        )
+    return torch.stack(counts).sum()
+
+
+def density(model: nn.Module) -> Density:
+    """Survivors per layer and in total, of what `bake` would leave or has left.
+
+    Counts the weights that carry a learned threshold; in a model without any, the nonzeros of
+    every Linear and convolution weight.
+    """
+    with torch.no_grad():
+        layers = tuple(
+            LayerDensity(
+                site.threshold.name,
+                int(site.threshold.alive(site.original).sum()),
+                site.original.numel(),
+                float(site.threshold.threshold().mean()),
+            )
+            for site in _sites(model)
+        )
+        if not layers:
+            weights = {n: cast(Tensor, m[0].weight) for n, m in prunable_weights(model).items()}
+            layers = tuple(
+                LayerDensity(name, int(torch.count_nonzero(weight)), weight.numel(), None)
+                for name, weight in weights.items()
+            )
+    return Density(layers)
+
+
+def bake(model: nn.Module) -> dict[str, Tensor]:
+    """Turns learned thresholds into exact zeros and leaves plain parameters, in place.
+
+    Survivors take the value of the pruning function, so the model's output in evaluation mode is
+    the same before and after. Names, dtype, device and the parameters' identity are kept.
+
+    Returns:
+        Weight name -> bool mask of the weight's shape, True where it survived.
+
+    Raises:
+        Prune2OnnxError: the model carries no learned threshold.
+    """
+    sites = list(_sites(model))
+    if not sites:
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: no learned threshold to bake; call prune(model) first"
+        )
+    masks: dict[str, Tensor] = {}
+    for site in sites:
+        with torch.no_grad():
+            site.threshold.eval()
+            baked = site.threshold(site.original)
+            masks[site.threshold.name] = site.threshold.alive(site.original).clone()
+            site.original.copy_(baked)
+        for module in site.modules:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    return masks
+
+
+def hold_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Keeps pruned elements at zero while the survivors are trained on.
+
+    Their gradients become zero, so any optimiser whose update of an element vanishes with its
+    gradient history and its value (SGD, Adam, AdamW) never moves them. Make a new optimiser first:
+    an old one still carries their momentum.
+
+    Args:
+        model: the baked model.
+        masks: what `bake` returned.
+
+    Returns:
+        A function that lifts the hold.
+    """
+    parameters = dict(model.named_parameters())
+    handles: list[RemovableHandle] = []
+    for name, mask in masks.items():
+        hook = partial(torch.mul, mask)
+        handles.append(parameters[name].register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def lift() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return lift
+
+
+__all__ = [
+    "Density",
+    "LayerDensity",
+    "bake",
+    "density",
+    "hold_zeros",
+    "penalty",
+    "prunable_weights",
+    "prune",
+]

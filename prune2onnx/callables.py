@@ -1,0 +1,193 @@
+"""Functions that the user names: `path/to/file.py:name` or `package.module:name`.
+
+Here they are found, imported and called, and what may go wrong on the way becomes one readable
+line. What they return is for the caller to judge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from prune2onnx.errors import Prune2OnnxError
+
+FORM = "expected path/to/file.py:name or package.module:name"
+# User code that reads its own command line on import ends in SystemExit; that is a failed import,
+# not the end of this program. KeyboardInterrupt still is.
+FAILURES = (Exception, SystemExit)
+
+
+def load_callable(spec: str) -> Callable[..., Any]:
+    """Imports what `spec` names: a function, a class or anything else that can be called.
+
+    `path/to/file.py:name` runs the file as a module of its own (files beside it can be imported);
+    the same content at the same path runs once per process. `package.module:name` imports as
+    `python -m` would: the working directory comes first.
+
+    Raises:
+        Prune2OnnxError: not of that form; the file, the module or the name is missing; the import
+            raises (kept as `__cause__`); what it names cannot be called.
+    """
+    place, colon, name = spec.rpartition(":")
+    if not colon or not place or not name.isidentifier():
+        is_file = place.endswith(".py") or spec.endswith(".py")
+        example = f"{(place or spec) if is_file else 'file.py'}:NAME"
+        raise Prune2OnnxError(f"{spec!r} names no function: {FORM}; write for example {example}")
+    is_file = place.endswith(".py") or "/" in place or "\\" in place
+    module = _file(Path(place).expanduser()) if is_file else _module(place)
+    if not hasattr(module, name):
+        own = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        near = difflib.get_close_matches(name, own, n=1)
+        # What a file merely imports is no answer to "what does it have?".
+        defined = [
+            key for key in own if getattr(vars(module)[key], "__module__", "") == module.__name__
+        ]
+        hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(defined) or 'none'}"
+        raise Prune2OnnxError(f"{spec}: {place} has no {name!r}, expected a function there; {hint}")
+    found = getattr(module, name)
+    if not callable(found):
+        raise Prune2OnnxError(
+            f"{spec}: {name!r} is a value of type {type(found).__name__}, expected a function; "
+            "wrap it in one that returns it"
+        )
+    return found  # type: ignore[no-any-return]
+
+
+def call_with(function: Callable[..., Any], spec: str, **available: Any) -> Any:
+    """Calls `function` with those of the `available` arguments that its signature takes.
+
+    A function with `**kwargs` takes them all; one whose signature Python cannot tell gets none.
+    `spec` is the name that error messages give it.
+
+    >>> call_with(lambda classes, width=8: (classes, width), "net.py:net", classes=3, seed=0)
+    (3, 8)
+
+    Raises:
+        Prune2OnnxError: it demands an argument that is not available, or raises (kept as
+            `__cause__`). A Prune2OnnxError of its own passes through.
+    """
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        parameters = []
+    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    given = {key: value for key, value in available.items() if takes_all or key in by_name}
+    for p in parameters:
+        optional = p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        if not optional and p.name not in given:
+            raise Prune2OnnxError(
+                f"{spec} demands the argument {p.name!r}, expected only such as "
+                f"{', '.join(available) or 'none'}, by name; give it a default value"
+            )
+    try:
+        return function(**given)
+    except Prune2OnnxError:
+        raise
+    except FAILURES as error:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        raise Prune2OnnxError(
+            f"{spec}: calling it with ({arguments}) raised {_told(error)}; "
+            "expected it to return; mend it and try again"
+        ) from error
+
+
+def _file(path: Path) -> ModuleType:
+    """Runs one Python file as a module, once for each content."""
+    if path.suffix != ".py":
+        raise Prune2OnnxError(f"{path} is not a .py file: {FORM}")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+        hint = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
+        raise Prune2OnnxError(f"{path}: no such file, expected a Python file; {hint}") from None
+    except OSError as error:
+        raise Prune2OnnxError(
+            f"{path}: cannot be read ({error.strerror or error}), expected a Python file; "
+            "check the path and its permissions"
+        ) from error
+    path = path.resolve()
+    # A name of its own, so that a user's torch.py or two different net.py never collide; it stays
+    # in sys.modules because dataclasses and pickle look modules up there.
+    digest = hashlib.sha256(str(path).encode() + b"\0" + content).hexdigest()[:12]
+    name = f"{path.stem}_{digest}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # every .py suffix has a source loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with _importable(path.parent):
+            # Compiled here, not by the loader: its bytecode cache goes by mtime in whole seconds
+            # and may be older than the content just read.
+            exec(compile(content, str(path), "exec"), module.__dict__)
+    except BaseException as error:
+        del sys.modules[name]
+        if not isinstance(error, FAILURES):
+            raise
+        raise Prune2OnnxError(
+            f"{path}: importing it raised {_told(error, path)}; "
+            "expected a file that imports; mend it and try again"
+        ) from error
+    return module
+
+
+def _module(name: str) -> ModuleType:
+    """Imports a module, the working directory first."""
+    try:
+        with _importable(Path.cwd()):
+            importlib.invalidate_caches()
+            return importlib.import_module(name)
+    except FAILURES as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and (name == missing or name.startswith(missing + ".")):
+            raise Prune2OnnxError(
+                f"{name}: no module {missing!r} in {Path.cwd()} or among the installed packages; "
+                f"{FORM}; check its spelling or name the file"
+            ) from error
+        raise Prune2OnnxError(
+            f"{name}: importing it raised {_told(error)}; "
+            "expected a module that imports; mend it and try again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """Puts `folder` first on the import path, and leaves it there last.
+
+    First while the user's module is imported, as Python itself does for a script; last afterwards,
+    so that imports inside its functions still work but nothing there hides an installed package.
+    """
+    entry = str(folder)
+    known = entry in sys.path
+    sys.path.insert(0, entry)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(entry)
+        if not known:
+            sys.path.append(entry)
+
+
+def _told(error: BaseException, path: Path | None = None) -> str:
+    """The exception on one line: its type, its words and, in `path`, the line."""
+    words = " ".join(str(error).split())[:300]
+    lines, step = [], error.__traceback__
+    while step is not None:
+        if path is not None and step.tb_frame.f_code.co_filename == str(path):
+            lines.append(step.tb_lineno)
+        step = step.tb_next
+    told = type(error).__name__ + (f": {words}" if words else "")
+    return told + (f" (line {lines[-1]})" if lines else "")

@@ -1,0 +1,145 @@
+"""Where examples come from: `load_data` reads a source and holds out what training must not see.
+
+| source | what it reads |
+| --- | --- |
+| `digits` | scikit-learn's 1,797 handwritten digits, `[1, 8, 8]`; no file needed |
+| `mnist`, `mnist:DIR` | MNIST, `[1, 28, 28]`; downloaded where it is missing |
+| `idx:DIR` | IDX files named as MNIST's |
+| `folder:DIR` | images, one folder a class |
+| `npz:FILE` | x_train, y_train, x_test, y_test, or x, y |
+| `file.py:callable`, `package.module:callable` | what your own function returns |
+
+The test set is the source's own; where there is none, a fifth is held out, the same whatever the
+seed. The validation set is held out of what is left, by the seed. Both are stratified by class.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from prune2onnx.data.examples import Arrays, Data, Examples, arrays, collate
+from prune2onnx.data.folder import read_folder
+from prune2onnx.data.idx import read_idx_folder, read_mnist
+from prune2onnx.data.npz import read_npz
+from prune2onnx.data.own import read_own
+from prune2onnx.data.split import hold_out
+from prune2onnx.errors import Prune2OnnxError, RecipeError
+
+__all__ = ["Arrays", "Data", "collate", "load_data"]
+
+TEST_FRACTION = 0.2
+TEST_SEED = 1712  # any constant; the paper's month
+
+
+def load_data(spec: str, *, validation: float = 0.1, seed: int = 0) -> Data:
+    """Reads the examples that `spec` names (see the table above).
+
+    Args:
+        spec: a source, such as `digits` or `folder:DIR`.
+        validation: the fraction of the training examples to hold out, between 0 and 1.
+        seed: which of them; it never moves the test set.
+
+    Returns:
+        Three map-style datasets of (float32 x, int64 y). Batch them with `collate`:
+        `DataLoader(data.train, batch_size=128, shuffle=True, collate_fn=collate)`.
+
+    Raises:
+        RecipeError: the source is unknown or `validation` is out of range.
+        Prune2OnnxError: the examples cannot be read or do not fit; the message names the file,
+            what was found, what was expected and what to do.
+
+    >>> data = load_data("digits")
+    >>> data.input_shape, data.classes, len(data.train), len(data.validation), len(data.test)
+    ((1, 8, 8), 10, 1294, 144, 359)
+    """
+    if not 0 < validation < 1:
+        raise RecipeError(
+            f"validation {validation}: expected a fraction between 0 and 1, both excluded; "
+            "thresholds and checkpoints are chosen on it"
+        )
+    head, _, argument = spec.partition(":")
+    if head in SOURCES:
+        try:
+            train, test = SOURCES[head](argument)
+        except OSError as error:
+            raise Prune2OnnxError(
+                f"{spec}: {error.filename or argument} cannot be read "
+                f"({error.strerror or error}); check that it exists and may be read"
+            ) from error
+    elif _names_a_callable(spec):
+        found = read_own(spec, validation, seed)
+        if isinstance(found, Data):
+            return found
+        train, test = found
+    else:
+        raise RecipeError(f"data {spec!r}: unknown source; {_hint(spec)}")
+    if len(seen := np.unique(train.y.numpy())) < 2:
+        raise Prune2OnnxError(
+            f"{spec}: all {len(train):,} training examples have label {seen[0]}, expected at least "
+            "2 classes; there is nothing to learn"
+        )
+    if test is None:
+        train, test = hold_out(train, TEST_FRACTION, TEST_SEED, "test", spec)
+    if train.shape != test.shape:
+        raise Prune2OnnxError(
+            f"{spec}: training examples have shape {list(train.shape)}, test examples "
+            f"{list(test.shape)}, expected the same; prepare both in the same way"
+        )
+    classes = 1 + int(max(train.y.max(), test.y.max()))
+    train, held = hold_out(train, validation, seed, "validation", spec)
+    return Data(spec, train, held, test, train.shape, classes)
+
+
+def _read_digits(argument: str) -> tuple[Examples, None]:
+    """`digits`: pixels 0 ... 16 as uint8 `[n, 1, 8, 8]`, scaled to 0 ... 1."""
+    if argument:
+        raise RecipeError(f"data 'digits:{argument}': expected digits alone; it reads no file")
+    # Imported here: it takes a second that no other source needs.
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    return arrays(x.reshape(-1, 1, 8, 8).astype(np.uint8), y, "digits", scale=1 / 16), None
+
+
+SOURCES: dict[str, Callable[[str], tuple[Examples, Examples | None]]] = {
+    "digits": _read_digits,
+    "mnist": read_mnist,
+    "idx": read_idx_folder,
+    "folder": read_folder,
+    "npz": read_npz,
+}
+
+
+def _names_a_callable(spec: str) -> bool:
+    """Whether `spec` is meant as file.py:callable or module:callable, not as a misspelt source."""
+    place, _, name = spec.rpartition(":")
+    if place.endswith(".py") or spec.endswith(".py"):
+        return True
+    if not name.isidentifier() or not all(part.isidentifier() for part in place.split(".")):
+        return False
+    return "." in place or Path(place).is_dir() or _is_module(place)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return Path(f"{name}.py").is_file() or importlib.util.find_spec(name) is not None
+    except ValueError:  # __main__ and other modules that came from no file
+        return False
+
+
+def _hint(spec: str) -> str:
+    """What an unknown source was probably meant to be."""
+    path = Path(spec).expanduser()
+    if path.is_file() and path.suffix == ".npz":
+        return f"did you mean npz:{spec}?"
+    if spec and path.is_dir():
+        return f"did you mean folder:{spec} or idx:{spec}?"
+    head, colon, argument = spec.partition(":")
+    near = difflib.get_close_matches(head.lower(), SOURCES, n=1)
+    known = "expected digits, mnist[:DIR], idx:DIR, folder:DIR, npz:FILE or file.py:callable"
+    return known + (f"; did you mean {near[0]}{colon}{argument}?" if near else "")

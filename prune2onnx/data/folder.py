@@ -1,0 +1,138 @@
+"""Folders of images, one folder a class: `folder:DIR`."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from prune2onnx.data.examples import Arrays, arrays
+from prune2onnx.data.idx import existing_folder
+from prune2onnx.errors import Prune2OnnxError
+
+FORM = "expected DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*"
+GREY = ("1", "L", "LA")
+# Pillow would clip 16-bit and float images to 8 bits without a word.
+DEEP = ("I", "F")
+
+
+def read_folder(argument: str) -> tuple[Arrays, Arrays | None]:
+    """`folder:DIR`: DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/* with no test set.
+
+    Classes are numbered by name, in order of code points. Every file in a class folder must be an
+    image (hidden ones are passed over), all of one size; x is uint8 `[n, 3, h, w]`, or
+    `[n, 1, h, w]` if all of them are grey. Transparency is dropped.
+
+    Raises:
+        Prune2OnnxError: a folder is missing, empty or holds something else; an image cannot be
+            read or differs in size; train and test have different classes.
+    """
+    root = existing_folder(argument, "folder:DIR")
+    top = _folders(root)
+    # A class may be called "train"; it is a set only if there are folders in it.
+    if "train" not in top or not _folders(top["train"]):
+        if "test" in top and _folders(top["test"]):
+            raise Prune2OnnxError(f"{root}: has test/ but no classes in train/; {FORM}")
+        if not top:
+            raise Prune2OnnxError(f"{root}: no folders in it; {FORM}")
+        return _read([top])[0], None
+    if other := sorted(top.keys() - {"train", "test"}):
+        raise Prune2OnnxError(
+            f"{root}: has {other[0]}/ beside train/; {FORM}; merge it into train/ (validation "
+            "examples are held out of it), rename it to test/, or move it away"
+        )
+    if "test" not in top:
+        return _read([_folders(top["train"])])[0], None
+    train, test = _folders(top["train"]), _folders(top["test"])
+    for name in sorted(train.keys() ^ test.keys()):
+        has, lacks = ("train", "test") if name in train else ("test", "train")
+        raise Prune2OnnxError(
+            f"{root}: class {name!r} is in {has}/ but not in {lacks}/, expected the same classes "
+            "in both; add or remove it"
+        )
+    both = _read([train, test])
+    return both[0], both[1]
+
+
+def _folders(folder: Path) -> dict[str, Path]:
+    """Folders in a folder, by name, in order."""
+    found = (p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return {p.name: p for p in sorted(found, key=lambda p: p.name)}
+
+
+def _read(sets: list[dict[str, Path]]) -> list[Arrays]:
+    """Reads sets of class folders; one size and one number of channels for all of them."""
+    files = [
+        (path, label, n)
+        for n, folders in enumerate(sets)
+        for label, folder in enumerate(folders.values())
+        for path in _files(folder)
+    ]
+    first, grey, x = None, True, np.empty(0, np.uint8)
+    for row, (path, _, _) in enumerate(files):
+        pixels, is_grey = _pixels(path)
+        grey &= is_grey
+        if first is None:
+            first = path
+            x = _room((len(files), *pixels.shape), path)
+        if pixels.shape != x.shape[1:]:
+            raise Prune2OnnxError(
+                f"{path}: {_size(pixels.shape)} pixels, but {first} has {_size(x.shape[1:])}, "
+                "expected one size for all (width x height); resize them"
+            )
+        x[row] = pixels
+    x = x[:, :1] if grey else x
+    y = np.array([label for _, label, _ in files])
+    of = np.array([n for _, _, n in files])
+    return [
+        arrays(x[of == n], y[of == n], str(next(iter(folders.values())).parent))
+        for n, folders in enumerate(sets)
+    ]
+
+
+def _files(folder: Path) -> list[Path]:
+    """The image files of one class, in order of their names."""
+    entries = sorted((p for p in folder.iterdir() if p.name[0] != "."), key=lambda p: p.name)
+    for path in entries:
+        if path.is_dir():
+            raise Prune2OnnxError(f"{path}: a folder inside a class, expected an image; {FORM}")
+    if not entries:
+        raise Prune2OnnxError(f"{folder}: a class without images; {FORM}; add some or remove it")
+    return entries
+
+
+def _pixels(path: Path) -> tuple[NDArray[np.uint8], bool]:
+    """One image as uint8 `[3, h, w]`, and whether it is grey (then all three are equal)."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.split(";")[0] in DEEP:
+                raise Prune2OnnxError(
+                    f"{path}: its pixels are deeper than 8 bits (mode {image.mode}), expected an "
+                    "8-bit image; convert it, or read it with file.py:callable"
+                )
+            return np.asarray(image.convert("RGB")).transpose(2, 0, 1), image.mode in GREY
+    # Pillow's plug-ins raise these on what they cannot make out (SyntaxError: a broken PNG).
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise Prune2OnnxError(
+            f"{path}: not a readable image ({' '.join(str(error).split())}), expected one; "
+            "mend or remove it"
+        ) from error
+
+
+def _room(shape: tuple[int, ...], path: Path) -> NDArray[np.uint8]:
+    """Memory for all images."""
+    try:
+        return np.empty(shape, np.uint8)
+    except MemoryError as error:
+        raise Prune2OnnxError(
+            f"{path}: {shape[0]:,} images of {_size(shape[1:])} need "
+            f"{math.prod(shape) / 1e9:.1f} GB of memory, more than there is; "
+            "read them one by one with file.py:callable"
+        ) from error
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[2]}x{shape[1]}"

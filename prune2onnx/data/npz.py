@@ -1,0 +1,59 @@
+"""Arrays in numpy's archive: `npz:FILE`."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from prune2onnx.data.examples import Arrays, arrays
+from prune2onnx.errors import Prune2OnnxError
+
+KEYS = "expected x_train, y_train[, x_test, y_test] or x, y"
+
+
+def read_npz(argument: str) -> tuple[Arrays, Arrays | None]:
+    """`npz:FILE`: x_train, y_train, x_test, y_test; or without the last two; or x, y.
+
+    x is `[n, ...]` (images `[n, channels, h, w]`), y is `[n]`; see `arrays` for types. Other
+    entries are passed over.
+
+    Raises:
+        Prune2OnnxError: the file is missing, damaged, holds pickled objects or other names.
+    """
+    path = Path(argument).expanduser()
+    if not argument or not path.is_file():
+        raise Prune2OnnxError(f"{argument or 'npz:FILE'}: no such file; expected npz:FILE")
+    try:
+        with path.open("rb") as stream:  # ours to close: numpy leaves it open on a damaged file
+            archive = np.load(stream, allow_pickle=False)  # a pickle from a stranger runs code
+            if isinstance(archive, np.ndarray):
+                raise ValueError("it is a single array, as numpy.save writes it")
+            wanted = _wanted(set(archive.files), path)
+            found = [archive[name] for name in wanted]
+    # What numpy raises on a foreign, cut or corrupt file, and on pickled objects (ValueError).
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise Prune2OnnxError(
+            f"{path}: not an .npz archive of plain arrays ({' '.join(str(error).split())}); "
+            "write one with numpy.savez(FILE, x_train=..., y_train=...)"
+        ) from error
+    train = arrays(found[0], found[1], f"{path}: {wanted[0]}, {wanted[1]}")
+    if len(found) == 2:
+        return train, None
+    return train, arrays(found[2], found[3], f"{path}: x_test, y_test")
+
+
+def _wanted(names: set[str], path: Path) -> list[str]:
+    """The entries to read, training before test."""
+    prefix = "_train" if "x_train" in names else ""
+    wanted = [f"x{prefix}", f"y{prefix}"]
+    if names & {"x_test", "y_test"}:
+        wanted = ["x_train", "y_train", "x_test", "y_test"]
+    if missing := [name for name in wanted if name not in names]:
+        raise Prune2OnnxError(
+            f"{path}: holds {', '.join(sorted(names)) or 'nothing'} but no {missing[0]}; "
+            f"{KEYS}; rename with numpy.savez"
+        )
+    return wanted

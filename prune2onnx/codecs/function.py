@@ -1,0 +1,125 @@
+"""Writes the body of a model-local function, node by node, in few bytes.
+
+A small network counts every byte, so internal names are single letters, 32-bit constants are
+stored as varints and nothing carries a name or a doc string that the decoding does not need.
+Knows ONNX, knows nothing of codecs.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import FunctionProto, TensorProto, helper
+
+DOMAIN = "prune2onnx"
+DOMAIN_VERSION = 1
+_NAMES = string.ascii_letters
+
+
+def int32_constant(values: Sequence[int], shape: tuple[int, ...]) -> TensorProto:
+    """An int32 tensor in its varint form, which is shorter than raw bytes for small values."""
+    return TensorProto(dims=shape, data_type=TensorProto.INT32, int32_data=values)
+
+
+class Body:
+    """A function under construction: every method adds a node and returns its output's name.
+
+    Args:
+        op: the function's name.
+        inputs: how many inputs it takes; they are called a, b, c, ...
+        attributes: names of its attributes, one letter each, all lists of integers.
+    """
+
+    def __init__(self, op: str, inputs: int, attributes: str = "") -> None:
+        self._proto = FunctionProto(name=op, domain=DOMAIN, attribute=list(attributes))
+        self._proto.input.extend(_NAMES[:inputs])
+        self._used = inputs
+        self._calls = False
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the inputs, in order."""
+        return tuple(self._proto.input)
+
+    def _fresh(self) -> str:
+        index, self._used = self._used, self._used + 1
+        first, second = divmod(index, len(_NAMES))
+        return _NAMES[second] if not first else _NAMES[first - 1] + _NAMES[second]
+
+    def nodes(self, op: str, *inputs: str, outputs: int = 1, **attributes: Any) -> list[str]:
+        """Adds a node with several outputs."""
+        names = [self._fresh() for _ in range(outputs)]
+        self._proto.node.append(helper.make_node(op, inputs, names, **attributes))
+        return names
+
+    def node(self, op: str, *inputs: str, **attributes: Any) -> str:
+        """Adds a node with one output."""
+        return self.nodes(op, *inputs, **attributes)[0]
+
+    def constant(self, values: int | Sequence[int], shape: tuple[int, ...] | None = None) -> str:
+        """Adds an int32 constant: a scalar, a vector, or `values` in `shape`."""
+        flat = [values] if isinstance(values, int) else list(values)
+        shape = shape or (() if isinstance(values, int) else (len(flat),))
+        return self.node("Constant", value=int32_constant(flat, shape))
+
+    def indices(self, *values: int) -> str:
+        """Adds a constant int64 vector: shapes, axes and slice bounds have to be int64."""
+        return self.node("Constant", value_ints=values)
+
+    def integers(self, attribute: str) -> str:
+        """Adds an int64 vector that holds the call's attribute of this name."""
+        (name,) = self.nodes("Constant")
+        self._proto.node[-1].attribute.append(_reference("value_ints", attribute))
+        return name
+
+    def call(
+        self,
+        op: str,
+        *inputs: str,
+        outputs: int = 1,
+        passed: dict[str, str] | None = None,
+        **given: Sequence[int],
+    ) -> list[str]:
+        """Calls another function of this domain.
+
+        Args:
+            op: the function's name.
+            inputs: its inputs.
+            outputs: how many outputs it has.
+            passed: its attribute -> the attribute of this function that is handed on.
+            given: its attributes that are constant here.
+        """
+        self._calls = True
+        names = self.nodes(op, *inputs, outputs=outputs, domain=DOMAIN, **given)
+        for name, attribute in (passed or {}).items():
+            self._proto.node[-1].attribute.append(_reference(name, attribute))
+        return names
+
+    def function(self, *outputs: str, opset: int) -> FunctionProto:
+        """Ends the body.
+
+        The function imports the operators of the model it is written into (`opset`): onnxruntime
+        inlines the nodes into that model's graph and reads them by that version.
+        """
+        self._proto.output.extend(outputs)
+        self._proto.opset_import.add(version=opset)
+        if self._calls:
+            self._proto.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
+        return self._proto
+
+
+def _reference(name: str, attribute: str) -> onnx.AttributeProto:
+    return onnx.AttributeProto(name=name, type=onnx.AttributeProto.INTS, ref_attr_name=attribute)
+
+
+def tensor(name: str, array: NDArray[Any], data_type: int) -> TensorProto:
+    """An initializer in raw little-endian form; `data_type` is ONNX's."""
+    array = np.ascontiguousarray(array)
+    if array.dtype.byteorder == ">":  # pragma: no cover - big-endian input only
+        array = array.byteswap()
+    return TensorProto(name=name, dims=array.shape, data_type=data_type, raw_data=array.tobytes())

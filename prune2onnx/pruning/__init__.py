@@ -11,6 +11,7 @@ from prune2onnx.pruning.learned import (
     penalty,
     prunable_weights,
     prune,
+    survivors,
 )
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "penalty",
     "prunable_weights",
     "prune",
+    "survivors",
 ]

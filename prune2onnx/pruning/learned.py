@@ -357,6 +357,15 @@ def penalty(model: nn.Module) -> Tensor:
     return torch.stack(counts).sum()
 
 
+def survivors(model: nn.Module) -> Tensor:
+    """Number of elements over their thresholds, a scalar on the model's device (no wait for it)."""
+    with torch.no_grad():
+        return sum(
+            (site.threshold.alive(site.original).sum() for site in _sites(model)),
+            start=torch.zeros((), dtype=torch.int64),
+        )
+
+
 def density(model: nn.Module) -> Density:
     """Survivors per layer and in total, of what `bake` would leave or has left.
 
@@ -447,4 +456,5 @@ __all__ = [
     "penalty",
     "prunable_weights",
     "prune",
+    "survivors",
 ]

@@ -1,0 +1,136 @@
+"""Checkpoints of a training run: safetensors files that appear whole or not at all.
+
+`running.safetensors` holds an unfinished phase (model and optimiser), `<phase>.safetensors` the
+plain state_dict at the end of one. Facts that are not tensors stand in the file's metadata. What
+the facts mean is `train`'s business.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.files import write_whole
+
+_RUNNING = "running"
+_START_AGAIN = "start again with --overwrite"
+
+
+class Checkpoints:
+    """The checkpoint folder of a run, written by the main process and read by all.
+
+    Args:
+        folder: made when first needed; None keeps nothing.
+        accelerator: tells the main process and lets the others wait for it.
+    """
+
+    def __init__(self, folder: Path | None, accelerator: Accelerator) -> None:
+        self.folder, self.accelerator = folder, accelerator
+
+    def forget(self, phases: tuple[str, ...]) -> None:
+        """Removes what an earlier run left."""
+        if self.folder and self.accelerator.is_main_process:
+            for name in (_RUNNING, *phases):
+                self._path(name).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+
+    def save_finished(self, phase: str, model: nn.Module, facts: dict[str, Any]) -> None:
+        """Keeps the model at the end of a phase, and drops what was kept along the way."""
+        self._save(phase, plain_state(model), facts)
+        if self.folder and self.accelerator.is_main_process:
+            self._path(_RUNNING).unlink(missing_ok=True)
+
+    def load_finished(self, phase: str, model: nn.Module) -> dict[str, Any] | None:
+        """Restores the model at the end of a phase; returns its facts, None if there is none."""
+        found = self._load(phase)
+        if found is None:
+            return None
+        tensors, facts = found
+        self._restore(model, tensors, phase)
+        return facts
+
+    def save_running(
+        self, phase: str, epoch: int, model: nn.Module, optimiser: Any, facts: dict[str, Any]
+    ) -> None:
+        """Keeps an unfinished phase after an epoch."""
+        tensors = {f"model/{name}": value for name, value in plain_state(model).items()}
+        names = _optimised_names(model, optimiser)
+        for index, state in optimiser.state_dict()["state"].items():
+            saved = {f"optimiser/{names[index]}/{k}": v.cpu() for k, v in state.items()}
+            tensors |= saved
+        scaler = self.accelerator.scaler
+        more = {"phase": phase, "epoch": epoch, "scaler": scaler and scaler.state_dict()}
+        self._save(_RUNNING, tensors, facts | more)
+
+    def load_running(self, phase: str, model: nn.Module, optimiser: Any) -> dict[str, Any] | None:
+        """Restores an unfinished phase; returns its facts, None if another phase, or none, runs."""
+        found = self._load(_RUNNING)
+        if found is None or found[1]["phase"] != phase:
+            return None
+        tensors, facts = found
+        inner = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
+        self._restore(model, inner, _RUNNING)
+        state: dict[int, dict[str, Tensor]] = {}
+        for index, name in enumerate(_optimised_names(model, optimiser)):
+            prefix = f"optimiser/{name}/"
+            slots = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            if slots:
+                state[index] = slots
+        groups = optimiser.state_dict()["param_groups"]
+        optimiser.load_state_dict({"state": state, "param_groups": groups})
+        if facts["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        return facts
+
+    def _path(self, name: str) -> Path:
+        assert self.folder is not None  # every caller has looked
+        return self.folder / f"{name}.safetensors"
+
+    def _save(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        if self.folder and self.accelerator.is_main_process:
+            write_whole(self._path(name), save(tensors, {"prune2onnx": json.dumps(facts)}))
+        self.accelerator.wait_for_everyone()
+
+    def _load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if not self.folder or not self._path(name).exists():
+            return None
+        try:
+            with safe_open(self._path(name), framework="pt") as file:
+                facts = json.loads(file.metadata()["prune2onnx"])
+                return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
+        except Exception as error:  # safetensors, JSON and the system each raise their own
+            raise Prune2OnnxError(
+                f"{self._path(name)}: not a checkpoint of this program ({error}); {_START_AGAIN}"
+            ) from error
+
+    def _restore(self, model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            raise Prune2OnnxError(
+                f"{self._path(name)}: the checkpoint does not fit the model "
+                f"({' '.join(str(error).split())[:300]}); was the model's code changed? "
+                f"{_START_AGAIN}"
+            ) from error
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state_dict on the CPU; tied tensors stand there once each name."""
+    return {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in model.state_dict().items()
+    }
+
+
+def _optimised_names(model: nn.Module, optimiser: Any) -> list[str]:
+    """Names of the optimiser's parameters, in its own order (the order of its state's indices)."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [names[id(p)] for group in optimiser.param_groups for p in group["params"]]

@@ -1,0 +1,309 @@
+"""The command line: a thin sentence per verb; what the verbs do lives in their own rooms.
+
+Options of `compress` come from the recipe's fields (`prune.epochs` is `--prune-epochs`). People
+read tables and progress on stderr; with --json the report goes, alone, to stdout. Exit status:
+0 done, 1 failed, 2 wrong usage, 4 onnxruntime disagrees with the reference, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import prune2onnx
+from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.files import write_whole
+from prune2onnx.pack import inspect as inspect_model
+from prune2onnx.pack import load
+from prune2onnx.pack import pack as pack_model
+from prune2onnx.pack import unpack as unpack_model
+from prune2onnx.recipe import read_recipe, resolve, settings
+from prune2onnx.report import WeightRow, weights_table
+from prune2onnx.validate import validate as validate_file
+
+if TYPE_CHECKING:
+    from prune2onnx.train import Epoch, Step
+
+_console = Console(stderr=True)
+if not _console.is_terminal:  # a log has no width: let no column be cut
+    _console = Console(stderr=True, width=160)
+_INTERRUPTED = 130
+
+
+class _Verbs(click.Group):
+    """Turns our errors into one line on stderr and an exit status, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Prune2OnnxError as error:
+            click.echo(f"prune2onnx: {error}", err=True)
+            ctx.exit(error.exit_status)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("prune2onnx: interrupted", err=True)
+            ctx.exit(_INTERRUPTED)
+        except BrokenPipeError:
+            # the reader of our output went away, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(prune2onnx.__version__, prog_name="prune2onnx")
+def main() -> None:
+    """Make a network small: pruned, shared and coded in one ONNX file any onnxruntime opens."""
+
+
+def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds one option per setting of the recipe, but for the model, which is the argument."""
+    for dotted, field in reversed(settings().items()):
+        if dotted == "model":
+            continue
+        kind, repeated = _click_type(field.annotation)
+        default = field.get_default(call_default_factory=True)
+        shown = "" if default in (None, {}, ()) else f"  [default: {_shown(default)}]"
+        command = click.option(
+            f"--{dotted.replace('.', '-').replace('_', '-')}",
+            dotted.replace(".", "__"),  # a parameter of the function must be an identifier
+            type=kind,
+            multiple=repeated,
+            default=None,
+            help=f"{field.description}{shown}",
+        )(command)
+    return command
+
+
+def _click_type(annotation: Any) -> tuple[Any, bool]:
+    """A recipe field's type as click's, and whether the option may be repeated."""
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is typing.Literal:
+        return click.Choice(arguments), False
+    if typing.get_origin(annotation) is tuple:
+        return str, True
+    if typing.get_origin(annotation) is dict:
+        return _Factor(), True
+    plain = next((a for a in arguments if a is not type(None)), annotation)
+    return plain, False
+
+
+def _shown(default: Any) -> str:
+    return ", ".join(default) if isinstance(default, tuple) else str(default)
+
+
+class _Factor(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on only
+    """PATTERN=FACTOR, as in --prune-importance 'conv*=0.2'."""
+
+    name = "pattern=factor"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        pattern, _, factor = str(value).rpartition("=")
+        try:
+            return pattern, float(factor)
+        except ValueError:
+            self.fail(f"{value!r} is not PATTERN=FACTOR, such as 'conv*=0.2'", param, ctx)
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the run")
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; options override it")
+@click.option("--resume", type=click.Path(path_type=Path), help="continue the run in this folder")
+@click.option("--overwrite", is_flag=True, help="start again in a folder that holds a run")
+@click.option("--cpu", is_flag=True, help="do not use a GPU")
+@click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
+@_recipe_options
+def compress(
+    model: str | None,
+    output: Path | None,
+    recipe: Path | None,
+    resume: Path | None,
+    overwrite: bool,
+    cpu: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train, prune, share, export, pack and prove MODEL.
+
+    MODEL is path/to/file.py:callable or package.module:callable, a function that returns an
+    nn.Module; it is given input_shape and classes if it takes them.
+
+    \b
+    prune2onnx compress models/lenet.py:lenet_300_100 --data digits -o runs/digits
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.pipeline import compress as run
+    from prune2onnx.pipeline import recipe_of
+
+    overrides = {
+        name.replace("__", "."): dict(value) if name == "prune__importance" else value
+        for name, value in options.items()
+        if value not in (None, ())
+    }
+    if resume is not None:
+        if model or output or recipe or overwrite or overrides:
+            raise RecipeError(
+                "--resume takes every setting from the run's own recipe.yaml; "
+                "give it alone, with --cpu or --json at most"
+            )
+        resolved, directory = recipe_of(resume), resume
+    else:
+        content = {} if recipe is None else read_recipe(recipe)
+        if model is not None:
+            overrides["model"] = model
+        if "model" not in content and model is None:
+            raise click.UsageError("Missing argument 'MODEL', and no recipe names one")
+        if output is None:
+            raise click.UsageError("Missing option '-o': the folder for the run")
+        resolved = resolve(content, overrides, source=str(recipe or "options"))
+        directory = output
+    try:
+        with _progress() as (on_step, on_epoch):
+            report = run(
+                resolved,
+                directory,
+                overwrite=overwrite,
+                resume=resume is not None,
+                cpu=cpu,
+                on_step=on_step,
+                on_epoch=on_epoch,
+            )
+    except KeyboardInterrupt:
+        _console.print(f"continue with: prune2onnx compress --resume {directory}", markup=False)
+        raise
+    if report is None:
+        return
+    _console.print(weights_table(report.weights, report.compressed.nbytes))
+    _console.print(report.table())
+    _console.print(f"{directory / 'model.onnx'}", markup=False)
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+
+
+@contextmanager
+def _progress() -> Iterator[tuple[Callable[[Step], None], Callable[[Epoch], None]]]:
+    """A bar per phase with loss, density and validation error; lines where stderr is no screen."""
+    bars: dict[str, Any] = {}
+    columns = (
+        TextColumn("{task.description:<5}"),
+        BarColumn(bar_width=24),
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        TextColumn("{task.fields[facts]}"),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, console=_console, disable=not _console.is_terminal)
+
+    def bar(phase: str, epochs: int) -> Any:
+        if phase not in bars:
+            bars[phase] = progress.add_task(phase, total=epochs, epoch=0, epochs=epochs, facts="")
+            errors[phase] = ""
+        return bars[phase]
+
+    errors: dict[str, str] = {}
+
+    def facts(phase: str, loss: float, density: float) -> str:
+        return f"loss {loss:.4f}  density {100 * density:6.2f} %{errors[phase]}"
+
+    def on_step(step: Step) -> None:
+        progress.update(
+            bar(step.phase, step.epochs),
+            completed=step.epoch - 1 + step.step / step.steps,
+            epoch=step.epoch,
+            facts=facts(step.phase, step.loss, step.density),
+        )
+
+    def on_epoch(epoch: Epoch) -> None:
+        task = bar(epoch.phase, epoch.epochs)
+        errors[epoch.phase] = f"  validation error {epoch.validation_error:.2f} %"
+        text = facts(epoch.phase, epoch.loss, epoch.density)
+        progress.update(task, completed=epoch.epoch, epoch=epoch.epoch, facts=text)
+        if not _console.is_terminal and epoch.epoch in _milestones(epoch.epochs):
+            line = f"{epoch.phase:<5} epoch {epoch.epoch}/{epoch.epochs}  {text}"
+            _console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    with progress:
+        yield on_step, on_epoch
+
+
+def _milestones(epochs: int) -> set[int]:
+    """The epochs that a log tells of: ten a phase at most, the last among them."""
+    return {1, epochs, *range(max(1, epochs // 10), epochs, max(1, epochs // 10))}
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="IN.onnx")
+@click.argument("target", type=click.Path(path_type=Path), metavar="OUT.onnx")
+@click.option("--json", "as_json", is_flag=True, help="print the weights as JSON on stdout")
+def pack(source: Path, target: Path, as_json: bool) -> None:
+    """Code the weights of IN.onnx as small as they go, without loss."""
+    packed = pack_model(load(source))
+    write_whole(target, packed.model.SerializeToString())
+    _tell(packed.rows, target, as_json)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="IN.onnx")
+@click.argument("target", type=click.Path(path_type=Path), metavar="OUT.onnx")
+def unpack(source: Path, target: Path) -> None:
+    """Give the plain dense file back, every weight bit for bit."""
+    content = unpack_model(load(source)).SerializeToString()
+    write_whole(target, content)
+    _console.print(f"{target}: {len(content):,} bytes", markup=False, highlight=False)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.onnx")
+@click.option("--json", "as_json", is_flag=True, help="print the weights as JSON on stdout")
+def inspect(file: Path, as_json: bool) -> None:
+    """Show how each weight of an ONNX file is stored."""
+    _tell(inspect_model(load(file)), file, as_json)
+
+
+def _tell(rows: tuple[WeightRow, ...], file: Path, as_json: bool) -> None:
+    nbytes = file.stat().st_size
+    if as_json:
+        weights = [{**row.to_dict(), "dtype": row.dtype} for row in rows]
+        click.echo(json.dumps({"file": str(file), "nbytes": nbytes, "weights": weights}, indent=2))
+    else:
+        _console.print(weights_table(rows, nbytes))
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.onnx")
+@click.option(
+    "--reference",
+    type=click.Path(path_type=Path),
+    metavar="DENSE.onnx",
+    help="the file to compare with; default: what FILE unpacks to",
+)
+@click.option("--data", help="test examples, as for compress; default: random inputs, no error")
+@click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
+def validate(file: Path, reference: Path | None, data: str | None, as_json: bool) -> None:
+    """Prove FILE in onnxruntime: weights, folding, outputs, error, size, load and latency."""
+    examples = None
+    if data is not None:
+        from prune2onnx.data import load_data
+        from prune2onnx.pipeline import batches
+
+        examples = batches(load_data(data).test)
+    report = validate_file(file, reference, batches=examples)
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        _console.print(report.table())
+    if not report.folded:
+        click.echo(
+            f"prune2onnx: {file}: onnxruntime does not fold its decoders; "
+            "it decodes the weights at every run",
+            err=True,
+        )

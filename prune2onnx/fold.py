@@ -1,0 +1,85 @@
+"""Folding of BatchNorm into the convolution or linear layer before it, on a torch module.
+
+Exporters and runtimes fold BatchNorm too, but after that a channel's weights are the shared values
+times a factor of its own, and the codebook is lost. So it is folded here, before values are shared.
+Which layer feeds which is read off the exported graph, not guessed from names.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+_LINEAR_OPERATORS = {
+    torch.ops.aten.linear.default: False,
+    torch.ops.aten.conv1d.default: False,
+    torch.ops.aten.conv2d.default: False,
+    torch.ops.aten.conv3d.default: False,
+    torch.ops.aten.conv_transpose1d.default: True,
+    torch.ops.aten.conv_transpose2d.input: True,
+    torch.ops.aten.conv_transpose3d.input: True,
+}
+
+
+def fold_batch_norm(model: nn.Module, example: Tensor) -> tuple[str, ...]:
+    """Folds every BatchNorm whose only input is one Linear or convolution layer, in place.
+
+    The model goes to evaluation mode, in which its output stays the same to rounding; zeros of a
+    weight stay zeros. A BatchNorm that follows anything else, or a layer used more than once, is
+    left as it is.
+
+    Args:
+        model: a module with plain parameters that `torch.export` can trace.
+        example: [2, ...], a batch of the model's input on its device.
+
+    Returns:
+        The names of the BatchNorm layers that became `Identity`.
+    """
+    model.eval()
+    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        return ()
+    program = torch.export.export(model, (example,))
+    names = program.graph_signature.inputs_to_parameters
+    folded = []
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.batch_norm.default:
+            continue
+        before, scale = node.args[0], node.args[1]
+        if before.target not in _LINEAR_OPERATORS or len(before.users) != 1 or scale is None:
+            continue
+        weight = before.args[1]
+        if len(weight.users) != 1 or len(scale.users) != 1:
+            continue
+        if weight.name not in names or scale.name not in names:
+            continue
+        norm_name = names[scale.name].rpartition(".")[0]
+        layer = cast(Any, model.get_submodule(names[weight.name].rpartition(".")[0]))
+        norm = model.get_submodule(norm_name)
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
+            continue
+        _fold(layer, norm, transposed=_LINEAR_OPERATORS[before.target])
+        model.set_submodule(norm_name, nn.Identity())
+        folded.append(norm_name)
+    return tuple(folded)
+
+
+def _fold(layer: Any, norm: Any, *, transposed: bool) -> None:
+    statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    if isinstance(layer, nn.Linear):
+        weight, bias = fuse_linear_bn_weights(layer.weight, layer.bias, *statistics)
+    elif transposed and layer.groups > 1:
+        # [in, out / groups, ...]: the channels of a group lie along axis 1 of its rows
+        factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+        shape = (layer.groups, 1, -1, *[1] * (layer.weight.ndim - 2))
+        rows = layer.weight.view(layer.groups, -1, *layer.weight.shape[1:])
+        weight = (rows * factor.view(shape)).view_as(layer.weight)
+        before = 0 if layer.bias is None else layer.bias
+        bias = (before - norm.running_mean) * factor + norm.bias
+    else:
+        weight, bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, transposed)
+    # + 0.0: a pruned weight times a negative factor is -0.0, which is not the zero we store.
+    layer.weight = nn.Parameter(weight.detach() + 0.0)
+    layer.bias = nn.Parameter(bias.detach())

@@ -1,0 +1,195 @@
+"""From a network and its data to a small ONNX file with proof: the whole way of `compress`.
+
+One folder holds a run: recipe.yaml (written first, so that a killed run can be continued),
+checkpoints/, dense.onnx, model.onnx and report.json. The steps themselves live in their own rooms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from prune2onnx.callables import call_with, load_callable
+from prune2onnx.data import Data, collate, load_data
+from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.exporter import export
+from prune2onnx.files import write_whole
+from prune2onnx.pack import pack
+from prune2onnx.recipe import Recipe, read_recipe, resolve
+from prune2onnx.report import Report
+from prune2onnx.train import Epoch, Step, fit, make_accelerator, with_epochs
+from prune2onnx.validate import validate
+
+RECIPE, DENSE, MODEL, REPORT = "recipe.yaml", "dense.onnx", "model.onnx", "report.json"
+_TEST_BATCH = 500
+
+
+def compress(
+    recipe: Recipe,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    cpu: bool = False,
+    on_step: Callable[[Step], None] = lambda _: None,
+    on_epoch: Callable[[Epoch], None] = lambda _: None,
+) -> Report | None:
+    """Trains, prunes, shares, exports, packs and proves, into one folder.
+
+    Args:
+        recipe: the settings; for a run to be continued see `recipe_of`.
+        directory: the run's folder, made if missing.
+        overwrite: start again in a folder that holds a run.
+        resume: continue the run in `directory` from its last checkpoint; the result is the same,
+            byte for byte, as that of an uninterrupted run on the same machine.
+        cpu: do not use a GPU.
+        on_step: told every few steps.
+        on_epoch: told after each epoch.
+
+    Returns:
+        The report, also written to report.json; None in all but the main process.
+
+    Raises:
+        RecipeError: the recipe does not fit the folder or the processes.
+        Prune2OnnxError: a step failed; the message names what and why.
+        MismatchError: onnxruntime disagrees with torch or with the numpy decoder.
+    """
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError(f"{directory}: a file, expected a folder for the run")
+    if (directory / RECIPE).exists() and not (overwrite or resume):
+        state = "a finished" if (directory / REPORT).exists() else "an unfinished"
+        raise RecipeError(
+            f"{directory}: holds {state} run; continue it with --resume {directory}, "
+            "start again with --overwrite, or choose another folder with -o"
+        )
+    data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
+    recipe = with_epochs(recipe, len(data.train))  # type: ignore[arg-type]
+    model = make_model(recipe, data)
+    accelerator = make_accelerator(recipe, cpu=cpu)
+    if accelerator.is_main_process:
+        for name in (DENSE, MODEL, REPORT):
+            (directory / name).unlink(missing_ok=True)
+        write_whole(directory / RECIPE, recipe.to_yaml())
+    fitted = fit(
+        model,
+        data,
+        recipe,
+        accelerator=accelerator,
+        checkpoints=directory / "checkpoints",
+        resume=resume,
+        start=recipe.first_phase,
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    if not accelerator.is_main_process:
+        return None
+
+    dense = make_model(recipe, data)
+    dense.load_state_dict(fitted.dense)
+    dense_graph = export(dense, data.input_shape, opset=recipe.opset)
+    write_whole(directory / DENSE, dense_graph.SerializeToString())
+    packed = pack(export(fitted.model, data.input_shape, opset=recipe.opset))
+    write_whole(directory / MODEL, packed.model.SerializeToString())
+
+    expected = _scores(fitted.model, data.test)
+    report = validate(
+        directory / MODEL,
+        directory / DENSE,
+        batches=batches(data.test),
+        rows=packed.rows,
+        expected=expected,
+        pruned=fitted.pruned,
+        seed=recipe.seed,
+    )
+    write_whole(directory / REPORT, report.to_json())
+    return report
+
+
+def recipe_of(directory: str | Path) -> Recipe:
+    """The resolved recipe of a run's folder.
+
+    Raises:
+        RecipeError: the folder holds no run, or its recipe was damaged.
+    """
+    path = Path(directory) / RECIPE
+    if not path.exists():
+        raise RecipeError(f"{directory}: no {RECIPE} there, so no run to continue")
+    return resolve(read_recipe(path), source=str(path))
+
+
+def make_model(recipe: Recipe, data: Data) -> nn.Module:
+    """Calls the recipe's model function, seeded, and loads the weights if there are any.
+
+    The function is given `input_shape` and `classes` where its signature takes them.
+
+    Raises:
+        Prune2OnnxError: the function cannot be found or raises, returns no nn.Module, or the
+            weights do not fit.
+    """
+    torch.manual_seed(recipe.seed)
+    function = load_callable(recipe.model)
+    model = call_with(function, recipe.model, input_shape=data.input_shape, classes=data.classes)
+    if not isinstance(model, nn.Module):
+        raise Prune2OnnxError(
+            f"{recipe.model}: returned a {type(model).__name__}, expected a torch.nn.Module"
+        )
+    if recipe.weights is not None:
+        _load_weights(model, Path(recipe.weights))
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a state_dict from safetensors or a .pt / .pth file, without unpickling objects."""
+    if not path.is_file():
+        raise Prune2OnnxError(f"{path}: no such file; --weights expects .safetensors, .pt or .pth")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise Prune2OnnxError(f"{path}: not readable as weights: {_first_line(error)}") from error
+    except Exception as error:  # pickle.UnpicklingError: objects that weights_only refuses
+        raise Prune2OnnxError(
+            f"{path}: holds more than tensors, and is not loaded for safety; "
+            "save model.state_dict() instead"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise Prune2OnnxError(
+            f"{path}: holds a {type(state).__name__}, expected a state_dict: names and tensors"
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise Prune2OnnxError(f"{path}: does not fit the model: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def _loader(data: Dataset[Any]) -> DataLoader[Any]:
+    return DataLoader(data, batch_size=_TEST_BATCH, collate_fn=collate)
+
+
+def batches(data: Dataset[Any]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """A data set as numpy batches (x [n, ...], y [n]), for onnxruntime."""
+    for x, y in _loader(data):
+        yield x.numpy(), y.numpy()
+
+
+def _scores(model: nn.Module, data: Dataset[Any]) -> NDArray[np.float32]:
+    with torch.no_grad():
+        return np.concatenate([model(x).float().numpy() for x, _ in _loader(data)])

@@ -1,0 +1,210 @@
+"""The recipe: every setting of a compress run, in one place, enough to repeat it.
+
+Each field states its type, bounds, default and meaning once; the command line makes its options
+from them (`prune.epochs` becomes `--prune-epochs`), YAML files are checked against them, and the
+resolved recipe is written beside the result. No file is opened here but the one that is read.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from prune2onnx.errors import RecipeError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Dense(_Section):
+    """Phase 1: ordinary training. Skipped where trained weights are given."""
+
+    epochs: int | None = Field(
+        None, ge=1, description="epochs of dense training; default: about 1,500 steps"
+    )
+    lr: float = Field(2e-3, gt=0, description="peak learning rate (Adam)")
+
+
+class Prune(_Section):
+    """Phase 2: weights and thresholds are trained together."""
+
+    epochs: int | None = Field(
+        None, ge=1, description="epochs of pruning; default: about 4,000 steps"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of the weights (Adam)")
+    threshold_lr: float = Field(1e-2, gt=0, description="peak learning rate of the thresholds")
+    pressure: float = Field(
+        5.0, ge=0, description="lambda: loss added per unit of (weighted) density, 0-1"
+    )
+    ramp: float = Field(0.3, ge=0, le=1, description="part of the phase over which lambda grows")
+    density: float = Field(0.05, gt=0, le=1, description="density (0-1) at which the pressure ends")
+    function: Literal["threshold-linear", "soft-threshold", "sigmoid-gate"] = Field(
+        "threshold-linear", description="pruning function"
+    )
+    granularity: Literal["weight", "channel"] = Field(
+        "weight", description="what lives or dies together"
+    )
+    thresholds: Literal["layer", "channel"] = Field("layer", description="one threshold per ...")
+    beta: float = Field(10.0, gt=0, description="sharpness, in 1 / rms of the weight")
+    start: float = Field(0.05, gt=0, description="first threshold, in rms of the weight")
+    balance: float = Field(
+        0.5, ge=0, description="press a layer by (size / largest size) ** balance"
+    )
+    importance: dict[str, float] = Field(
+        default_factory=dict, description="further factor on the pressure, by name pattern"
+    )
+    include: tuple[str, ...] = Field(("*",), description="patterns of the weights to prune")
+    exclude: tuple[str, ...] = Field((), description="patterns of weights to leave alone")
+
+
+class Tune(_Section):
+    """Phase 3: the survivors are fine-tuned under fixed masks."""
+
+    epochs: int | None = Field(
+        None, ge=1, description="epochs of tuning; default: about 1,500 steps"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate (Adam)")
+
+
+class Share(_Section):
+    """Phase 4: surviving values are shared, and the shared values fine-tuned."""
+
+    epochs: int | None = Field(
+        None, ge=1, description="epochs of codebook tuning; default: about 800 steps"
+    )
+    lr: float = Field(3e-4, gt=0, description="peak learning rate (Adam)")
+    levels: int = Field(32, ge=2, le=256, description="values a weight's survivors share")
+    small_levels: int = Field(16, ge=2, le=256, description="values a bias shares")
+    slack: float = Field(
+        0.05, ge=0, description="validation error (points) that coarser biases may cost"
+    )
+
+
+class Recipe(_Section):
+    """Every setting of one `prune2onnx compress` run."""
+
+    model: str = Field(
+        description="file.py:callable or package.module:callable that makes the network"
+    )
+    data: str = Field(
+        "digits",
+        description="digits, mnist[:DIR], idx:DIR, folder:DIR, npz:FILE or file.py:callable",
+    )
+    weights: str | None = Field(
+        None,
+        description="weights to start from: .safetensors, or .pt read with weights_only",
+    )
+    start: Literal["dense", "prune", "tune"] | None = Field(
+        None,
+        description="first phase: dense, prune (the weights are trained) or tune (and pruned); "
+        "default: prune with weights, else dense",
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, order and split")
+    batch_size: int = Field(64, ge=1, description="examples per step, over all processes")
+    validation: float = Field(
+        0.1, gt=0, lt=1, description="part of the training set held out for choices"
+    )
+    precision: Literal["no", "fp16", "bf16"] = Field("no", description="mixed precision")
+    opset: int = Field(18, ge=18, description="ONNX operator set of the result")
+    dense: Dense = Dense()
+    prune: Prune = Prune()
+    tune: Tune = Tune()
+    share: Share = Share()
+
+    @property
+    def first_phase(self) -> str:
+        """Where training starts."""
+        return self.start or ("prune" if self.weights else "dense")
+
+    @model_validator(mode="after")
+    def _starts_with_weights(self) -> Self:
+        if self.start in ("prune", "tune") and self.weights is None:
+            raise ValueError(f"start is {self.start!r}, which needs weights")
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML document, every setting included."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
+
+
+def settings(section: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> field, for every setting, in order: {"model": ..., "prune.lr": ...}."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= settings(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML recipe, in part or whole, into nested settings that are not yet checked.
+
+    Raises:
+        RecipeError: no such file, not YAML, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{path}: cannot read the recipe: {reason}") from error
+    except yaml.YAMLError as error:
+        where = str(error).replace("\n", " ")
+        raise RecipeError(f"{path}: not valid YAML: {where}") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of settings, this is a {type(content).__name__}"
+        )
+    return content
+
+
+def resolve(
+    content: dict[str, Any], overrides: dict[str, Any] | None = None, source: str = "recipe"
+) -> Recipe:
+    """Checks settings and fills in defaults.
+
+    Args:
+        content: nested settings, as `read_recipe` returns them.
+        overrides: dotted name -> value; these win.
+        source: where `content` came from, for errors.
+
+    Raises:
+        RecipeError: an unknown key (the nearest known one is named) or a value that does not fit.
+    """
+    merged = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    for dotted, value in (overrides or {}).items():
+        *section, name = dotted.split(".")
+        place = merged
+        for part in section:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise RecipeError(f"{source}: {part} is {place!r}, expected a mapping of settings")
+        place[name] = value
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: " + "; ".join(map(_explain, error.errors()))) from error
+
+
+def _explain(error: ErrorDetails) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "extra_forbidden":
+        known = [*settings(), *Recipe.model_fields]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(settings())}"
+        return f"unknown key {name!r}{hint}"
+    return f"{name} is {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"

@@ -1,0 +1,384 @@
+"""Proof by onnxruntime: parity, folding, accuracy, size, load time, memory and latency.
+
+Everything that runs onnxruntime lives here. What a claim rests on:
+
+1. every decoded weight equals the numpy decoder's, bit for bit (`check_weights`);
+2. the graph onnxruntime is left with has the operators of the unpacked file's (`folds`);
+3. outputs agree with a reference within float tolerance (`max_abs_diff`, `check_outputs`);
+4. numbers are measured beside the dense file's, interleaved, and load time and memory each in a
+   process of its own (`measure`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from prune2onnx.errors import MismatchError, Prune2OnnxError
+from prune2onnx.pack import decode_graph, decoded_weights, inspect, load, unpack
+from prune2onnx.report import Measured, Report, WeightRow
+
+Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
+
+_LOADS = 5  # fresh processes per file
+_WARM_UP = 20
+_RUNS = 300  # timed inferences per file
+_MOST_SECONDS = 8.0  # timing stops there, however slow the model
+
+# float32 sums in another order: relative to the largest score, with room for deep networks
+_RELATIVE, _ABSOLUTE = 1e-4, 1e-5
+
+
+def session(
+    model: str | Path | onnx.ModelProto,
+    *,
+    level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    optimised: Path | None = None,
+) -> ort.InferenceSession:
+    """Opens a model on the CPU.
+
+    Args:
+        model: a path or a model in memory (under 2 GB).
+        level: how far onnxruntime optimises the graph.
+        optimised: where to save the optimised graph.
+
+    Raises:
+        Prune2OnnxError: onnxruntime refuses the model; its reason is in the message.
+    """
+    options = ort.SessionOptions()
+    options.graph_optimization_level = level
+    options.log_severity_level = 3  # a saved optimised graph earns a warning nobody needs
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
+    in_memory = isinstance(model, onnx.ModelProto)
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises its own kinds, and they have no common base
+        name = "the model" if in_memory else str(model)
+        raise Prune2OnnxError(
+            f"{name}: onnxruntime {ort.__version__} cannot open it: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:400]
+
+
+def check_weights(packed: onnx.ModelProto) -> int:
+    """Decodes every coded weight in onnxruntime and compares it with the numpy decoder's.
+
+    Returns:
+        The number of coded weights.
+
+    Raises:
+        MismatchError: one differs in a bit; it is named.
+    """
+    expected = decoded_weights(packed)
+    if not expected:
+        return 0
+    names = list(expected)
+    got = session(decode_graph(packed)).run(names, {})
+    for name, value in zip(names, got, strict=True):
+        want = expected[name]
+        if value.shape != want.shape or value.tobytes() != want.tobytes():
+            raise MismatchError(
+                f"{name}: onnxruntime {ort.__version__} decodes it to other bits than the numpy "
+                "decoder; do not ship this file, and report this with the file"
+            )
+    return len(names)
+
+
+def operators(model: onnx.ModelProto, level: ort.GraphOptimizationLevel) -> list[str]:
+    """The operators onnxruntime is left with after optimising a model, in its order."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        session(model, level=level, optimised=path)
+        optimised = onnx.load(path)
+    return [f"{node.domain}:{node.op_type}" for node in optimised.graph.node]
+
+
+def folds(packed: onnx.ModelProto) -> bool:
+    """Whether onnxruntime folds every decoder away when it creates the session.
+
+    True when the optimised graph has the operators of the unpacked model's, as many of each, at
+    the basic and at the full level of optimisation.
+    """
+    plain = unpack(packed)
+    levels = (
+        ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    )
+    return all(
+        Counter(operators(packed, level)) == Counter(operators(plain, level)) for level in levels
+    )
+
+
+def max_abs_diff(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Largest absolute difference of two outputs of one shape."""
+    return float(np.max(np.abs(a.astype(np.float64) - b), initial=0.0))
+
+
+def check_outputs(name: str, got: NDArray[Any], want: NDArray[Any]) -> float:
+    """Compares outputs with a reference's within float tolerance; returns the largest difference.
+
+    Raises:
+        MismatchError: they differ by more than rounding explains.
+    """
+    if got.shape != want.shape:
+        raise MismatchError(f"{name}: output shape {got.shape}, the reference's is {want.shape}")
+    same_special = np.array_equal(np.isfinite(got), np.isfinite(want))
+    finite = np.isfinite(want)
+    difference = max_abs_diff(got[finite], want[finite]) if same_special else float("inf")
+    allowed = _ABSOLUTE + _RELATIVE * float(np.max(np.abs(want[finite]), initial=0.0))
+    if difference > allowed:
+        raise MismatchError(
+            f"{name}: outputs differ from the reference's by up to {difference:.3g}, "
+            f"at most {allowed:.3g} is rounding; do not ship this file"
+        )
+    return difference
+
+
+def scores(
+    opened: ort.InferenceSession, batches: Batches
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Runs a classifier over a data set.
+
+    Returns:
+        (its first output [n, classes], labels [n]).
+    """
+    name = opened.get_inputs()[0].name
+    outputs, labels = [], []
+    for x, y in batches:
+        try:
+            outputs.append(opened.run(None, {name: x})[0])
+        except Exception as error:
+            raise Prune2OnnxError(
+                f"the model does not take the data: {_first_line(error)}; its input is "
+                f"{_input_text(opened)}, the data's examples are {list(x.shape[1:])}"
+            ) from error
+        labels.append(y)
+    out = np.concatenate(outputs)
+    if out.ndim != 2:
+        raise Prune2OnnxError(
+            f"the model's first output has shape {list(out.shape)}, expected [n, classes]"
+        )
+    return out, np.concatenate(labels)
+
+
+def _input_text(opened: ort.InferenceSession) -> str:
+    return ", ".join(f"{i.name} {i.type} {i.shape}" for i in opened.get_inputs())
+
+
+def error_percent(outputs: NDArray[Any], labels: NDArray[np.int64]) -> float:
+    """Percent of examples whose highest score is not their label's."""
+    return 100 * float(np.mean(outputs.argmax(1) != labels))
+
+
+def random_inputs(opened: ort.InferenceSession, seed: int = 0) -> dict[str, NDArray[Any]]:
+    """Inputs that fit a model: standard normal floats, zeros for other types, 1 where dynamic."""
+    generator = np.random.default_rng(seed)
+    inputs: dict[str, NDArray[Any]] = {}
+    for info in opened.get_inputs():
+        shape = [extent if isinstance(extent, int) and extent > 0 else 1 for extent in info.shape]
+        kind = info.type.removeprefix("tensor(").removesuffix(")")
+        dtype = {"float": "float32", "double": "float64", "bool": "bool"}.get(kind, kind)
+        dtype = {"float16": "float16"}.get(dtype, dtype)
+        try:
+            zeros = np.zeros(shape, dtype)
+        except TypeError as error:
+            raise Prune2OnnxError(
+                f"input {info.name} has type {info.type}, for which no example can be made up; "
+                "give some with --data"
+            ) from error
+        normal = generator.standard_normal(shape)
+        inputs[info.name] = normal.astype(dtype) if zeros.dtype.kind == "f" else zeros
+    return inputs
+
+
+# Runs alone in a fresh interpreter, so it may import nothing of the project (torch's memory and
+# start-up time would be counted). VmHWM, not ru_maxrss: the latter is inherited across exec.
+_PROBE = """
+import json, sys, time
+import onnxruntime as ort
+options = ort.SessionOptions()
+options.log_severity_level = 3
+start = time.perf_counter()
+ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+load_ms = 1e3 * (time.perf_counter() - start)
+try:
+    lines = open("/proc/self/status").read().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+except (OSError, StopIteration):
+    import psutil
+    info = psutil.Process().memory_info()
+    peak = getattr(info, "peak_wset", info.rss)
+print(json.dumps([load_ms, peak]))
+"""
+
+
+def _load_in_fresh_process(path: Path) -> tuple[float, int]:
+    done = subprocess.run(
+        [sys.executable, "-c", _PROBE, str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise Prune2OnnxError(
+            f"{path}: a fresh process cannot open it: {done.stderr.strip()[-400:]}"
+        )
+    load_ms, peak = json.loads(done.stdout)
+    return float(load_ms), int(peak)
+
+
+def measure(
+    files: Sequence[Path], inputs: dict[str, NDArray[Any]], errors: Sequence[float | None]
+) -> list[Measured]:
+    """Load time, peak memory and latency of several files, interleaved.
+
+    Args:
+        files: ONNX files that take the same inputs.
+        inputs: one example.
+        errors: of each file, passed through.
+
+    Returns:
+        One `Measured` per file: medians of 5 loads in fresh processes, percentiles of up to 300
+        runs after 20 to warm up, with onnxruntime's default number of threads.
+    """
+    loads = [[_load_in_fresh_process(path) for path in files] for _ in range(_LOADS)]
+    opened = [session(path) for path in files]
+    for one in opened:
+        for _ in range(_WARM_UP):
+            one.run(None, inputs)
+    times: list[list[float]] = [[] for _ in files]
+    began = time.perf_counter()
+    while len(times[0]) < _RUNS and time.perf_counter() - began < _MOST_SECONDS:
+        for one, taken in zip(opened, times, strict=True):
+            start = time.perf_counter()
+            one.run(None, inputs)
+            taken.append(1e3 * (time.perf_counter() - start))
+    return [
+        Measured(
+            nbytes=_nbytes(path),
+            error=error,
+            load_ms=float(np.median([run[index][0] for run in loads])),
+            peak_rss_bytes=int(np.median([run[index][1] for run in loads])),
+            latency_ms={
+                "p50": float(np.percentile(times[index], 50)),
+                "p95": float(np.percentile(times[index], 95)),
+            },
+        )
+        for index, (path, error) in enumerate(zip(files, errors, strict=True))
+    ]
+
+
+def _nbytes(path: Path) -> int:
+    """Bytes of a model: the file and the external data beside it."""
+    total: int = path.stat().st_size
+    proto = onnx.load(path, load_external_data=False)
+    beside = {
+        entry.value
+        for tensor in proto.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for name in beside:
+        total += (path.parent / name).stat().st_size
+    return total
+
+
+def environment() -> dict[str, Any]:
+    """What the figures depend on: versions, processor, cores."""
+    packages = ("torch", "onnx", "onnxruntime", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cores": len(usable),
+    }
+
+
+def validate(
+    file: Path,
+    reference: Path | None = None,
+    *,
+    batches: Batches | None = None,
+    rows: Sequence[WeightRow] | None = None,
+    expected: NDArray[Any] | None = None,
+    pruned: Sequence[str] | None = None,
+    seed: int = 0,
+) -> Report:
+    """Proves a packed file and measures it beside a reference.
+
+    Args:
+        file: the packed file (a plain one is its own unpacked file).
+        reference: a dense file with the same inputs; default: what `file` unpacks to.
+        batches: test examples; without them no error is reported and outputs are compared on
+            random inputs.
+        rows: how the weights are stored; default: read off the file.
+        expected: [n, classes], the scores `file` must give on `batches`, from another runtime
+            (torch); default: what the unpacked file gives in onnxruntime.
+        pruned: names of the weights that count for the density; default: those that are coded
+            with positions or, where there are none, all of at least two axes.
+        seed: written into the report.
+
+    Raises:
+        MismatchError: a decoded weight or an output differs from the reference's.
+        Prune2OnnxError: a file cannot be read, or onnxruntime cannot open it.
+    """
+    packed = load(file)
+    check_weights(packed)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "unpacked.onnx"
+        onnx.save(unpack(packed), plain)
+        beside = plain if reference is None else reference
+        opened, against = session(file), session(beside)
+        taken = list(batches) if batches is not None else None
+        error: float | None = None
+        reference_error: float | None = None
+        if taken is not None:
+            outputs, labels = scores(opened, taken)
+            error = error_percent(outputs, labels)
+            reference_error = error_percent(*scores(against, taken))
+            want = expected if expected is not None else scores(session(plain), taken)[0]
+            difference = check_outputs(file.name, outputs, want)
+            inputs = {opened.get_inputs()[0].name: taken[0][0][:1]}
+        else:
+            inputs = random_inputs(opened, seed)
+            pairs = zip(opened.run(None, inputs), session(plain).run(None, inputs), strict=True)
+            difference = max(check_outputs(file.name, got, want) for got, want in pairs)
+        renamed = [i.name for i in against.get_inputs()]
+        if renamed != list(inputs):
+            raise Prune2OnnxError(
+                f"{beside}: its inputs are {renamed}, those of {file} are {list(inputs)}; "
+                "they cannot be compared"
+            )
+        dense, compressed = measure([beside, file], inputs, [reference_error, error])
+    rows = tuple(inspect(packed)) if rows is None else tuple(rows)
+    return Report(
+        version=importlib.metadata.version("prune2onnx"),
+        seed=seed,
+        environment=environment(),
+        dense=dense,
+        compressed=compressed,
+        folded=folds(packed),
+        max_abs_diff=difference,
+        weights=rows,
+        pruned=None if pruned is None else tuple(pruned),
+    )

@@ -1,0 +1,251 @@
+"""The command line: what is printed where, exit statuses, and one clear line for bad input."""
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from conftest import tiny_mlp
+
+from prune2onnx.cli import main
+from prune2onnx.exporter import export
+from prune2onnx.recipe import settings
+
+ROOT = Path(__file__).parent.parent
+LENET = f"{ROOT / 'models' / 'lenet.py'}:lenet_300_100"
+EPOCHS = [f"--{phase}-epochs=2" for phase in ("dense", "prune", "tune", "share")]
+
+
+def run(*arguments: object, status: int = 0):
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output + str(result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A plain ONNX file whose weights have few values."""
+    model = tiny_mlp()
+    for parameter in model.parameters():
+        parameter.data = (parameter.data * 8).round() / 8
+    path = tmp_path_factory.mktemp("onnx") / "dense.onnx"
+    path.write_bytes(export(model, (1, 6, 6)).SerializeToString())
+    return path
+
+
+def test_pack_inspect_validate_unpack(dense, tmp_path):
+    packed, back = tmp_path / "packed.onnx", tmp_path / "back.onnx"
+    rows = json.loads(run("pack", dense, packed, "--json").stdout)
+    assert rows["nbytes"] == packed.stat().st_size < dense.stat().st_size / 4
+    again = json.loads(run("inspect", packed, "--json").stdout)
+    assert [w["codec"] for w in again["weights"]] == [w["codec"] for w in rows["weights"]]
+    assert again["weights"][0]["dtype"] == "float32"
+    result = run("inspect", packed)
+    assert result.stdout == "" and "1.weight" in result.stderr
+    report = json.loads(run("validate", packed, "--reference", dense, "--json").stdout)
+    assert report["folded"] and report["max_abs_diff"] == 0 and report["ratio"] > 4
+    assert "smaller" in run("validate", packed).stderr
+    run("unpack", packed, back)
+    assert back.read_bytes() == dense.read_bytes()
+
+
+def test_compress_tells_people_on_stderr_and_programs_on_stdout(tmp_path):
+    folder = tmp_path / "run"
+    result = run("compress", LENET, "-o", folder, "--json", "--cpu", "--share-levels=16", *EPOCHS)
+    assert json.loads(result.stdout) == json.loads((folder / "report.json").read_text())
+    for part in ("validation error", "fc1.weight", "smaller", "folded away on load", "model.onnx"):
+        assert part in result.stderr
+    assert "levels: 16" in (folder / "recipe.yaml").read_text()
+    data = run("validate", folder / "model.onnx", "--data", "digits", "--json")
+    assert json.loads(data.stdout)["compressed"]["error"] is not None
+    result = run("compress", LENET, "-o", folder, *EPOCHS, status=2)
+    assert "holds a finished run" in result.stderr
+
+
+def test_flags_override_the_recipe(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {LENET}\nprune: {{density: 0.2}}\nshare: {{levels: 300}}\n")
+    says = run("compress", "--recipe", recipe, "-o", tmp_path / "x", status=2).stderr
+    assert "share.levels is 300" in says and not (tmp_path / "x").exists()
+    importance = ["--prune-importance", "fc1=2", "--prune-importance", "fc2*=0.5"]
+    run("compress", "--recipe", recipe, "-o", tmp_path / "y", "--share-levels=4", *importance,
+        "--cpu", *EPOCHS)  # fmt: skip
+    text = (tmp_path / "y" / "recipe.yaml").read_text()
+    for part in ("density: 0.2", "levels: 4", "fc1: 2.0", "fc2*: 0.5"):
+        assert part in text
+
+
+def test_help_shows_every_setting_with_its_meaning_and_default():
+    text = run("compress", "--help").stdout
+    flat = " ".join(text.split())
+    for dotted in settings():
+        if dotted != "model":
+            assert f"--{dotted.replace('.', '-').replace('_', '-')} " in flat
+    assert "[default: threshold-linear]" in flat
+    assert {"compress", "pack", "unpack", "inspect", "validate"} <= set(
+        run("--help").stdout.split()
+    )
+
+
+def refused(*arguments: object, status: int = 1) -> str:
+    """The one line of an error: no traceback, nothing on stdout."""
+    result = run(*arguments, status=status)
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("prune2onnx: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+NETS = """
+from torch import nn
+def raises(): raise RuntimeError("no such layer")
+def none(): return None
+def wrong_input(): return nn.Sequential(nn.Flatten(), nn.Linear(3, 10))
+def few_outputs(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 4))
+number = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("nowhere.py:net", "nowhere.py"),
+        ("{nets}:lenet", "lenet"),
+        ("{nets}:number", "number"),
+        ("{nets}:raises", "no such layer"),
+        ("{nets}:none", "returned a NoneType, expected a torch.nn.Module"),
+        ("{nets}:wrong_input", "fails on an input of shape [2, 1, 8, 8]"),
+        ("{nets}:few_outputs", "returns [2, 4]"),
+        ("no.such.module:net", "no.such"),
+    ],
+)
+def test_models_that_cannot_be_used_are_named(model, says, tmp_path):
+    (tmp_path / "nets.py").write_text(NETS)
+    spec = model.format(nets=tmp_path / "nets.py")
+    assert says in refused("compress", spec, "-o", tmp_path / "run", "--cpu")
+    assert not (tmp_path / "run" / "model.onnx").exists()
+
+
+def bad_data(kind: str, folder: Path) -> str:
+    """Makes a source that cannot be used and names it."""
+    if kind == "one class":
+        np.savez(folder / "d.npz", x=np.zeros((20, 1, 8, 8), np.float32), y=np.zeros(20, int))
+        return f"npz:{folder / 'd.npz'}"
+    if kind == "other shape":
+        y = np.arange(60) % 10
+        np.savez(folder / "d.npz", x=np.zeros((60, 3), np.float32), y=y)
+        return f"npz:{folder / 'd.npz'}"
+    if kind == "truncated":
+        whole = np.zeros((50, 8, 8), np.uint8).tobytes()
+        header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in (50, 8, 8))
+        labels = bytes([0, 0, 8, 1]) + (50).to_bytes(4, "big") + bytes(50)
+        for stem in ("train", "t10k"):
+            images = gzip.compress((header + whole)[:-7])
+            (folder / f"{stem}-images-idx3-ubyte.gz").write_bytes(images)
+            (folder / f"{stem}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(labels))
+        return f"idx:{folder}"
+    (folder / "empty").mkdir()
+    return f"folder:{folder / 'empty'}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("one class", "expected at least 2 classes"),
+        ("other shape", "fails on an input of shape [2, 3]"),
+        ("truncated", "3,209"),
+        ("empty", "empty"),
+    ],
+)
+def test_data_that_cannot_be_used_is_named(kind, says, tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\ndef net(): return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))\n"
+    )
+    source = bad_data(kind, tmp_path)
+    model = f"{tmp_path / 'net.py'}:net"
+    said = refused("compress", model, "--data", source, "-o", tmp_path / "run", "--cpu")
+    assert says in said
+
+
+def test_files_that_are_no_onnx_are_named(dense, tmp_path):
+    junk, cut, empty = (tmp_path / name for name in ("junk.onnx", "cut.onnx", "empty.onnx"))
+    junk.write_bytes(b"this is not a model at all" * 10)
+    cut.write_bytes(dense.read_bytes()[:-100])
+    empty.write_bytes(b"")
+    out = tmp_path / "out.onnx"
+    for path in (junk, cut, empty, tmp_path / "missing.onnx"):
+        for verb in (["pack", path, out], ["unpack", path, out], ["inspect", path]):
+            assert path.name in refused(*verb)
+        assert path.name in refused("validate", path)
+    assert not out.exists()
+
+
+def test_wrong_usage_has_status_2(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {LENET}\nprune: {{densty: 0.2}}\n")
+    said = refused("compress", "--recipe", recipe, "-o", tmp_path / "x", status=2)
+    assert "unknown key 'prune.densty'; did you mean 'prune.density'?" in said
+    assert "digits" in refused("compress", LENET, "--data", "digit", "-o", tmp_path, status=2)
+    assert "Missing argument 'MODEL'" in run("compress", "-o", tmp_path, status=2).stderr
+    assert "Missing option '-o'" in run("compress", LENET, status=2).stderr
+    assert "no run to continue" in refused("compress", "--resume", tmp_path, status=2)
+    assert "give it alone" in refused("compress", LENET, "--resume", tmp_path, status=2)
+    says = run("compress", LENET, "--prune-importance", "fc1", "-o", tmp_path, status=2).stderr
+    assert "'fc1' is not PATTERN=FACTOR" in says
+    assert run("compress", LENET, "--prune-function", "hard", "-o", tmp_path, status=2)
+
+
+def test_a_full_disk_ends_with_one_line_and_no_half_file(dense, tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    said = refused("pack", dense, tmp_path / "out.onnx")
+    assert "out.onnx: cannot write" in said and "No space left on device" in said
+    assert "No space left" in refused("compress", LENET, "-o", tmp_path / "run", "--cpu", *EPOCHS)
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == []
+
+
+def test_ctrl_c_has_status_130_and_says_how_to_continue(tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "prune2onnx", "compress", LENET, "-o", str(folder), "--cpu"]
+    process = subprocess.Popen(
+        [*command, "--dense-epochs=5000"], stderr=subprocess.PIPE, text=True, stdout=subprocess.PIPE
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not (folder / "checkpoints" / "running.safetensors").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, stderr
+    assert f"continue with: prune2onnx compress --resume {folder}" in stderr
+    assert "Traceback" not in stderr and stdout == ""
+    assert not (folder / "model.onnx").exists()
+
+
+def test_an_output_that_disagrees_has_status_4(dense, tmp_path, monkeypatch):
+    import importlib
+
+    packed = tmp_path / "packed.onnx"
+    run("pack", dense, packed)
+    room = importlib.import_module("prune2onnx.validate")
+    real = room.decoded_weights
+    monkeypatch.setattr(room, "decoded_weights", lambda m: {n: -w for n, w in real(m).items()})
+    assert "other bits" in refused("validate", packed, status=4)
+
+
+def test_packing_does_not_wait_for_torch(dense, tmp_path):
+    script = "import sys, prune2onnx.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0

@@ -1,0 +1,75 @@
+"""BatchNorm folding: same output, zeros kept, and only where it is exact."""
+
+import pytest
+import torch
+from torch import nn
+
+from prune2onnx.fold import fold_batch_norm
+
+
+def warmed(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    """Gives BatchNorm statistics, scales and signs worth folding."""
+    torch.manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.uniform_(module.weight, -2, 2)
+            nn.init.uniform_(module.bias, -1, 1)
+    model.train()
+    for _ in range(3):
+        model(x + torch.randn_like(x))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("layer", "norm", "shape"),
+    [
+        (nn.Conv1d(4, 6, 3, groups=2), nn.BatchNorm1d(6), (4, 8)),
+        (nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), (4, 8, 8)),
+        (nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3), (2, 4, 4, 4)),
+        (nn.ConvTranspose2d(4, 6, 2), nn.BatchNorm2d(6), (4, 5, 5)),
+        (nn.ConvTranspose2d(4, 6, 2, groups=2, bias=False), nn.BatchNorm2d(6), (4, 5, 5)),
+        (nn.Linear(5, 7), nn.BatchNorm1d(7), (5,)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_output_is_the_same_and_zeros_stay_positive_zero(layer, norm, shape):
+    x = torch.randn(4, *shape)
+    with torch.no_grad():
+        layer.weight[layer.weight.abs() < 0.1] = 0
+    model = warmed(nn.Sequential(layer, norm, nn.ReLU()), x)
+    zeros, before = layer.weight == 0, model(x)
+    assert fold_batch_norm(model, x) == ("1",)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert isinstance(model[1], nn.Identity)
+    assert torch.equal(model[0].weight == 0, zeros)
+    assert not torch.signbit(model[0].weight[zeros]).any()
+
+
+class Residual(nn.Module):
+    """Two uses of one convolution, and a BatchNorm that follows an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.twice, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.once, self.other = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.last = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        y = self.norm(self.twice(x)) + self.twice(x)
+        return self.last(y + self.other(self.once(x)))
+
+
+def test_what_cannot_be_folded_exactly_is_left():
+    x = torch.randn(4, 3, 5, 5)
+    model = warmed(Residual(), x)
+    before = model(x)
+    assert fold_batch_norm(model, x) == ("other",)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_batch_norm_is_not_traced():
+    class Untraceable(nn.Module):
+        def forward(self, x):
+            return x if float(x.sum()) > 0 else -x
+
+    assert fold_batch_norm(Untraceable(), torch.ones(2, 3)) == ()

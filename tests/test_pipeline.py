@@ -1,0 +1,174 @@
+"""The whole way: one folder with everything in it, repeatable, and continued after kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import prune2onnx
+from prune2onnx import Prune2OnnxError, RecipeError, compress, load_data, read_recipe, resolve
+from prune2onnx.pack import load, unpack
+from prune2onnx.pipeline import make_model, recipe_of
+
+ROOT = Path(__file__).parent.parent
+QUICK = {
+    "model": f"{ROOT / 'models' / 'lenet.py'}:lenet_300_100",
+    "dense": {"epochs": 4},
+    "prune": {"epochs": 4, "threshold_lr": 0.1},
+    "tune": {"epochs": 3},
+    "share": {"epochs": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short run on the digits, and its report."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    epochs = []
+    report = compress(resolve(QUICK), folder, cpu=True, on_epoch=epochs.append)
+    assert len(epochs) == 14
+    return folder, report
+
+
+def test_a_run_leaves_result_reference_recipe_report_and_checkpoints(finished):
+    folder, report = finished
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "dense.onnx",
+        "model.onnx",
+        "recipe.yaml",
+        "report.json",
+    ]
+    assert json.loads((folder / "report.json").read_text()) == report.to_dict()
+    assert report.folded and report.max_abs_diff < 1e-3
+    assert report.ratio == (folder / "dense.onnx").stat().st_size / report.compressed.nbytes
+    assert report.ratio > 8 and report.density < 0.4
+
+
+def test_the_report_says_what_onnxruntime_answers(finished):
+    folder, report = finished
+    test = load_data("digits").test
+    x = np.stack([x.numpy() for x, _ in test])
+    y = np.array([int(y) for _, y in test])
+    for name, measured in (("dense.onnx", report.dense), ("model.onnx", report.compressed)):
+        (scores,) = ort.InferenceSession(folder / name).run(None, {"input": x})
+        assert measured.error == pytest.approx(100 * np.mean(scores.argmax(1) != y))
+
+
+def test_the_files_weights_are_shared_and_counted(finished):
+    folder, report = finished
+    stored = {t.name: t for t in unpack(load(folder / "model.onnx")).graph.initializer}
+    for row in report.weights:
+        if row.name in ("fc1.weight", "fc2.weight", "fc3.weight"):
+            values = np.frombuffer(stored[row.name].raw_data, np.float32)
+            assert row.nnz == np.count_nonzero(values)
+            assert np.unique(values[values != 0]).size <= 32
+
+
+def test_the_recipe_beside_the_result_repeats_it(finished, tmp_path):
+    folder, _ = finished
+    compress(resolve(read_recipe(folder / "recipe.yaml")), tmp_path / "again", cpu=True)
+    for name in ("model.onnx", "dense.onnx", "recipe.yaml"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_folder_with_a_run_is_not_overwritten_unasked(finished):
+    folder, _ = finished
+    with pytest.raises(RecipeError, match="holds a finished run; continue it with --resume"):
+        compress(resolve(QUICK), folder, cpu=True)
+    assert recipe_of(folder).prune.epochs == 4
+    with pytest.raises(RecipeError, match="no run to continue"):
+        recipe_of(folder / "nowhere")
+    with pytest.raises(RecipeError, match="a file, expected a folder"):
+        compress(resolve(QUICK), folder / "model.onnx", cpu=True)
+
+
+_KILL_IN = """
+import os, signal, sys
+from prune2onnx import compress, read_recipe, resolve
+from prune2onnx.pipeline import recipe_of
+folder, phase = sys.argv[1:3]
+resume = os.path.exists(folder)
+recipe = recipe_of(folder) if resume else resolve(read_recipe(sys.argv[3]))
+def kill(step):
+    if step.phase == phase and step.epoch == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+compress(recipe, folder, cpu=True, resume=resume, on_step=kill)
+"""
+
+
+def test_kill_9_in_each_phase_then_resume_gives_the_same_bytes(finished, tmp_path):
+    whole, _ = finished
+    folder = tmp_path / "killed"
+    for phase in ("dense", "prune", "tune", "share"):
+        arguments = [str(folder), phase, str(whole / "recipe.yaml")]
+        done = subprocess.run([sys.executable, "-c", _KILL_IN, *arguments], capture_output=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+        assert not (folder / "model.onnx").exists()
+    command = [sys.executable, "-m", "prune2onnx", "compress", "--resume", str(folder), "--cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder / "model.onnx").read_bytes() == (whole / "model.onnx").read_bytes()
+    assert (folder / "dense.onnx").read_bytes() == (whole / "dense.onnx").read_bytes()
+
+
+def test_a_network_with_batch_norm_goes_the_whole_way(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "def net(classes):\n"
+        "    return nn.Sequential(\n"
+        "        nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(),\n"
+        "        nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),\n"
+        "        nn.Flatten(), nn.Linear(256, classes))\n"
+    )
+    recipe = resolve({**QUICK, "model": f"{tmp_path / 'net.py'}:net"})
+    report = compress(recipe, tmp_path / "run", cpu=True)
+    assert report.folded and report.max_abs_diff < 1e-2
+    coded = [row for row in report.weights if "codebook" in row.codec]
+    assert {"0.weight", "3.weight", "7.weight"} <= {row.name for row in coded}
+
+
+def weights_file(path: Path, content: object) -> str:
+    torch.save(content, path)
+    return str(path)
+
+
+def test_weights_come_from_safetensors_or_pt_and_never_from_pickled_objects(tmp_path):
+    data = load_data("digits")
+    recipe = resolve(QUICK)
+    model = make_model(recipe.model_copy(update={"seed": 9}), data)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    paths = {
+        "safetensors": str(tmp_path / "w.safetensors"),
+        "pt": weights_file(tmp_path / "w.pt", model.state_dict()),
+        "nested": weights_file(tmp_path / "n.pt", {"state_dict": model.state_dict(), "epoch": 3}),
+    }
+    for path in paths.values():
+        loaded = make_model(recipe.model_copy(update={"weights": path}), data)
+        assert torch.equal(loaded.fc1.weight, model.fc1.weight)
+    bad = {
+        "no such file": str(tmp_path / "none.pt"),
+        "holds more than tensors": weights_file(tmp_path / "m.pt", model),
+        "expected a state_dict": weights_file(tmp_path / "t.pt", torch.ones(3)),
+        "does not fit the model": weights_file(tmp_path / "o.pt", {"fc9.weight": torch.ones(3)}),
+    }
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:50])
+    bad["not readable as weights"] = str(tmp_path / "cut.safetensors")
+    for says, path in bad.items():
+        with pytest.raises(Prune2OnnxError, match=says):
+            make_model(recipe.model_copy(update={"weights": path}), data)
+
+
+def test_every_public_verb_is_there():
+    for name in prune2onnx.__all__:
+        assert callable(getattr(prune2onnx, name)), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        prune2onnx.nothing  # noqa: B018

@@ -1,0 +1,51 @@
+"""Who may import whom inside the project; the linter holds the walls to other libraries."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "prune2onnx"
+EVERYWHERE = {"errors", "files"}
+MAY_IMPORT = {
+    "callables": set(),
+    "checkpoint": set(),
+    "codecs": {"codecs"},
+    "data": {"callables", "data"},
+    "exporter": set(),
+    "fold": set(),
+    "pack": {"codecs", "report"},
+    "pruning": {"pruning"},
+    "quantize": set(),
+    "recipe": set(),
+    "report": set(),
+    "sharing": {"quantize"},
+    "train": {"checkpoint", "data", "fold", "pruning", "recipe", "sharing"},
+    "validate": {"pack", "report"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        rooms |= {name.split(".")[1] for name in names if name.startswith("prune2onnx.")}
+    return rooms
+
+
+@pytest.mark.parametrize("room", MAY_IMPORT)
+def test_a_room_knows_only_the_rooms_it_may(room):
+    files = [PACKAGE / f"{room}.py"] if (PACKAGE / f"{room}.py").exists() else []
+    files += (PACKAGE / room).glob("*.py")
+    assert files
+    for path in files:
+        assert imported(path) <= MAY_IMPORT[room] | EVERYWHERE, path
+
+
+def test_models_are_written_as_a_user_would():
+    for path in (PACKAGE.parent / "models").glob("*.py"):
+        assert "prune2onnx" not in path.read_text()

@@ -1,0 +1,85 @@
+"""What a pruning step costs beside a dense training step, and whether it slows down with time.
+
+    python tools/step_cost.py [--steps 60] [--epochs 20]
+
+LeNet-5, batch 128, 2 threads, random data. First both kinds of step are timed in turn, medians
+and their ratio. Then a pruning run is carried through, its thresholds rising, and its steps are
+timed again at the end of every epoch beside dense ones: a weight that decays into denormals would
+show here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import click
+import numpy as np
+import torch
+from torch import nn
+
+from prune2onnx import density, penalty, prune
+from prune2onnx.callables import load_callable
+
+PRESSURE = 5.0
+STEPS_PER_EPOCH = 100
+
+
+def make_step(model: nn.Module, *, pruned: bool, lr: float = 1e-3) -> Callable[[], None]:
+    """A training step on one fixed batch."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(128, 1, 28, 28, generator=generator)
+    y = torch.randint(0, 10, (128,), generator=generator)
+    if pruned:
+        prune(model, balance=0.5)
+    size = density(model).size
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+
+    def step() -> None:
+        loss = nn.functional.cross_entropy(model(x), y)
+        if pruned:
+            loss = loss + PRESSURE / size * penalty(model)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+    return step
+
+
+def interleaved(steps: list[Callable[[], None]], count: int) -> list[float]:
+    """Median milliseconds of each, taken in turn."""
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(count):
+        for step, taken in zip(steps, times, strict=True):
+            start = time.perf_counter()
+            step()
+            taken.append(1e3 * (time.perf_counter() - start))
+    return [float(np.median(taken)) for taken in times]
+
+
+@click.command()
+@click.option("--steps", default=60)
+@click.option("--epochs", default=20)
+def main(steps: int, epochs: int) -> None:
+    """Time the steps and print the table."""
+    torch.set_num_threads(2)
+    torch.set_flush_denormal(True)
+    make = load_callable("models/lenet.py:lenet5")
+    torch.manual_seed(0)
+    dense = make_step(make(), pruned=False)
+    pruning = make_step(make(), pruned=True)
+    interleaved([dense, pruning], 5)
+    print("| after | dense step | pruning step | ratio |")
+    print("| --- | --- | --- | --- |")
+    a, b = interleaved([dense, pruning], steps)
+    print(f"| start | {a:.1f} ms | {b:.1f} ms | {b / a:.2f} |")
+    for epoch in range(1, epochs + 1):
+        for _ in range(STEPS_PER_EPOCH):
+            pruning()
+        if epoch % 5 == 0:
+            a, b = interleaved([dense, pruning], max(10, steps // 3))
+            print(f"| epoch {epoch} | {a:.1f} ms | {b:.1f} ms | {b / a:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

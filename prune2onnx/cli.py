@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,15 +86,16 @@ def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def _click_type(annotation: Any) -> tuple[Any, bool]:
     """A recipe field's type as click's, and whether the option may be repeated."""
-    arguments = typing.get_args(annotation)
+    inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return _click_type(inner[0])
     if typing.get_origin(annotation) is typing.Literal:
-        return click.Choice(arguments), False
+        return click.Choice(inner), False
     if typing.get_origin(annotation) is tuple:
         return str, True
     if typing.get_origin(annotation) is dict:
         return _Factor(), True
-    plain = next((a for a in arguments if a is not type(None)), annotation)
-    return plain, False
+    return annotation, False
 
 
 def _shown(default: Any) -> str:

@@ -43,7 +43,7 @@ class Prune(_Section):
         5.0, ge=0, description="lambda: loss added per unit of (weighted) density, 0-1"
     )
     ramp: float = Field(0.3, ge=0, le=1, description="part of the phase over which lambda grows")
-    density: float = Field(0.05, gt=0, le=1, description="density (0-1) at which the pressure ends")
+    density: float = Field(0.07, gt=0, le=1, description="density (0-1) at which the pressure ends")
     function: Literal["threshold-linear", "soft-threshold", "sigmoid-gate"] = Field(
         "threshold-linear", description="pruning function"
     )
@@ -70,6 +70,7 @@ class Tune(_Section):
         None, ge=1, description="epochs of tuning; default: about 1,500 steps"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate (Adam)")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay (AdamW)")
 
 
 class Share(_Section):

@@ -383,7 +383,8 @@ class _Run:
         groups = [{"params": others, "peak": settings.lr}]
         if thresholds:
             groups.append({"params": thresholds, "peak": settings.threshold_lr})
-        optimiser: Any = torch.optim.Adam(groups, lr=settings.lr, fused=True)
+        decay = settings.weight_decay if phase == "tune" else 0.0
+        optimiser: Any = torch.optim.AdamW(groups, lr=settings.lr, weight_decay=decay, fused=True)
         first = 1
         running = self.checkpoints.load_running(phase, model, optimiser)
         if running is not None:

@@ -19,15 +19,12 @@ from prune2onnx.validate import validate
 
 if TYPE_CHECKING:
     from prune2onnx.data import load_data
-    from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
     from prune2onnx.exporter import export
     from prune2onnx.fold import fold_batch_norm
-    from prune2onnx.pack import inspect, pack, unpack
+    from prune2onnx.pipeline import compress
     from prune2onnx.pruning import bake, density, hold_zeros, penalty, prune
-    from prune2onnx.recipe import Recipe, read_recipe, resolve
     from prune2onnx.sharing import bake_codebooks, share
     from prune2onnx.train import evaluate, fit
-    from prune2onnx.validate import validate
 
 __version__ = importlib.metadata.version("prune2onnx")
 

@@ -30,10 +30,11 @@ class Checkpoints:
     Args:
         folder: made when first needed; None keeps nothing.
         accelerator: tells the main process and lets the others wait for it.
+        settings: a digest of what the run depends on; a checkpoint of other settings is refused.
     """
 
-    def __init__(self, folder: Path | None, accelerator: Accelerator) -> None:
-        self.folder, self.accelerator = folder, accelerator
+    def __init__(self, folder: Path | None, accelerator: Accelerator, settings: str) -> None:
+        self.folder, self.accelerator, self.settings = folder, accelerator, settings
 
     def forget(self, phases: tuple[str, ...]) -> None:
         """Removes what an earlier run left."""
@@ -66,9 +67,7 @@ class Checkpoints:
         for index, state in optimiser.state_dict()["state"].items():
             saved = {f"optimiser/{names[index]}/{k}": v.cpu() for k, v in state.items()}
             tensors |= saved
-        scaler = self.accelerator.scaler
-        more = {"phase": phase, "epoch": epoch, "scaler": scaler and scaler.state_dict()}
-        self._save(_RUNNING, tensors, facts | more)
+        self._save(_RUNNING, tensors, facts | {"phase": phase, "epoch": epoch})
 
     def load_running(self, phase: str, model: nn.Module, optimiser: Any) -> dict[str, Any] | None:
         """Restores an unfinished phase; returns its facts, None if another phase, or none, runs."""
@@ -86,8 +85,6 @@ class Checkpoints:
                 state[index] = slots
         groups = optimiser.state_dict()["param_groups"]
         optimiser.load_state_dict({"state": state, "param_groups": groups})
-        if facts["scaler"] and self.accelerator.scaler:
-            self.accelerator.scaler.load_state_dict(facts["scaler"])
         return facts
 
     def _path(self, name: str) -> Path:
@@ -96,6 +93,8 @@ class Checkpoints:
 
     def _save(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         if self.folder and self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            facts |= {"settings": self.settings, "scaler": scaler and scaler.state_dict()}
             write_whole(self._path(name), save(tensors, {"prune2onnx": json.dumps(facts)}))
         self.accelerator.wait_for_everyone()
 
@@ -105,11 +104,18 @@ class Checkpoints:
         try:
             with safe_open(self._path(name), framework="pt") as file:
                 facts = json.loads(file.metadata()["prune2onnx"])
-                return {key: file.get_tensor(key) for key in file.keys()}, facts  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except Exception as error:  # safetensors, JSON and the system each raise their own
             raise Prune2OnnxError(
                 f"{self._path(name)}: not a checkpoint of this program ({error}); {_START_AGAIN}"
             ) from error
+        if facts["settings"] != self.settings:
+            raise Prune2OnnxError(
+                f"{self._path(name)}: made with another recipe or other data; {_START_AGAIN}"
+            )
+        if facts["scaler"] and self.accelerator.scaler:
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
+        return tensors, facts
 
     def _restore(self, model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
         try:

@@ -22,14 +22,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import prune2onnx
-from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
 from prune2onnx.files import write_whole
 from prune2onnx.pack import inspect as inspect_model
 from prune2onnx.pack import load
 from prune2onnx.pack import pack as pack_model
 from prune2onnx.pack import unpack as unpack_model
 from prune2onnx.recipe import read_recipe, resolve, settings
-from prune2onnx.report import WeightRow, weights_table
+from prune2onnx.report import Report, WeightRow, weights_table
 from prune2onnx.validate import validate as validate_file
 
 if TYPE_CHECKING:
@@ -181,6 +181,8 @@ def compress(
                 on_epoch=on_epoch,
             )
     except KeyboardInterrupt:
+        if not (directory / "recipe.yaml").exists():
+            raise
         _console.print(f"continue with: prune2onnx compress --resume {directory}", markup=False)
         raise
     if report is None:
@@ -190,6 +192,15 @@ def compress(
     _console.print(f"{directory / 'model.onnx'}", markup=False)
     if as_json:
         click.echo(report.to_json(), nl=False)
+    _must_fold(report, directory / "model.onnx")
+
+
+def _must_fold(report: Report, file: Path) -> None:
+    if not report.folded:
+        raise MismatchError(
+            f"{file}: onnxruntime {report.environment['onnxruntime']} does not fold the decoders; "
+            "answers are right, but weights are decoded at every run"
+        )
 
 
 @contextmanager
@@ -303,9 +314,4 @@ def validate(file: Path, reference: Path | None, data: str | None, as_json: bool
         click.echo(report.to_json(), nl=False)
     else:
         _console.print(report.table())
-    if not report.folded:
-        click.echo(
-            f"prune2onnx: {file}: onnxruntime does not fold its decoders; "
-            "it decodes the weights at every run",
-            err=True,
-        )
+    _must_fold(report, file)

@@ -42,9 +42,9 @@ def export(model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> 
     Raises:
         Prune2OnnxError: torch cannot trace or translate the model; the cause is in the message.
     """
-    model = copy.deepcopy(model).cpu().eval()
     example = torch.zeros(2, *input_shape)
     try:
+        model = copy.deepcopy(model).cpu().eval()
         with _silence():
             program = torch.onnx.export(
                 model,
@@ -66,7 +66,13 @@ def export(model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> 
     proto = program.model_proto
     _strip(proto)
     _restore_names(proto, model)
-    onnx.checker.check_model(proto, full_check=True)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: the exported graph is not valid ONNX: {reason}"
+        ) from error
     return proto
 
 

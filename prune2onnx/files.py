@@ -7,8 +7,8 @@ disk or a second reader never meets half a file.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import tempfile
 from pathlib import Path
 
 from prune2onnx.errors import Prune2OnnxError
@@ -25,25 +25,21 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
     """
     path = Path(path)
     content = content.encode() if isinstance(content, str) else content
-    temporary: str | None = None
+    # One name, so that what a killed run left is overwritten by the next.
+    partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(descriptor, "wb") as stream:
+        with partial.open("wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        # mkstemp gives 0600; a result is meant to be read by others, as the umask allows.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)
-        Path(temporary).replace(path)
+        partial.replace(path)
     except OSError as error:
+        advice = "free some space" if error.errno == errno.ENOSPC else "check the path"
         raise Prune2OnnxError(
             f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
-            "free some space or choose another place with -o"
+            f"{advice}, or choose another place"
         ) from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                Path(temporary).unlink()
+        with contextlib.suppress(OSError):
+            partial.unlink()

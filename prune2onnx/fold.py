@@ -7,21 +7,30 @@ Which layer feeds which is read off the exported graph, not guessed from names.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-_LINEAR_OPERATORS = {
-    torch.ops.aten.linear.default: False,
-    torch.ops.aten.conv1d.default: False,
-    torch.ops.aten.conv2d.default: False,
-    torch.ops.aten.conv3d.default: False,
-    torch.ops.aten.conv_transpose1d.default: True,
-    torch.ops.aten.conv_transpose2d.input: True,
-    torch.ops.aten.conv_transpose3d.input: True,
+from prune2onnx.errors import Prune2OnnxError
+
+# The operators that BatchNorm may follow. A layer's own type must be one of these, too: a subclass
+# may do with its weight and bias what it likes.
+_OPERATORS = {
+    torch.ops.aten.linear.default,
+    torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv1d.padding,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv2d.padding,
+    torch.ops.aten.conv3d.default,
+    torch.ops.aten.conv3d.padding,
+    torch.ops.aten.conv_transpose1d.default,
+    torch.ops.aten.conv_transpose2d.input,
+    torch.ops.aten.conv_transpose3d.input,
 }
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 def fold_batch_norm(model: nn.Module, example: Tensor) -> tuple[str, ...]:
@@ -37,36 +46,52 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> tuple[str, ...]:
 
     Returns:
         The names of the BatchNorm layers that became `Identity`.
+
+    Raises:
+        Prune2OnnxError: torch cannot trace the model.
     """
     model.eval()
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         return ()
-    program = torch.export.export(model, (example,))
+    try:
+        program = torch.export.export(model, (example,))
+    except Exception as error:  # the tracer raises what the model's own code raises, and more
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: torch.export cannot trace the model, which folding "
+            f"BatchNorm needs: {type(error).__name__}: {first}"
+        ) from error
     names = program.graph_signature.inputs_to_parameters
     folded = []
     for node in program.graph.nodes:
         if node.target is not torch.ops.aten.batch_norm.default:
             continue
         before, scale = node.args[0], node.args[1]
-        if before.target not in _LINEAR_OPERATORS or len(before.users) != 1 or scale is None:
+        if before.target not in _OPERATORS or len(before.users) != 1 or scale is None:
             continue
         weight = before.args[1]
         if len(weight.users) != 1 or len(scale.users) != 1:
             continue
         if weight.name not in names or scale.name not in names:
             continue
+        layer_name, _, attribute = names[weight.name].rpartition(".")
         norm_name = names[scale.name].rpartition(".")[0]
-        layer = cast(Any, model.get_submodule(names[weight.name].rpartition(".")[0]))
-        norm = model.get_submodule(norm_name)
+        layer: Any = model.get_submodule(layer_name)
+        norm: Any = model.get_submodule(norm_name)
+        if type(layer) not in _LAYERS or attribute != "weight":
+            continue
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
             continue
-        _fold(layer, norm, transposed=_LINEAR_OPERATORS[before.target])
+        if isinstance(layer, nn.Linear) and before.meta["val"].ndim != 2:
+            continue  # after a sequence, BatchNorm's channels are its positions
+        _fold(layer, norm)
         model.set_submodule(norm_name, nn.Identity())
         folded.append(norm_name)
     return tuple(folded)
 
 
-def _fold(layer: Any, norm: Any, *, transposed: bool) -> None:
+def _fold(layer: Any, norm: Any) -> None:
+    transposed = isinstance(layer, _TRANSPOSED)
     statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
     if isinstance(layer, nn.Linear):
         weight, bias = fuse_linear_bn_weights(layer.weight, layer.bias, *statistics)
@@ -81,5 +106,5 @@ def _fold(layer: Any, norm: Any, *, transposed: bool) -> None:
     else:
         weight, bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, transposed)
     # + 0.0: a pruned weight times a negative factor is -0.0, which is not the zero we store.
-    layer.weight = nn.Parameter(weight.detach() + 0.0)
-    layer.bias = nn.Parameter(bias.detach())
+    layer.weight = nn.Parameter(weight.detach() + 0.0, layer.weight.requires_grad)
+    layer.bias = nn.Parameter(bias.detach(), norm.bias.requires_grad)

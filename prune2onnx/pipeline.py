@@ -6,6 +6,7 @@ checkpoints/, dense.onnx, model.onnx and report.json. The steps themselves live 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ from prune2onnx.train import Epoch, Step, fit, make_accelerator, with_epochs
 from prune2onnx.validate import validate
 
 RECIPE, DENSE, MODEL, REPORT = "recipe.yaml", "dense.onnx", "model.onnx", "report.json"
-_TEST_BATCH = 500
 
 
 def compress(
@@ -66,20 +66,34 @@ def compress(
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"{directory}: a file, expected a folder for the run")
-    if (directory / RECIPE).exists() and not (overwrite or resume):
-        state = "a finished" if (directory / REPORT).exists() else "an unfinished"
+    there = [name for name in (RECIPE, DENSE, MODEL, REPORT) if (directory / name).exists()]
+    if there and not (overwrite or resume):
         raise RecipeError(
-            f"{directory}: holds {state} run; continue it with --resume {directory}, "
-            "start again with --overwrite, or choose another folder with -o"
+            f"{directory}: holds a run already ({', '.join(there)}); continue it with "
+            f"--resume {directory}, start again with --overwrite, or choose another folder with -o"
         )
     data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
     recipe = with_epochs(recipe, len(data.train))  # type: ignore[arg-type]
     model = make_model(recipe, data)
+    export(model, data.input_shape, opset=recipe.opset)  # fail now, not after hours of training
     accelerator = make_accelerator(recipe, cpu=cpu)
     if accelerator.is_main_process:
-        for name in (DENSE, MODEL, REPORT):
+        # in this order a kill leaves no old checkpoint beside a new recipe
+        old = (
+            []
+            if resume
+            else [
+                RECIPE,
+                *(
+                    f"checkpoints/{path.name}"
+                    for path in (directory / "checkpoints").glob("*.safetensors")
+                ),
+            ]
+        )
+        for name in (*old, DENSE, MODEL, REPORT):
             (directory / name).unlink(missing_ok=True)
         write_whole(directory / RECIPE, recipe.to_yaml())
+    accelerator.wait_for_everyone()
     fitted = fit(
         model,
         data,
@@ -101,14 +115,16 @@ def compress(
     packed = pack(export(fitted.model, data.input_shape, opset=recipe.opset))
     write_whole(directory / MODEL, packed.model.SerializeToString())
 
-    expected = _scores(fitted.model, data.test)
+    expected = _scores(fitted.model, data.test, recipe.batch_size)
+    left = sum(int(torch.count_nonzero(fitted.model.get_parameter(n))) for n in fitted.pruned)
+    size = sum(fitted.model.get_parameter(name).numel() for name in fitted.pruned)
     report = validate(
         directory / MODEL,
         directory / DENSE,
-        batches=batches(data.test),
+        batches=batches(data.test, recipe.batch_size),
         rows=packed.rows,
         expected=expected,
-        pruned=fitted.pruned,
+        density=left / size,
         seed=recipe.seed,
     )
     write_whole(directory / REPORT, report.to_json())
@@ -143,6 +159,7 @@ def make_model(recipe: Recipe, data: Data) -> nn.Module:
         raise Prune2OnnxError(
             f"{recipe.model}: returned a {type(model).__name__}, expected a torch.nn.Module"
         )
+    model = copy.deepcopy(model)  # a function may return the same object each time
     if recipe.weights is not None:
         _load_weights(model, Path(recipe.weights))
     return model
@@ -161,7 +178,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise Prune2OnnxError(f"{path}: not readable as weights: {_first_line(error)}") from error
     except Exception as error:  # pickle.UnpicklingError: objects that weights_only refuses
         raise Prune2OnnxError(
-            f"{path}: holds more than tensors, and is not loaded for safety; "
+            f"{path}: damaged, or it holds more than tensors, which is not loaded for safety; "
             "save model.state_dict() instead"
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
@@ -180,16 +197,15 @@ def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:400] or type(error).__name__
 
 
-def _loader(data: Dataset[Any]) -> DataLoader[Any]:
-    return DataLoader(data, batch_size=_TEST_BATCH, collate_fn=collate)
-
-
-def batches(data: Dataset[Any]) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """A data set as numpy batches (x [n, ...], y [n]), for onnxruntime."""
-    for x, y in _loader(data):
+def batches(
+    data: Dataset[Any], size: int = 128
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """A data set as numpy batches (x [size, ...], y [size]), for onnxruntime."""
+    for x, y in DataLoader(data, batch_size=size, collate_fn=collate):
         yield x.numpy(), y.numpy()
 
 
-def _scores(model: nn.Module, data: Dataset[Any]) -> NDArray[np.float32]:
+def _scores(model: nn.Module, data: Dataset[Any], size: int) -> NDArray[np.float32]:
     with torch.no_grad():
-        return np.concatenate([model(x).float().numpy() for x, _ in _loader(data)])
+        parts = [model(torch.from_numpy(x)).float().numpy() for x, _ in batches(data, size)]
+    return np.concatenate(parts)

@@ -99,8 +99,8 @@ class Report:
         folded: onnxruntime left no decode node in the optimised graph.
         max_abs_diff: largest difference of the outputs from those of the reference model with the
             same weights.
+        density: nonzeros over elements of the pruned weights, 0-1.
         weights: one row per initializer.
-        pruned: names of the weights that count for the density; None: those with two axes or more.
     """
 
     version: str
@@ -110,8 +110,8 @@ class Report:
     compressed: Measured
     folded: bool
     max_abs_diff: float
+    density: float
     weights: tuple[WeightRow, ...]
-    pruned: tuple[str, ...] | None = None
 
     @property
     def ratio(self) -> float:
@@ -124,17 +124,6 @@ class Report:
         if self.compressed.error is None or self.dense.error is None:
             return None
         return self.compressed.error - self.dense.error
-
-    @property
-    def density(self) -> float:
-        """Nonzeros over elements of the pruned weights, 0-1."""
-        rows = [
-            row
-            for row in self.weights
-            if (len(row.shape) > 1 if self.pruned is None else row.name in self.pruned)
-        ]
-        size = sum(row.size for row in rows)
-        return sum(row.nnz for row in rows) / size if size else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -174,7 +163,9 @@ class Report:
             table.add_row(f"latency {name}", f"{x:.3f} ms", f"{y:.3f} ms", f"{y / x:.2f}x")
         folded = "folded away on load" if self.folded else "NOT folded: decoded at every run"
         table.add_row("density", "100 %", f"{100 * self.density:.2f} %", "")
-        table.caption = f"decoders {folded}; outputs within {self.max_abs_diff:.1e}"
+        table.caption = (
+            f"decoders {folded}; outputs within {self.max_abs_diff:.1e} of the reference's"
+        )
         return table
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.quantize import Quantized, share_values, to_half
 
 
@@ -89,7 +90,10 @@ def share(model: nn.Module, levels: dict[str, int], *, pruned: Iterable[str] = (
     for name, count in levels.items():
         parameter = model.get_parameter(name)
         values = parameter.detach().cpu().numpy()
-        quantized = share_values(values, count, zero_is_pruned=name in pruned)
+        try:
+            quantized = share_values(values, count, zero_is_pruned=name in pruned)
+        except Prune2OnnxError as error:
+            raise Prune2OnnxError(f"{name}: {error}") from error
         codebook = _Codebook(quantized, parameter.device)
         original: nn.Parameter | None = None
         for module, attribute in _holders(model, name):
@@ -97,7 +101,7 @@ def share(model: nn.Module, levels: dict[str, int], *, pruned: Iterable[str] = (
             parametrize.register_parametrization(module, attribute, codebook, unsafe=True)
             chain = cast(Any, module).parametrizations[attribute]
             if original is None:
-                original = chain.original = nn.Parameter(codebook.centroids.clone())
+                original = nn.Parameter(codebook.centroids.clone(), parameter.requires_grad)
             chain.original = original
     return model
 
@@ -169,7 +173,8 @@ def bake_codebooks(model: nn.Module) -> tuple[str, ...]:
             key = id(chain.original)
             if key not in baked:
                 with torch.no_grad():
-                    baked[key] = nn.Parameter(getattr(module, attribute).detach().clone())
+                    values = getattr(module, attribute).detach().clone()
+                    baked[key] = nn.Parameter(values, chain.original.requires_grad)
                 names.append(f"{prefix}.{attribute}" if prefix else attribute)
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
             setattr(module, attribute, baked[key])

@@ -8,7 +8,9 @@ state, and a continued run ends in the same bytes. Needs no file unless asked fo
 
 from __future__ import annotations
 
+import hashlib
 import math
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -25,7 +28,17 @@ from prune2onnx.checkpoint import Checkpoints, plain_state
 from prune2onnx.data import Data, collate
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.fold import fold_batch_norm
-from prune2onnx.pruning import bake, density, hold_zeros, penalty, prune, survivors
+from prune2onnx.pruning import (
+    bake,
+    density,
+    hold_zeros,
+    penalty,
+    prunable_weights,
+    prune,
+    selected_weights,
+    survivors,
+    thresholds_of,
+)
 from prune2onnx.recipe import Recipe
 from prune2onnx.sharing import bake_codebooks, coarsen, share
 
@@ -36,7 +49,6 @@ _DEFAULT_STEPS = {"dense": 1500, "prune": 4000, "tune": 1500, "share": 800}
 _FEWEST_EPOCHS = 2
 
 _WARM_UP = 0.1  # part of a phase over which the learning rate rises
-_EVALUATION_BATCH = 1000
 _LOOK_EVERY = 16  # steps between looks at density and losses, each a wait for the GPU
 
 
@@ -140,8 +152,10 @@ def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Accelerator:
     Raises:
         Prune2OnnxError: this process already trains in another precision, or the device cannot.
     """
+    # a network may hold a layer that its forward leaves out
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     try:
-        return Accelerator(cpu=cpu, mixed_precision=recipe.precision)
+        return Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=[unused])
     except ValueError as error:
         raise Prune2OnnxError(
             f"precision {recipe.precision!r}: {' '.join(str(error).split())}; "
@@ -150,7 +164,11 @@ def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Accelerator:
 
 
 def evaluate(
-    model: nn.Module, data: Dataset[Any], accelerator: Accelerator | None = None
+    model: nn.Module,
+    data: Dataset[Any],
+    accelerator: Accelerator | None = None,
+    *,
+    batch_size: int = 256,
 ) -> tuple[float, float]:
     """Classification error and cross entropy of a model in evaluation mode.
 
@@ -158,6 +176,7 @@ def evaluate(
         model: maps [n, ...] inputs to [n, classes] scores.
         data: a split of `Data`.
         accelerator: shares the work among its processes; None runs here alone.
+        batch_size: examples at a time.
 
     Returns:
         (error in percent, mean cross entropy).
@@ -167,9 +186,7 @@ def evaluate(
     device = accelerator.device if accelerator else next(model.parameters()).device
     size = len(data)  # type: ignore[arg-type]
     mine = range(rank, size, processes)
-    batches = [
-        list(mine[i : i + _EVALUATION_BATCH]) for i in range(0, len(mine), _EVALUATION_BATCH)
-    ]
+    batches = [list(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
     loader = DataLoader(data, batch_sampler=batches, collate_fn=collate)
     totals = torch.zeros(2, dtype=torch.float64)
     was_training = model.training
@@ -235,7 +252,8 @@ def fit(
     recipe = with_epochs(recipe, len(data.train))  # type: ignore[arg-type]
     model = model.to(accelerator.device)
     _check_output(model, data, accelerator.device)
-    kept = Checkpoints(checkpoints, accelerator)
+    settings = f"{recipe.to_yaml()}{len(data.train)} training examples"  # type: ignore[arg-type]
+    kept = Checkpoints(checkpoints, accelerator, hashlib.sha256(settings.encode()).hexdigest())
     if not resume:
         kept.forget(PHASES)
     run = _Run(data, recipe, accelerator, kept, on_step, on_epoch)
@@ -347,8 +365,9 @@ class _Run:
 
     def _pruned_before(self, model: nn.Module) -> None:
         """Takes the zeros that a model came with for its masks."""
-        layers = [layer for layer in density(model).layers if layer.nnz < layer.size]
-        if not layers:
+        chosen = selected_weights(model, self.recipe.prune.include, self.recipe.prune.exclude)
+        layers = [layer for layer in density(model).layers if layer.name in chosen]
+        if all(layer.nnz == layer.size for layer in layers):
             raise Prune2OnnxError(
                 "start is 'tune', but no Linear or convolution weight has a zero; "
                 "start with 'prune', or give pruned weights"
@@ -360,9 +379,11 @@ class _Run:
         settings = self.recipe.share
 
         def error() -> float:
-            return evaluate(model, self.data.validation, self.accelerator)[0]
+            return self._evaluate(model)[0]
 
-        others = [name for name, _ in model.named_parameters() if name not in self.pruned]
+        # a weight that was excluded from pruning is left alone here, too
+        kept = {*self.pruned, *prunable_weights(model)}
+        others = [name for name, _ in model.named_parameters() if name not in kept]
         small, halves = coarsen(
             model, others, settings.small_levels, error, allowed=error() + settings.slack
         )
@@ -377,7 +398,7 @@ class _Run:
     def _train(self, phase: str, model: nn.Module) -> None:
         settings = getattr(self.recipe, phase)
         accelerator = self.accelerator
-        thresholds = [p for n, p in model.named_parameters() if n.endswith(".rho")]
+        thresholds = thresholds_of(model)
         known = {id(p) for p in thresholds}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         groups = [{"params": others, "peak": settings.lr}]
@@ -395,7 +416,12 @@ class _Run:
             began = time.perf_counter()
             loss = self._epoch(phase, epoch, settings.epochs, wrapped, model, optimiser)
             self._agree(model)
-            error, validation_loss = evaluate(model, self.data.validation, accelerator)
+            error, validation_loss = self._evaluate(model)
+            if not math.isfinite(validation_loss):
+                raise Prune2OnnxError(
+                    f"the validation loss became {validation_loss} after phase {phase}, epoch "
+                    f"{epoch}; start again with a lower --{phase}-lr"
+                )
             left = self._density(phase, model)
             seconds = time.perf_counter() - began
             record = Epoch(
@@ -425,7 +451,9 @@ class _Run:
             accelerator.num_processes,
         )
         order.seed = self._seed(phase, epoch)
-        torch.manual_seed(order.seed)  # dropout and the like
+        torch.manual_seed(order.seed)  # dropout
+        random.seed(order.seed)  # these two: what a data set of the user's may draw from
+        np.random.seed(order.seed % 2**32)
         loader = DataLoader(self.data.train, batch_sampler=order, collate_fn=collate)
         steps = len(order)
         losses: list[Tensor] = []
@@ -437,7 +465,13 @@ class _Run:
             progress = (epoch - 1 + (step - 1) / steps) / epochs
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * _one_cycle(progress)
-            scores = wrapped(x.to(accelerator.device, non_blocking=True))
+            try:
+                scores = wrapped(x.to(accelerator.device, non_blocking=True))
+            except (RuntimeError, ValueError) as error:  # out of memory, BatchNorm of one example
+                raise Prune2OnnxError(
+                    f"the model fails in phase {phase}, epoch {epoch}, step {step}, on a batch of "
+                    f"shape {list(x.shape)}: {' '.join(str(error).split())[:300]}"
+                ) from error
             loss = nn.functional.cross_entropy(scores, y.to(accelerator.device, non_blocking=True))
             if pressing:
                 above = survivors(model) / (self.size * self.recipe.prune.density) - 1
@@ -445,7 +479,7 @@ class _Run:
             optimiser.zero_grad()
             accelerator.backward(loss)
             if pressing:
-                _step_with_brake(optimiser, above)
+                step_with_brake(optimiser, above)
             else:
                 optimiser.step()
             losses.append(loss.detach())
@@ -473,6 +507,12 @@ class _Run:
         ramp = min(1.0, progress / settings.ramp) if settings.ramp else 1.0
         return settings.pressure * ramp * (above / 0.25).clamp(0, 1) / self.size
 
+    def _evaluate(self, model: nn.Module) -> tuple[float, float]:
+        # without gradients twice the batch takes less memory than a training step
+        batch_size = 2 * self.recipe.batch_size
+        data = self.data.validation
+        return evaluate(model, data, self.accelerator, batch_size=batch_size)
+
     def _density(self, phase: str, model: nn.Module) -> float:
         """Survivors over elements of the pruned weights; 1 before there are any."""
         if phase == "prune":
@@ -483,7 +523,7 @@ class _Run:
 
     def _look(self, losses: list[Tensor], phase: str, epoch: int, step: int) -> float:
         """Sum of the latest losses; one wait for the device instead of one a step."""
-        values = torch.stack(losses).double().cpu()
+        values = torch.stack(losses).cpu().double()
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
             where = step - len(losses) + 1 + int(bad[0])
@@ -504,7 +544,7 @@ class _Run:
                 torch.distributed.broadcast(buffer, src=0)
 
 
-def _step_with_brake(optimiser: Any, above: Tensor) -> None:
+def step_with_brake(optimiser: Any, above: Tensor) -> None:
     """An optimiser step that raises no threshold at or below the wanted density.
 
     Without pressure the optimiser's momentum alone would carry thresholds on for some steps.

@@ -76,6 +76,18 @@ def session(
         ) from error
 
 
+def _run(opened: ort.InferenceSession, inputs: dict[str, NDArray[Any]], path: Path) -> list[Any]:
+    """One inference; an input that does not fit is the user's mistake, not ours."""
+    try:
+        outputs: list[Any] = opened.run(None, inputs)
+    except Exception as error:  # onnxruntime raises its own kinds, and they have no common base
+        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        raise Prune2OnnxError(
+            f"{path}: fails on {shapes}: {_first_line(error)}; give examples with --data"
+        ) from error
+    return outputs
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:400]
 
@@ -139,7 +151,14 @@ def check_outputs(name: str, got: NDArray[Any], want: NDArray[Any]) -> float:
 
     Raises:
         MismatchError: they differ by more than rounding explains.
+        Prune2OnnxError: an output is no tensor of numbers.
     """
+    for one in (got, want):
+        if not isinstance(one, np.ndarray) or one.dtype.kind not in "fiub":
+            raise Prune2OnnxError(
+                f"{name}: an output is a {type(one).__name__}, expected a tensor of numbers; "
+                "validate the model without the nodes after the scores"
+            )
     if got.shape != want.shape:
         raise MismatchError(f"{name}: output shape {got.shape}, the reference's is {want.shape}")
     same_special = np.array_equal(np.isfinite(got), np.isfinite(want))
@@ -197,8 +216,7 @@ def random_inputs(opened: ort.InferenceSession, seed: int = 0) -> dict[str, NDAr
     for info in opened.get_inputs():
         shape = [extent if isinstance(extent, int) and extent > 0 else 1 for extent in info.shape]
         kind = info.type.removeprefix("tensor(").removesuffix(")")
-        dtype = {"float": "float32", "double": "float64", "bool": "bool"}.get(kind, kind)
-        dtype = {"float16": "float16"}.get(dtype, dtype)
+        dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
         try:
             zeros = np.zeros(shape, dtype)
         except TypeError as error:
@@ -225,16 +243,19 @@ try:
     lines = open("/proc/self/status").read().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 except (OSError, StopIteration):
-    import psutil
-    info = psutil.Process().memory_info()
-    peak = getattr(info, "peak_wset", info.rss)
+    if sys.platform == "darwin":
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    else:
+        import psutil
+        peak = psutil.Process().memory_info().peak_wset
 print(json.dumps([load_ms, peak]))
 """
 
 
 def _load_in_fresh_process(path: Path) -> tuple[float, int]:
     done = subprocess.run(
-        [sys.executable, "-c", _PROBE, str(path)], capture_output=True, text=True, check=False
+        [sys.executable, "-P", "-c", _PROBE, str(path)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise Prune2OnnxError(
@@ -321,25 +342,27 @@ def validate(
     batches: Batches | None = None,
     rows: Sequence[WeightRow] | None = None,
     expected: NDArray[Any] | None = None,
-    pruned: Sequence[str] | None = None,
+    density: float | None = None,
     seed: int = 0,
 ) -> Report:
     """Proves a packed file and measures it beside a reference.
 
     Args:
         file: the packed file (a plain one is its own unpacked file).
-        reference: a dense file with the same inputs; default: what `file` unpacks to.
+        reference: a dense file with the same inputs, measured beside `file`; its weights may be
+            others, so its outputs are not compared. Default: what `file` unpacks to.
         batches: test examples; without them no error is reported and outputs are compared on
             random inputs.
         rows: how the weights are stored; default: read off the file.
         expected: [n, classes], the scores `file` must give on `batches`, from another runtime
             (torch); default: what the unpacked file gives in onnxruntime.
-        pruned: names of the weights that count for the density; default: those that are coded
-            with positions or, where there are none, all of at least two axes.
+        density: nonzeros over elements of the pruned weights; default: of all weights with two
+            axes or more.
         seed: written into the report.
 
     Raises:
-        MismatchError: a decoded weight or an output differs from the reference's.
+        MismatchError: a decoded weight differs from the numpy decoder's, or an output from
+            `expected`.
         Prune2OnnxError: a file cannot be read, or onnxruntime cannot open it.
     """
     packed = load(file)
@@ -361,7 +384,8 @@ def validate(
             inputs = {opened.get_inputs()[0].name: taken[0][0][:1]}
         else:
             inputs = random_inputs(opened, seed)
-            pairs = zip(opened.run(None, inputs), session(plain).run(None, inputs), strict=True)
+            wanted = _run(session(plain), inputs, plain)
+            pairs = zip(_run(opened, inputs, file), wanted, strict=True)
             difference = max(check_outputs(file.name, got, want) for got, want in pairs)
         renamed = [i.name for i in against.get_inputs()]
         if renamed != list(inputs):
@@ -369,8 +393,13 @@ def validate(
                 f"{beside}: its inputs are {renamed}, those of {file} are {list(inputs)}; "
                 "they cannot be compared"
             )
+        _run(against, inputs, beside)
         dense, compressed = measure([beside, file], inputs, [reference_error, error])
     rows = tuple(inspect(packed)) if rows is None else tuple(rows)
+    if density is None:
+        matrices = [row for row in rows if len(row.shape) > 1]
+        size = sum(row.size for row in matrices)
+        density = sum(row.nnz for row in matrices) / size if size else 1.0
     return Report(
         version=importlib.metadata.version("prune2onnx"),
         seed=seed,
@@ -379,6 +408,6 @@ def validate(
         compressed=compressed,
         folded=folds(packed),
         max_abs_diff=difference,
+        density=density,
         weights=rows,
-        pruned=None if pruned is None else tuple(pruned),
     )

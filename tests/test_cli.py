@@ -1,6 +1,7 @@
 """The command line: what is printed where, exit statuses, and one clear line for bad input."""
 
 import gzip
+import importlib
 import json
 import os
 import signal
@@ -66,7 +67,7 @@ def test_compress_tells_people_on_stderr_and_programs_on_stdout(tmp_path):
     data = run("validate", folder / "model.onnx", "--data", "digits", "--json")
     assert json.loads(data.stdout)["compressed"]["error"] is not None
     result = run("compress", LENET, "-o", folder, *EPOCHS, status=2)
-    assert "holds a finished run" in result.stderr
+    assert "holds a run already" in result.stderr
 
 
 def test_flags_override_the_recipe(tmp_path):
@@ -236,14 +237,40 @@ def test_ctrl_c_has_status_130_and_says_how_to_continue(tmp_path):
 
 
 def test_an_output_that_disagrees_has_status_4(dense, tmp_path, monkeypatch):
-    import importlib
-
     packed = tmp_path / "packed.onnx"
     run("pack", dense, packed)
     room = importlib.import_module("prune2onnx.validate")
     real = room.decoded_weights
     monkeypatch.setattr(room, "decoded_weights", lambda m: {n: -w for n, w in real(m).items()})
     assert "other bits" in refused("validate", packed, status=4)
+
+
+def test_a_runtime_that_does_not_fold_has_status_4(dense, tmp_path, monkeypatch):
+    packed = tmp_path / "packed.onnx"
+    run("pack", dense, packed)
+    room = importlib.import_module("prune2onnx.validate")
+    monkeypatch.setattr(room, "folds", lambda model: False)
+    assert "does not fold the decoders" in run("validate", packed, status=4).stderr
+
+
+def test_a_disk_that_fills_up_on_the_way_leaves_a_run_that_can_be_continued(tmp_path, monkeypatch):
+    folder, real, calls = tmp_path / "run", os.fsync, []
+
+    def full_after_six(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 6:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full_after_six)
+    said = refused("compress", LENET, "-o", folder, "--cpu", *EPOCHS)
+    assert "checkpoints" in said and "No space left on device" in said
+    assert not list(folder.rglob("*.partial")) and not (folder / "model.onnx").exists()
+    monkeypatch.undo()
+    run("compress", "--resume", folder, "--cpu")
+    whole = tmp_path / "whole"
+    run("compress", LENET, "-o", whole, "--cpu", *EPOCHS)
+    assert (folder / "model.onnx").read_bytes() == (whole / "model.onnx").read_bytes()
 
 
 def test_packing_does_not_wait_for_torch(dense, tmp_path):

@@ -67,6 +67,47 @@ def test_what_cannot_be_folded_exactly_is_left():
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
+class Sequence(nn.Module):
+    """BatchNorm1d over the positions of a sequence, as many as the layer has features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(5, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.norm(self.fc(x))
+
+
+class Stubborn(nn.Conv2d):
+    """A layer that ignores its bias."""
+
+    def forward(self, x):
+        return nn.functional.conv2d(x, self.weight)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (Sequence(), (6, 5)),
+        (nn.Sequential(Stubborn(3, 4, 3, bias=False), nn.BatchNorm2d(4)), (3, 6, 6)),
+    ],
+    ids=["positions", "subclass"],
+)
+def test_layers_that_only_look_alike_are_left(model, shape):
+    x = torch.randn(4, *shape)
+    before = warmed(model, x)(x)
+    assert fold_batch_norm(model, x) == ()
+    torch.testing.assert_close(model(x), before)
+
+
+def test_same_padding_is_folded_too():
+    x = torch.randn(4, 3, 6, 6)
+    model = warmed(nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4)), x)
+    before = model(x)
+    assert fold_batch_norm(model, x) == ("1",)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+
 def test_a_model_without_batch_norm_is_not_traced():
     class Untraceable(nn.Module):
         def forward(self, x):

@@ -57,10 +57,6 @@ def test_lenet5_says_what_it_needs(shape, says):
     assert isinstance(caught.value.__cause__, ValueError)
 
 
-def test_networks_know_nothing_of_prune2onnx():
-    assert "prune2onnx" not in LENET.read_text()
-
-
 # The user's functions
 
 

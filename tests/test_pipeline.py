@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,13 +83,61 @@ def test_the_recipe_beside_the_result_repeats_it(finished, tmp_path):
 
 def test_a_folder_with_a_run_is_not_overwritten_unasked(finished):
     folder, _ = finished
-    with pytest.raises(RecipeError, match="holds a finished run; continue it with --resume"):
+    with pytest.raises(RecipeError, match=r"holds a run already .*; continue it with --resume"):
         compress(resolve(QUICK), folder, cpu=True)
     assert recipe_of(folder).prune.epochs == 4
     with pytest.raises(RecipeError, match="no run to continue"):
         recipe_of(folder / "nowhere")
     with pytest.raises(RecipeError, match="a file, expected a folder"):
         compress(resolve(QUICK), folder / "model.onnx", cpu=True)
+
+
+def test_a_file_of_the_users_own_is_not_overwritten(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"mine")
+    with pytest.raises(RecipeError, match=r"holds a run already \(model.onnx\)"):
+        compress(resolve(QUICK), tmp_path, cpu=True)
+    assert (tmp_path / "model.onnx").read_bytes() == b"mine"
+
+
+def test_a_finished_run_can_be_continued_and_a_model_shared_between_calls_is_not_spoilt(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "NET = nn.Sequential(nn.Flatten(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 10))\n"
+        "def net(): return NET\n"
+    )
+    recipe = resolve({**QUICK, "model": f"{tmp_path / 'net.py'}:net"})
+    report = compress(recipe, tmp_path / "run", cpu=True)
+    assert report.density < 0.5
+    first = (tmp_path / "run" / "model.onnx").read_bytes()
+    again = compress(recipe, tmp_path / "run", cpu=True, resume=True)
+    assert (tmp_path / "run" / "model.onnx").read_bytes() == first
+    assert again.compressed.error == report.compressed.error
+
+
+def test_a_model_that_cannot_be_exported_fails_before_training(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(); self.fc = nn.Linear(64, 10)\n"
+        "    def forward(self, x):\n"
+        "        x = x.flatten(1)\n"
+        "        return self.fc(x if float(x.sum()) > 0 else -x)\n"
+    )
+    recipe = resolve({**QUICK, "model": f"{tmp_path / 'net.py'}:Net"})
+    with pytest.raises(Prune2OnnxError, match=r"torch.onnx cannot export the model"):
+        compress(recipe, tmp_path / "run", cpu=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_overwriting_starts_again_without_old_checkpoints(finished, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    epochs = []
+    recipe = resolve(QUICK, {"seed": 3})
+    compress(recipe, folder, cpu=True, overwrite=True, on_epoch=epochs.append)
+    assert len(epochs) == 14
+    assert "seed: 3" in (folder / "recipe.yaml").read_text()
 
 
 _KILL_IN = """
@@ -156,7 +205,7 @@ def test_weights_come_from_safetensors_or_pt_and_never_from_pickled_objects(tmp_
         assert torch.equal(loaded.fc1.weight, model.fc1.weight)
     bad = {
         "no such file": str(tmp_path / "none.pt"),
-        "holds more than tensors": weights_file(tmp_path / "m.pt", model),
+        "it holds more than tensors": weights_file(tmp_path / "m.pt", model),
         "expected a state_dict": weights_file(tmp_path / "t.pt", torch.ones(3)),
         "does not fit the model": weights_file(tmp_path / "o.pt", {"fc9.weight": torch.ones(3)}),
     }

@@ -8,7 +8,15 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError
-from prune2onnx.pruning import FUNCTIONS, bake, density, hold_zeros, penalty, prune
+from prune2onnx.pruning import (
+    FUNCTIONS,
+    bake,
+    density,
+    hold_zeros,
+    penalty,
+    prune,
+    thresholds_of,
+)
 from prune2onnx.pruning.functions import differentiable, survivor_gate
 
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -126,8 +134,8 @@ def test_importance_and_balance_scale_a_layers_part_of_the_penalty():
 
 def test_thresholds_learn_and_stay_positive():
     model = prune(network(), start=0.05)
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.1)
-    for _ in range(40):
+    optimiser = torch.optim.Adam(thresholds_of(model), lr=0.1)
+    for _ in range(60):
         optimiser.zero_grad()
         (model(X).square().mean() + 1e-2 * penalty(model)).backward()
         optimiser.step()
@@ -152,6 +160,21 @@ def test_a_shared_weight_is_pruned_and_baked_once():
     masks = bake(tied)
     assert list(masks) == ["0.weight"] and tied[0].weight is tied[1].weight
     torch.testing.assert_close(tied(torch.ones(2, 6)), before, rtol=0, atol=0)
+
+
+def test_a_weight_that_another_kind_of_layer_uses_is_refused():
+    model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7)})
+    model["head"].weight = model["embed"].weight
+    with pytest.raises(Prune2OnnxError, match=r"head\.weight: shared with embed, a Embedding"):
+        prune(model)
+
+
+def test_weight_norm_is_refused_unless_it_is_excluded():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))
+    with pytest.raises(Prune2OnnxError, match=r"0\.weight: already parametrized"):
+        prune(model)
+    prune(model, exclude=["0"])
+    assert [layer.name for layer in density(model).layers] == ["1.weight"]
 
 
 def test_bake_keeps_dtype_identity_and_an_optimiser_goes_on():
@@ -201,6 +224,8 @@ def test_an_all_zero_weight_is_pruned_without_division_by_zero():
         ({"granularity": "filter"}, RecipeError, "not one of weight, channel"),
         ({"thresholds": "row"}, RecipeError, "not one of layer, channel"),
         ({"beta": 0.0}, RecipeError, "beta is 0.0"),
+        ({"balance": float("nan")}, RecipeError, "balance is nan"),
+        ({"importance": {"0": -1.0}}, RecipeError, "importance of '0' is -1.0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, error, says):

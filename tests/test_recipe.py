@@ -1,9 +1,12 @@
 """The recipe: defaults, overrides, a round trip, and errors that name the key."""
 
+import typing
+
 import pytest
 
 from prune2onnx.errors import RecipeError
-from prune2onnx.recipe import Recipe, read_recipe, resolve, settings
+from prune2onnx.pruning import FUNCTIONS, GRANULARITIES
+from prune2onnx.recipe import Prune, Recipe, read_recipe, resolve, settings
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -21,6 +24,12 @@ def test_a_recipe_written_and_read_is_the_same(tmp_path):
     path = tmp_path / "r.yaml"
     path.write_text(recipe.to_yaml())
     assert resolve(read_recipe(path)) == recipe
+
+
+def test_choices_are_those_the_project_has():
+    functions = typing.get_args(Prune.model_fields["function"].annotation)
+    granularities = typing.get_args(Prune.model_fields["granularity"].annotation)
+    assert functions == tuple(FUNCTIONS) and granularities == tuple(GRANULARITIES)
 
 
 def test_every_setting_says_what_it_means():

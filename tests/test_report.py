@@ -27,6 +27,7 @@ def report(**changes) -> Report:
         "compressed": measured(100, 2.0),
         "folded": True,
         "max_abs_diff": 1e-6,
+        "density": 0.1,
         "weights": ROWS,
     }
     return Report(**{**facts, **changes})
@@ -38,10 +39,9 @@ def shown(table) -> str:
     return console.file.getvalue()
 
 
-def test_ratio_drop_and_density_follow_from_the_rows():
+def test_ratio_and_drop_follow_from_the_files():
     made = report()
-    assert (made.ratio, made.drop, made.density) == (10.0, 0.5, 0.1)
-    assert report(pruned=("fc1.bias",)).density == 1.0
+    assert (made.ratio, made.drop) == (10.0, 0.5)
     assert report(compressed=measured(100, None)).drop is None
 
 

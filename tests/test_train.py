@@ -113,7 +113,59 @@ def test_checkpoints_are_plain_safetensors_and_a_new_run_forgets_them(tiny_data,
     path = tmp_path / "tune.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(Prune2OnnxError, match=r"tune\.safetensors: not a checkpoint"):
-        fit(tiny_mlp(), tiny_data, tiny_recipe(), checkpoints=tmp_path, resume=True)
+        fit(tiny_mlp(), tiny_data, tiny_recipe(seed=5), checkpoints=tmp_path, resume=True)
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tiny_data, tmp_path):
+    fit(tiny_mlp(), tiny_data, tiny_recipe(), checkpoints=tmp_path)
+    with pytest.raises(Prune2OnnxError, match="made with another recipe or other data"):
+        fit(tiny_mlp(), tiny_data, tiny_recipe(seed=7), checkpoints=tmp_path, resume=True)
+
+
+def test_frozen_excluded_and_normalised_layers_are_left_as_they_are(tiny_data):
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(36, 40),
+        nn.ReLU(),
+        nn.utils.parametrizations.weight_norm(nn.Linear(40, 40)),
+        nn.ReLU(),
+        nn.Linear(40, 40),
+        nn.Linear(40, 3),
+    )
+    model[1].requires_grad_(False)
+    frozen, excluded = model[1].weight.detach().clone(), []
+    recipe = tiny_recipe(**{"prune.exclude": ["3", "5"], "share.slack": 100.0})
+
+    def remember(epoch):
+        if epoch.phase == "tune":
+            excluded[:] = [model[5].weight.detach().clone()]
+
+    fitted = fit(model, tiny_data, recipe, on_epoch=remember)
+    assert fitted.pruned == ("1.weight", "6.weight")
+    kept = fitted.model[1].weight != 0
+    assert not fitted.model[1].weight.requires_grad
+    # 8 levels stand for the frozen values, which did not move otherwise
+    assert torch.corrcoef(torch.stack([frozen[kept], fitted.model[1].weight[kept]]))[0, 1] > 0.9
+    assert fitted.model[5].weight.unique().numel() > 1000
+
+
+def test_a_parameter_called_rho_is_no_threshold(tiny_data):
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.rho = nn.Linear(36, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, x):
+            return self.fc(x.flatten(1)) * self.rho
+
+    assert fit(Scaled(), tiny_data, tiny_recipe()).pruned == ("fc.weight",)
+
+
+def test_a_batch_the_model_cannot_take_is_named(tiny_data):
+    recipe = tiny_recipe(batch_size=1)  # BatchNorm after a linear layer needs two examples
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    with pytest.raises(Prune2OnnxError, match=r"phase dense, epoch 1, step 1, on a batch of shape"):
+        fit(model, tiny_data, recipe)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_data, tmp_path):
@@ -134,7 +186,7 @@ def test_training_may_start_from_trained_or_pruned_weights(tiny_data):
         model[1].weight[model[1].weight.abs() < 0.05] = 0
     zeros = model[1].weight == 0
     tuned = fit(model, tiny_data, tiny_recipe(), start="tune")
-    assert tuned.pruned == ("1.weight",)
+    assert tuned.pruned == ("1.weight", "3.weight")
     assert torch.equal(tuned.model[1].weight == 0, zeros)
     with pytest.raises(Prune2OnnxError, match="no Linear or convolution weight has a zero"):
         fit(tiny_mlp(), tiny_data, tiny_recipe(), start="tune")

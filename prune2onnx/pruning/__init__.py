@@ -11,7 +11,9 @@ from prune2onnx.pruning.learned import (
     penalty,
     prunable_weights,
     prune,
+    selected_weights,
     survivors,
+    thresholds_of,
 )
 
 __all__ = [
@@ -25,5 +27,7 @@ __all__ = [
     "penalty",
     "prunable_weights",
     "prune",
+    "selected_weights",
     "survivors",
+    "thresholds_of",
 ]

@@ -220,6 +220,16 @@ def _check_weight(name: str, weight: Tensor) -> None:
         )
 
 
+def _check_ties(name: str, weight: Tensor, modules: Sequence[nn.Module], model: nn.Module) -> None:
+    """A weight that another kind of layer uses too would be pruned in one place and not there."""
+    for other, module in model.named_modules():
+        if module not in modules and any(p is weight for p in module._parameters.values()):
+            raise Prune2OnnxError(
+                f"{name}: shared with {other}, a {type(module).__name__}, which is not pruned; "
+                "exclude the weight"
+            )
+
+
 def prunable_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     """Weight name -> the Linear and convolution layers that hold it, in module order.
 
@@ -229,14 +239,34 @@ def prunable_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     for name, module in model.named_modules():
         if any(isinstance(module, kind) for kind in PRUNABLE):
             layer: Any = module
-            weight = (
-                layer.parametrizations.weight.original
-                if parametrize.is_parametrized(layer, "weight")
-                else layer.weight
-            )
+            weight = layer.weight
+            if parametrize.is_parametrized(layer, "weight"):
+                # a parametrization of several tensors (weight_norm) has no single original
+                weight = getattr(layer.parametrizations.weight, "original", layer)
             key = f"{name}.weight" if name else "weight"
             holders.setdefault(id(weight), (key, []))[1].append(layer)
     return {name: tuple(modules) for name, modules in holders.values()}
+
+
+def selected_weights(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Names of the prunable weights that patterns choose, in module order.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or nothing is left.
+        Prune2OnnxError: the model has no prunable layer.
+    """
+    names = list(prunable_weights(model))
+    if not names:
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: no layer to prune; "
+            f"expected at least one of {', '.join(t.__name__ for t in PRUNABLE)}"
+        )
+    chosen = _select(names, include, "include") - _select(names, exclude, "exclude")
+    if not chosen:
+        raise RecipeError("include and exclude leave no weight to prune")
+    return tuple(name for name in names if name in chosen)
 
 
 def prune(
@@ -254,8 +284,8 @@ def prune(
 ) -> nn.Module:
     """Puts a learned threshold on the weights of a model, in place.
 
-    Make the optimiser after this call, so that it knows the thresholds (the parameters whose name
-    ends in `.rho`).
+    Make the optimiser after this call, so that it knows the thresholds (`thresholds_of` lists
+    them, for a group of their own).
 
     Args:
         model: any module; Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers are considered.
@@ -284,23 +314,18 @@ def prune(
     for value, what in ((beta, "beta"), (start, "start")):
         if not 0 < value < float("inf"):
             raise RecipeError(f"{what} is {value}, expected a positive number")
+    if not 0 <= balance < float("inf"):
+        raise RecipeError(f"balance is {balance}, expected zero or a positive number")
     holders = prunable_weights(model)
-    if not holders:
-        raise Prune2OnnxError(
-            f"{type(model).__name__}: no layer to prune; "
-            f"expected at least one of {', '.join(t.__name__ for t in PRUNABLE)}"
-        )
-    names = list(holders)
-    chosen = _select(names, include, "include") - _select(names, exclude, "exclude")
-    if not chosen:
-        raise RecipeError("include and exclude leave no weight to prune")
-    factors = dict.fromkeys(names, 1.0)
+    factors = dict.fromkeys(holders, 1.0)
     for pattern, factor in (importance or {}).items():
-        for name in _select(names, (pattern,), "importance"):
+        if not 0 <= factor < float("inf"):
+            raise RecipeError(f"importance of {pattern!r} is {factor}, expected a number from 0 on")
+        for name in _select(list(holders), (pattern,), "importance"):
             factors[name] *= factor
 
     planned: list[tuple[_LearnedThreshold, tuple[nn.Module, ...]]] = []
-    for name in (n for n in names if n in chosen):
+    for name in selected_weights(model, include, exclude):
         modules = holders[name]
         if any(parametrize.is_parametrized(module, "weight") for module in modules):
             raise Prune2OnnxError(
@@ -314,6 +339,7 @@ def prune(
                 "remove the old-style weight_norm or spectral_norm, or exclude the layer"
             )
         _check_weight(name, weight)
+        _check_ties(name, weight, modules, model)
         axis = next(axis for kind, axis in PRUNABLE.items() if isinstance(modules[0], kind))
         learned = _LearnedThreshold(
             name,
@@ -355,6 +381,11 @@ def penalty(model: nn.Module) -> Tensor:
             f"{type(model).__name__}: no learned threshold; call prune(model) first"
         )
     return torch.stack(counts).sum()
+
+
+def thresholds_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters behind the learned thresholds, for an optimiser group of their own."""
+    return [site.threshold.rho for site in _sites(model)]
 
 
 def survivors(model: nn.Module) -> Tensor:
@@ -434,27 +465,15 @@ def hold_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> Callable[[], No
     Returns:
         A function that lifts the hold.
     """
-    parameters = dict(model.named_parameters())
     handles: list[RemovableHandle] = []
     for name, mask in masks.items():
-        hook = partial(torch.mul, mask)
-        handles.append(parameters[name].register_hook(hook))  # type: ignore[no-untyped-call]
+        parameter = model.get_parameter(name)
+        if parameter.requires_grad:  # a frozen one does not move anyway
+            hook = partial(torch.mul, mask)
+            handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
 
     def lift() -> None:
         for handle in handles:
             handle.remove()
 
     return lift
-
-
-__all__ = [
-    "Density",
-    "LayerDensity",
-    "bake",
-    "density",
-    "hold_zeros",
-    "penalty",
-    "prunable_weights",
-    "prune",
-    "survivors",
-]

@@ -189,7 +189,14 @@ def compress(
         return
     _console.print(weights_table(report.weights, report.compressed.nbytes))
     _console.print(report.table())
-    _console.print(f"{directory / 'model.onnx'}", markup=False)
+    wanted = resolved.prune.density
+    if resolved.first_phase != "tune" and report.density > 1.3 * wanted:
+        text = (
+            f"prune2onnx: the density came down to {report.density:.1%}, not to {wanted:.1%}; "
+            "prune longer (--prune-epochs) or harder (--prune-pressure, --prune-threshold-lr)"
+        )
+        _console.print(text, markup=False, highlight=False, soft_wrap=True)
+    _console.print(f"{directory / 'model.onnx'}", markup=False, soft_wrap=True)
     if as_json:
         click.echo(report.to_json(), nl=False)
     _must_fold(report, directory / "model.onnx")

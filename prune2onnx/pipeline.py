@@ -49,8 +49,8 @@ def compress(
         recipe: the settings; for a run to be continued see `recipe_of`.
         directory: the run's folder, made if missing.
         overwrite: start again in a folder that holds a run.
-        resume: continue the run in `directory` from its last checkpoint; the result is the same,
-            byte for byte, as that of an uninterrupted run on the same machine.
+        resume: continue the run in `directory` from its last checkpoint; on the same machine's CPU
+            the result is the same, byte for byte, as that of an uninterrupted run.
         cpu: do not use a GPU.
         on_step: told every few steps.
         on_epoch: told after each epoch.
@@ -77,21 +77,14 @@ def compress(
     model = make_model(recipe, data)
     export(model, data.input_shape, opset=recipe.opset)  # fail now, not after hours of training
     accelerator = make_accelerator(recipe, cpu=cpu)
+    checkpoints = directory / "checkpoints"
     if accelerator.is_main_process:
-        # in this order a kill leaves no old checkpoint beside a new recipe
-        old = (
-            []
-            if resume
-            else [
-                RECIPE,
-                *(
-                    f"checkpoints/{path.name}"
-                    for path in (directory / "checkpoints").glob("*.safetensors")
-                ),
-            ]
-        )
-        for name in (*old, DENSE, MODEL, REPORT):
-            (directory / name).unlink(missing_ok=True)
+        outdated = [directory / name for name in (DENSE, MODEL, REPORT)]
+        if not resume:
+            # the recipe first: a kill must leave no old checkpoint beside a new recipe
+            outdated = [directory / RECIPE, *checkpoints.glob("*.safetensors"), *outdated]
+        for path in outdated:
+            path.unlink(missing_ok=True)
         write_whole(directory / RECIPE, recipe.to_yaml())
     accelerator.wait_for_everyone()
     fitted = fit(
@@ -99,7 +92,7 @@ def compress(
         data,
         recipe,
         accelerator=accelerator,
-        checkpoints=directory / "checkpoints",
+        checkpoints=checkpoints,
         resume=resume,
         start=recipe.first_phase,
         on_step=on_step,

@@ -26,7 +26,7 @@ class Dense(_Section):
     """Phase 1: ordinary training. Skipped where trained weights are given."""
 
     epochs: int | None = Field(
-        None, ge=1, description="epochs of dense training; default: about 1,500 steps"
+        None, ge=1, description="epochs of dense training; default: 1,500 steps, at least 5 epochs"
     )
     lr: float = Field(2e-3, gt=0, description="peak learning rate (Adam)")
 
@@ -35,7 +35,7 @@ class Prune(_Section):
     """Phase 2: weights and thresholds are trained together."""
 
     epochs: int | None = Field(
-        None, ge=1, description="epochs of pruning; default: about 4,000 steps"
+        None, ge=1, description="epochs of pruning; default: 4,000 steps, at least 10 epochs"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the weights (Adam)")
     threshold_lr: float = Field(1e-2, gt=0, description="peak learning rate of the thresholds")
@@ -67,7 +67,7 @@ class Tune(_Section):
     """Phase 3: the survivors are fine-tuned under fixed masks."""
 
     epochs: int | None = Field(
-        None, ge=1, description="epochs of tuning; default: about 1,500 steps"
+        None, ge=1, description="epochs of tuning; default: 1,500 steps, at least 3 epochs"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate (Adam)")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay (AdamW)")
@@ -77,7 +77,7 @@ class Share(_Section):
     """Phase 4: surviving values are shared, and the shared values fine-tuned."""
 
     epochs: int | None = Field(
-        None, ge=1, description="epochs of codebook tuning; default: about 800 steps"
+        None, ge=1, description="epochs of codebook tuning; default: 800 steps, at least 2 epochs"
     )
     lr: float = Field(3e-4, gt=0, description="peak learning rate (Adam)")
     levels: int = Field(32, ge=2, le=256, description="values a weight's survivors share")

@@ -44,9 +44,9 @@ from prune2onnx.sharing import bake_codebooks, coarsen, share
 
 PHASES = ("dense", "prune", "tune", "share")
 
-# Steps a phase takes where the recipe gives no epochs, and the fewest epochs it takes.
+# Where the recipe gives no epochs: the steps a phase takes, and the fewest epochs.
 _DEFAULT_STEPS = {"dense": 1500, "prune": 4000, "tune": 1500, "share": 800}
-_FEWEST_EPOCHS = 2
+_FEWEST_EPOCHS = {"dense": 5, "prune": 10, "tune": 3, "share": 2}
 
 _WARM_UP = 0.1  # part of a phase over which the learning rate rises
 _LOOK_EVERY = 16  # steps between looks at density and losses, each a wait for the GPU
@@ -120,7 +120,7 @@ def with_epochs(recipe: Recipe, examples: int) -> Recipe:
     for phase in PHASES:
         section = getattr(recipe, phase)
         epochs = section.epochs or max(
-            _FEWEST_EPOCHS, math.ceil(_DEFAULT_STEPS[phase] / steps_per_epoch)
+            _FEWEST_EPOCHS[phase], math.ceil(_DEFAULT_STEPS[phase] / steps_per_epoch)
         )
         sections[phase] = section.model_copy(update={"epochs": epochs})
     return recipe.model_copy(update=sections)

@@ -63,6 +63,7 @@ def test_compress_tells_people_on_stderr_and_programs_on_stdout(tmp_path):
     assert json.loads(result.stdout) == json.loads((folder / "report.json").read_text())
     for part in ("validation error", "fc1.weight", "smaller", "folded away on load", "model.onnx"):
         assert part in result.stderr
+    assert "the density came down to" in result.stderr  # two epochs of pruning do not reach 7 %
     assert "levels: 16" in (folder / "recipe.yaml").read_text()
     data = run("validate", folder / "model.onnx", "--data", "digits", "--json")
     assert json.loads(data.stdout)["compressed"]["error"] is not None

@@ -27,7 +27,7 @@ from prune2onnx.files import write_whole
 from prune2onnx.pack import pack
 from prune2onnx.recipe import Recipe, read_recipe, resolve
 from prune2onnx.report import Report
-from prune2onnx.train import Epoch, Step, fit, make_accelerator, with_epochs
+from prune2onnx.train import Epoch, Step, check_output, fit, make_accelerator, with_epochs
 from prune2onnx.validate import validate
 
 RECIPE, DENSE, MODEL, REPORT = "recipe.yaml", "dense.onnx", "model.onnx", "report.json"
@@ -75,6 +75,7 @@ def compress(
     data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
     recipe = with_epochs(recipe, len(data.train))  # type: ignore[arg-type]
     model = make_model(recipe, data)
+    check_output(model, data)
     export(model, data.input_shape, opset=recipe.opset)  # fail now, not after hours of training
     accelerator = make_accelerator(recipe, cpu=cpu)
     checkpoints = directory / "checkpoints"

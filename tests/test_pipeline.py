@@ -157,13 +157,16 @@ compress(recipe, folder, cpu=True, resume=resume, on_step=kill)
 def test_kill_9_in_each_phase_then_resume_gives_the_same_bytes(finished, tmp_path):
     whole, _ = finished
     folder = tmp_path / "killed"
+    # as many threads as here: another split of a sum rounds otherwise
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     for phase in ("dense", "prune", "tune", "share"):
         arguments = [str(folder), phase, str(whole / "recipe.yaml")]
-        done = subprocess.run([sys.executable, "-c", _KILL_IN, *arguments], capture_output=True)
+        command = [sys.executable, "-c", _KILL_IN, *arguments]
+        done = subprocess.run(command, capture_output=True, env=environment)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
         assert not (folder / "model.onnx").exists()
     command = [sys.executable, "-m", "prune2onnx", "compress", "--resume", str(folder), "--cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (folder / "model.onnx").read_bytes() == (whole / "model.onnx").read_bytes()
     assert (folder / "dense.onnx").read_bytes() == (whole / "dense.onnx").read_bytes()

@@ -71,6 +71,11 @@ def test_a_run_repeats_itself_and_a_seed_changes_it(tiny_data):
     assert states(first.model) != states(other.model)
 
 
+def test_the_processors_mode_is_put_back(tiny_data):
+    fit(tiny_mlp(), tiny_data, tiny_recipe())
+    assert float(torch.tensor(1e-39) * 0.5) > 0  # a denormal
+
+
 def test_bfloat16_trains_and_leaves_float32(tiny_data):
     fitted = fit(tiny_conv(), tiny_data, tiny_recipe(precision="bf16"))
     assert {p.dtype for p in fitted.model.parameters()} == {torch.float32}

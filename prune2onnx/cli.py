@@ -102,7 +102,7 @@ def _shown(default: Any) -> str:
     return ", ".join(default) if isinstance(default, tuple) else str(default)
 
 
-class _Factor(click.ParamType):  # type: ignore[type-arg]  # generic from click 8.2 on only
+class _Factor(click.ParamType[tuple[str, float]]):
     """PATTERN=FACTOR, as in --prune-importance 'conv*=0.2'."""
 
     name = "pattern=factor"

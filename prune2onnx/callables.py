@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.errors import Prune2OnnxError, one_line
 
 FORM = "expected path/to/file.py:name or package.module:name"
 # User code that reads its own command line on import ends in SystemExit; that is a failed import,
@@ -183,7 +183,7 @@ def _importable(folder: Path) -> Iterator[None]:
 
 def _told(error: BaseException, path: Path | None = None) -> str:
     """The exception on one line: its type, its words and, in `path`, the line."""
-    words = " ".join(str(error).split())[:300]
+    words = one_line(error)[:300]
     lines, step = [], error.__traceback__
     while step is not None:
         if path is not None and step.tb_frame.f_code.co_filename == str(path):

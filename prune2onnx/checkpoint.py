@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.files import write_whole
 
 _RUNNING = "running"
@@ -123,7 +123,7 @@ class Checkpoints:
         except RuntimeError as error:
             raise Prune2OnnxError(
                 f"{self._path(name)}: the checkpoint does not fit the model "
-                f"({' '.join(str(error).split())[:300]}); was the model's code changed? "
+                f"({one_line(error)[:300]}); was the model's code changed? "
                 f"{_START_AGAIN}"
             ) from error
 

@@ -21,3 +21,13 @@ class MismatchError(Prune2OnnxError):
     """onnxruntime's answer differs from the reference (exit status 4)."""
 
     exit_status = 4
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something; "" where none does."""
+    return next((line for line in str(error).splitlines() if line.strip()), "")
+
+
+def one_line(error: BaseException) -> str:
+    """All of an error's text on one line."""
+    return " ".join(str(error).split())

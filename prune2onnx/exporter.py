@@ -20,7 +20,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.errors import Prune2OnnxError, first_line, one_line
 
 # The lowest that knows model-local functions; onnxruntime 1.17 reads up to 9.
 _IR_VERSION = 8
@@ -57,10 +57,10 @@ def export(model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> 
                 verbose=False,
             )
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
         raise Prune2OnnxError(
             f"{type(model).__name__}: torch.onnx cannot export the model: "
-            f"{type(error).__name__}: {first}; see torch.export's guide for what a forward may do"
+            f"{type(error).__name__}: {first_line(error)}; "
+            "see torch.export's guide for what a forward may do"
         ) from error
     assert program is not None  # dynamo=True always returns one
     proto = program.model_proto
@@ -69,7 +69,7 @@ def export(model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> 
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise Prune2OnnxError(
             f"{type(model).__name__}: the exported graph is not valid ONNX: {reason}"
         ) from error

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.errors import Prune2OnnxError, first_line
 
 # The operators that BatchNorm may follow. A layer's own type must be one of these, too: a subclass
 # may do with its weight and bias what it likes.
@@ -56,10 +56,9 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> tuple[str, ...]:
     try:
         program = torch.export.export(model, (example,))
     except Exception as error:  # the tracer raises what the model's own code raises, and more
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
         raise Prune2OnnxError(
             f"{type(model).__name__}: torch.export cannot trace the model, which folding "
-            f"BatchNorm needs: {type(error).__name__}: {first}"
+            f"BatchNorm needs: {type(error).__name__}: {first_line(error)}"
         ) from error
     names = program.graph_signature.inputs_to_parameters
     folded = []

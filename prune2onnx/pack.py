@@ -26,7 +26,7 @@ from prune2onnx.codecs import CODECS, DOMAIN, DOMAIN_VERSION, Codec, Payload, We
 from prune2onnx.codecs.codec import framed
 from prune2onnx.codecs.plan import candidates, functions, plan
 from prune2onnx.codecs.weight import PACKABLE, data_type
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.report import WeightRow
 
 MIN_NBYTES = 64
@@ -86,7 +86,7 @@ def load(path: str | Path) -> ModelProto:
         onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
     except (OSError, ValueError, onnx.checker.ValidationError) as error:
         raise Prune2OnnxError(
-            f"{path}: external data cannot be read: {_one_line(error)}; put it beside the file"
+            f"{path}: external data cannot be read: {one_line(error)}; put it beside the file"
         ) from error
     defined = {function.name for function in model.functions if function.domain == DOMAIN}
     for node in _calls(model):
@@ -100,7 +100,7 @@ def load(path: str | Path) -> ModelProto:
     try:
         onnx.checker.check_model(model)
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise Prune2OnnxError(f"{path}: not a valid ONNX model: {_one_line(error)}") from error
+        raise Prune2OnnxError(f"{path}: not a valid ONNX model: {one_line(error)}") from error
     return model
 
 
@@ -392,7 +392,7 @@ def _payloads(model: ModelProto) -> list[tuple[Payload, NodeProto]]:
                 initializers[tensor.name] = numpy_helper.to_array(tensor)
             except (ValueError, TypeError) as error:
                 raise Prune2OnnxError(
-                    f"the stream {tensor.name!r} is damaged: {_one_line(error)}"
+                    f"the stream {tensor.name!r} is damaged: {one_line(error)}"
                 ) from error
     return [(_codec_of(node).payload(node, initializers), node) for node in calls]
 
@@ -451,7 +451,3 @@ def _keep(repeated: Any, wanted: Callable[[Any], bool]) -> None:
     kept = [item for item in repeated if wanted(item)]
     del repeated[:]
     repeated.extend(kept)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from prune2onnx.callables import call_with, load_callable
 from prune2onnx.data import Data, collate, load_data
-from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
 from prune2onnx.exporter import export
 from prune2onnx.files import write_whole
 from prune2onnx.pack import pack
@@ -188,7 +188,7 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return one_line(error)[:400] or type(error).__name__
 
 
 def batches(

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from prune2onnx.checkpoint import Checkpoints, plain_state
 from prune2onnx.data import Data, collate
-from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
 from prune2onnx.fold import fold_batch_norm
 from prune2onnx.pruning import (
     bake,
@@ -159,7 +159,7 @@ def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Accelerator:
         return Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=[unused])
     except ValueError as error:
         raise Prune2OnnxError(
-            f"precision {recipe.precision!r}: {' '.join(str(error).split())}; "
+            f"precision {recipe.precision!r}: {one_line(error)}; "
             "choose another --precision, or start a new process"
         ) from error
 
@@ -493,7 +493,7 @@ class _Run:
             except (RuntimeError, ValueError) as error:  # out of memory, BatchNorm of one example
                 raise Prune2OnnxError(
                     f"the model fails in phase {phase}, epoch {epoch}, step {step}, on a batch of "
-                    f"shape {list(x.shape)}: {' '.join(str(error).split())[:300]}"
+                    f"shape {list(x.shape)}: {one_line(error)[:300]}"
                 ) from error
             loss = nn.functional.cross_entropy(scores, y.to(accelerator.device, non_blocking=True))
             if pressing:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from prune2onnx.data.examples import Arrays, arrays
 from prune2onnx.data.idx import existing_folder
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.errors import Prune2OnnxError, one_line
 
 FORM = "expected DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*"
 GREY = ("1", "L", "LA")
@@ -117,8 +117,7 @@ def _pixels(path: Path) -> tuple[NDArray[np.uint8], bool]:
     # Pillow's plug-ins raise these on what they cannot make out (SyntaxError: a broken PNG).
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise Prune2OnnxError(
-            f"{path}: not a readable image ({' '.join(str(error).split())}), expected one; "
-            "mend or remove it"
+            f"{path}: not a readable image ({one_line(error)}), expected one; mend or remove it"
         ) from error
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prune2onnx.data.examples import Arrays, arrays
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.files import write_whole
 
 DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -181,7 +181,7 @@ def _download(name: str, folder: Path) -> bytes:
                 content: bytes = answer.read(LARGEST_DOWNLOAD)
             found = _md5(_unzipped(content, mirror))
         except (OSError, HTTPException, Prune2OnnxError) as error:
-            failures.append(f"{mirror}: {' '.join(str(error).split())}")
+            failures.append(f"{mirror}: {one_line(error)}")
             continue
         if found == MNIST[name]:
             return content

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from prune2onnx.data.examples import Arrays, arrays
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.errors import Prune2OnnxError, one_line
 
 KEYS = "expected x_train, y_train[, x_test, y_test] or x, y"
 
@@ -36,7 +36,7 @@ def read_npz(argument: str) -> tuple[Arrays, Arrays | None]:
     # What numpy raises on a foreign, cut or corrupt file, and on pickled objects (ValueError).
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Prune2OnnxError(
-            f"{path}: not an .npz archive of plain arrays ({' '.join(str(error).split())}); "
+            f"{path}: not an .npz archive of plain arrays ({one_line(error)}); "
             "write one with numpy.savez(FILE, x_train=..., y_train=...)"
         ) from error
     train = arrays(found[0], found[1], f"{path}: {wanted[0]}, {wanted[1]}")

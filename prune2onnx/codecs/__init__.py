@@ -1,35 +1,34 @@
-"""Codecs: how a weight is written as streams and rebuilt, in numpy and by ONNX's own operators.
+"""Codecs: how weights are written as streams and rebuilt, in numpy and by ONNX's own operators.
 
-The contract is `Codec`; the codecs are the tuple `CODECS`. docs/FORMAT.md is the format for
-somebody who writes a decoder. numpy and onnx only: what onnxruntime makes of the functions is
-tested, not used, here.
+`plan` chooses, `bundle` writes and reads one decode call for all weights of a model, `evaluate` is
+the numpy oracle. docs/FORMAT.md is the format for somebody who writes a decoder. numpy and onnx
+only: what onnxruntime makes of the functions is tested, not used, here.
 """
 
 from __future__ import annotations
 
-from prune2onnx.codecs import huffman
-from prune2onnx.codecs.codec import Codebook, Codec, Half, Payload
-from prune2onnx.codecs.function import DOMAIN, DOMAIN_VERSION
-from prune2onnx.codecs.stages import HUFFMAN, NIBBLE, PLAIN
-from prune2onnx.codecs.weight import Weight
-
-CODECS: tuple[Codec, ...] = (
-    Codec("half", "f", gaps=None, values=Half()),
-    Codec("codebook", "c", gaps=None, values=Codebook(PLAIN)),
-    Codec("codebook-nibble", "n", gaps=None, values=Codebook(NIBBLE)),
-    Codec("codebook-huffman", huffman.OP, gaps=None, values=Codebook(HUFFMAN)),
-    Codec("gap-codebook", "g", gaps=PLAIN, values=Codebook(PLAIN)),
-    Codec("gap-codebook-huffman", "e", gaps=HUFFMAN, values=Codebook(HUFFMAN)),
-)
-"""Every codec a file may use. The planner takes the fewest bytes; the order decides ties."""
+from prune2onnx.codecs.bundle import Bundle, Described, decode, described, encode
+from prune2onnx.codecs.evaluate import Budget
+from prune2onnx.codecs.function import DOMAIN, DOMAIN_VERSION, framed
+from prune2onnx.codecs.groups import METHODS, Method
+from prune2onnx.codecs.plan import Plan, entropy_nbytes, plan
+from prune2onnx.codecs.weight import WORKING, Weight
 
 __all__ = [
-    "CODECS",
     "DOMAIN",
     "DOMAIN_VERSION",
-    "Codebook",
-    "Codec",
-    "Half",
-    "Payload",
+    "METHODS",
+    "WORKING",
+    "Budget",
+    "Bundle",
+    "Described",
+    "Method",
+    "Plan",
     "Weight",
+    "decode",
+    "described",
+    "encode",
+    "entropy_nbytes",
+    "framed",
+    "plan",
 ]

@@ -1,31 +1,39 @@
-"""Canonical Huffman codes of at most 12 bits: construction, encoding, decoding, ONNX function.
+"""Canonical Huffman codes of at most 12 bits: construction, encoding, decoding, ONNX functions.
 
 Construction is package-merge (Larmore & Hirschberg, "A fast algorithm for optimal length-limited
-Huffman codes", JACM 37(3), 1990), so no prefix code limited to 12 bits is shorter. Its cost is
-below entropy + 1 bit a symbol, as for any Huffman code, and with 12 bits in practice within a few
-hundredths of the entropy for the alphabets met here.
+Huffman codes", JACM 37(3), 1990), so no prefix code limited to 12 bits is shorter. Codewords are
+canonical (Schwartz & Kallick, "Generating a canonical prefix encoding", CACM 7(3), 1964): they
+follow from the code lengths alone. Symbols are numbered so that lengths never fall as the number
+rises; longer codewords come first in numerical order. At each depth the internal nodes of the code
+tree then stand left of the leaves, and a code is told by as many bytes as its limit has bits, the
+number of internal nodes at each depth d < limit: a window `w` of limit bits that starts with a
+codeword has length
 
-Codewords are canonical (Schwartz & Kallick, "Generating a canonical prefix encoding", CACM 7(3),
-1964): they follow from the code lengths alone. Longer codewords come first in numerical order, so
-that at each depth the internal nodes of the code tree stand left of the leaves. The table of a
-code is then the number of internal nodes at the depths 0 to 11, twelve bytes: a 12-bit window
-`w` that starts with a codeword has length
+    length(w) = #{d : (w >> (limit - d)) < internal[d]},
 
-    length(w) = #{d in 0..11 : (w >> (12 - d)) < internal[d]},
+and it means the number of codewords that are numerically higher.
 
-and the codewords are numbered by `rank(w)` in numerical order. Symbols are stored in that order.
+One stream holds several **segments**, each with a code of its own, each starting at a 16-bit word.
+The segments of a whole model share one stream, because a call that decodes costs the runtime
+milliseconds, whatever it decodes.
 
-A stream is cut into B = ceil(n / 512) lanes: lane b holds the symbols b, b + B, b + 2B, ... and
-the lanes follow each other without a gap. The lanes start together at known bits and are walked
-together, in numpy one symbol a step, in ONNX by pointer jumping: with J(p) the position after the
-codeword that starts at bit p, nine rounds of `P = concat(P, J[P]); J = J[J]` visit 512 symbols
-of every lane without a loop, which onnxruntime could not fold.
+A segment is cut into **lanes** of so many symbols, whose starts are stored, and which are decoded
+side by side. Two functions do so without a loop, which onnxruntime could not fold:
+
+- `m`, for short streams, jumps pointers in lanes of 512: with J(p) the position after the codeword
+  that starts at bit p, `J = J[J]` four times jumps over 16 symbols, so that 32 leaps reach every
+  16th symbol of each lane, and the others follow by halves. About a hundred nodes, a dozen passes
+  over one int32 a *bit*.
+- `l`, for long ones, takes 128 steps, each one symbol of every lane: some twelve hundred nodes,
+  thirteen passes over one int32 a *symbol*.
 
 Knows sequences of symbols; knows nothing of weights.
 """
 
 from __future__ import annotations
 
+import functools
+import heapq
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,29 +46,37 @@ from onnx import FunctionProto, TensorProto
 from prune2onnx.codecs.function import Body
 from prune2onnx.errors import Prune2OnnxError
 
-LENGTH_LIMIT = 12
-"""Longest codeword, in bits: a word of 16 bits and 12 of the next fit an int32."""
+LIMITS = (10, 12)
+"""Longest codeword of a stream, in bits. 12: a word of 16 bits and 12 of the next fit an int32. 10,
+where that costs next to nothing: tables of 1024 windows a segment are made in a quarter of the
+time."""
 
-LANE = 512
-"""Symbols in a lane: one uint16 start for 512 symbols is 0.03 bit a symbol."""
+_WORTH_TIME = 1.002
+"""The bits that the lower limit may cost."""
 
-_DOUBLINGS = LANE.bit_length() - 1
-_WINDOWS = 1 << LENGTH_LIMIT
+LANES = {"m": 512, "l": 128}
+"""The functions that decode a stream, and the symbols in a lane of theirs."""
+
+JUMP_BITS = 1 << 20
+"""Longest stream that is decoded by pointer jumping: there the steps' nodes cost as much time."""
+
+MAX_BITS = 1 << 30
+"""Longest stream: bit positions are int32."""
+
+_DOUBLINGS = 4
+"""Times that the jumps of `m` are doubled: each is a pass over one int32 a bit, and halves the
+leaps, which are short nodes."""
+
+_LEAPS = 8
+"""Leaps that one function of `m` takes; the rest are calls of it."""
+
 _WORD_BITS = 16
 _WORD = 1 << _WORD_BITS
-
-OP = "h"
-"""Name of the function that decodes a stream."""
-
-MAX_BITS = 1 << 27
-"""Longest stream: decoding in the graph holds several int32 arrays with one element a bit, and
-onnxruntime from 1.27 on folds no output above 1 GB (PR 28055)."""
-
-MAX_SYMBOLS = 1 << 28
-"""Most symbols in a stream that is decoded here; a declared count is checked before it is used."""
+_STEPS = 8
+"""Steps that one function of `l` takes; the rest are calls of it."""
 
 
-def code_lengths(counts: Sequence[int], limit: int = LENGTH_LIMIT) -> list[int]:
+def code_lengths(counts: Sequence[int], limit: int = LIMITS[-1]) -> list[int]:
     """Lengths of an optimal prefix code with no codeword longer than `limit`.
 
     Package-merge: a coin of denomination 2^-d and value `count` for every symbol and depth d;
@@ -68,7 +84,7 @@ def code_lengths(counts: Sequence[int], limit: int = LENGTH_LIMIT) -> list[int]:
     has bits.
 
     Args:
-        counts: how often each symbol occurs, each at least 1, at most 2^limit of them.
+        counts: how often each symbol occurs, 0 allowed, at most 2^limit of them.
         limit: longest codeword allowed, in bits.
 
     Returns:
@@ -80,21 +96,55 @@ def code_lengths(counts: Sequence[int], limit: int = LENGTH_LIMIT) -> list[int]:
     size = len(counts)
     if not 1 <= size <= 1 << limit:
         raise Prune2OnnxError(f"{size} symbols do not fit codewords of {limit} bits")
-    lengths = [0] * size
     if size == 1:
-        return lengths
-    coins = sorted((count, (symbol,)) for symbol, count in enumerate(counts))
-    merged: list[tuple[int, tuple[int, ...]]] = []
-    for _ in range(limit):
-        packages = [
-            (merged[i][0] + merged[i + 1][0], merged[i][1] + merged[i + 1][1])
-            for i in range(0, len(merged) - 1, 2)
-        ]
-        merged = sorted(coins + packages, key=lambda package: package[0])
-    for _, symbols in merged[: 2 * size - 2]:
-        for symbol in symbols:
-            lengths[symbol] += 1
-    return lengths
+        return [0]
+    order = np.argsort(counts, kind="stable")
+    coins = np.asarray(counts, np.int64)[order]
+    merged, is_package = coins, np.zeros(size, bool)
+    bought = []  # at each depth, the deepest first: which items are packages
+    for _ in range(limit - 1):
+        bought.append(is_package)
+        pairs = merged[: merged.size // 2 * 2].reshape(-1, 2).sum(axis=1)
+        both = np.concatenate([coins, pairs])
+        place = np.argsort(both, kind="stable")
+        merged, is_package = both[place], place >= size
+    bought.append(is_package)
+    lengths = np.zeros(size, np.int64)
+    items = 2 * size - 2
+    for packages in reversed(bought):
+        inside = int(packages[:items].sum())
+        lengths[: items - inside] += 1  # coins are bought in the order of their value
+        items = 2 * inside
+    result = np.empty(size, np.int64)
+    result[order] = lengths
+    return [int(length) for length in result]
+
+
+def rising_lengths(counts: NDArray[np.integer[Any]], limit: int = LIMITS[-1]) -> list[int]:
+    """Lengths of a prefix code that never fall from one symbol to the next.
+
+    Such a code needs no table of its symbols. Counts that rise are first levelled with their
+    neighbours (pool adjacent violators), which changes the code little where counts fall in truth
+    and rise by chance.
+
+    Args:
+        counts: [k], how often each symbol occurs.
+        limit: longest codeword allowed, in bits.
+
+    >>> rising_lengths(np.array([4, 1, 2, 1]))
+    [1, 2, 3, 3]
+    """
+    pools: list[tuple[float, int]] = []
+    for count in counts.tolist():
+        total, size = float(count), 1
+        while pools and pools[-1][0] * size < total * pools[-1][1]:
+            before, width = pools.pop()
+            total, size = total + before, size + width
+        pools.append((total, size))
+    level = np.repeat([total / size for total, size in pools], [size for _, size in pools])
+    # Package-merge breaks ties by the symbol, so equal levels still get rising lengths.
+    lengths = code_lengths((level[::-1] * 1024).astype(np.int64).tolist(), limit)
+    return sorted(lengths)
 
 
 @dataclass(frozen=True)
@@ -102,84 +152,153 @@ class Code:
     """A canonical code.
 
     Attributes:
-        order: the symbols by rising codeword; index into it is the rank.
-        lengths: bits of the codeword of each rank, never rising.
-        codewords: the codeword of each rank, in its low `lengths[rank]` bits.
-        internal: internal nodes of the code tree at the depths 0 to 11.
+        lengths: bits of each symbol's codeword, never falling.
+        codewords: of each symbol, in its low `lengths[symbol]` bits.
+        internal: internal nodes of the code tree at each depth below the limit.
     """
 
-    order: tuple[int, ...]
     lengths: tuple[int, ...]
     codewords: tuple[int, ...]
     internal: tuple[int, ...]
 
 
-def canonical(lengths: Sequence[int]) -> Code:
-    """The canonical code with these lengths (a complete one: Kraft's sum is 1).
-
-    Ranks go by falling length, then by rising symbol. The first codeword is all zeros; the next
-    is the last plus one, cut to its own length.
+def canonical(lengths: Sequence[int], limit: int = LIMITS[-1]) -> Code:
+    """The code with these lengths, which must be complete and never fall; none is above the limit.
 
     >>> code = canonical([1, 2, 3, 3])
-    >>> [(symbol, f"{word:0{bits}b}") for symbol, bits, word in
-    ...  zip(code.order, code.lengths, code.codewords)]
-    [(2, '000'), (3, '001'), (1, '01'), (0, '1')]
+    >>> [f"{word:0{bits}b}" for bits, word in zip(code.lengths, code.codewords)]
+    ['1', '01', '001', '000']
     >>> code.internal
     (1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0)
     """
-    order = sorted(range(len(lengths)), key=lambda symbol: (-lengths[symbol], symbol))
-    window = 0
+    window = 1 << limit
     codewords = []
-    for symbol in order:
-        codewords.append(window >> (LENGTH_LIMIT - lengths[symbol]))
-        window += _WINDOWS >> lengths[symbol]
-    internal = [int(lengths[order[0]] > 0)]
-    for depth in range(1, LENGTH_LIMIT):
+    for length in lengths:
+        window -= 1 << limit - length
+        codewords.append(window >> (limit - length))
+    internal = [int(lengths[-1] > 0)]
+    for depth in range(1, limit):
         internal.append(2 * internal[-1] - sum(length == depth for length in lengths))
-    return Code(
-        tuple(order), tuple(lengths[symbol] for symbol in order), tuple(codewords), tuple(internal)
-    )
+    return Code(tuple(lengths), tuple(codewords), tuple(internal))
 
 
-def encode(symbols: NDArray[np.uint8]) -> tuple[Code, NDArray[np.uint16], NDArray[np.uint16]]:
-    """Codes `symbols`, uint8 [n], n at least 1.
+def code_of(symbols: NDArray[np.uint8], limit: int = LIMITS[-1]) -> Code:
+    """The code for a segment with these symbols, uint8 [n], n at least 1."""
+    return canonical(rising_lengths(np.bincount(symbols), limit), limit)
 
-    Returns:
-        The code, whose `order` holds the symbol values that occur; the bits, uint16 [W], the first
-        bit the highest of the first word; the lane starts, uint16 [B], each relative to the one
-        before it, the first 0.
+
+def about_bits(counts: NDArray[np.integer[Any]]) -> int:
+    """What `coded_bits` is without the limit of 12 bits and with symbols in any order; quickly."""
+    heap = counts[counts > 0].tolist()
+    heapq.heapify(heap)
+    total = 0
+    while len(heap) > 1:
+        both = heapq.heappop(heap) + heap[0]
+        heapq.heapreplace(heap, both)
+        total += both
+    return total
+
+
+def coded_bits(counts: NDArray[np.integer[Any]], limit: int = LIMITS[-1]) -> int:
+    """Bits of a segment in which symbol s occurs counts[s] times, without its code."""
+    return int(np.dot(counts, rising_lengths(counts, limit)))
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Several segments, coded.
+
+    Attributes:
+        op: the function that decodes it, "m" or "l".
+        data: uint16 [W], the bits, the first one the highest of the first word.
+        internal: uint8 [K, limit], the codes, that of the last segment first.
+        starts: [B], the bits from the start of the lane before to each lane's; the first is 0. For
+            "m" uint16; for "l" uint8 or uint16, less what `lanes` tells.
+        tails: int32 [K], the words from each segment's start to the end, of the last segment first.
+        lanes: for "l", of each segment, the last one first, int32 [K] each: the lanes from its
+            start to the end; the fewest bits of a full lane; the bits from the start of the lane
+            before to that of its first lane.
     """
-    counts = np.bincount(symbols, minlength=256)
-    present = np.flatnonzero(counts)
-    code = canonical(code_lengths(counts[present].tolist()))
-    code = Code(
-        tuple(int(present[symbol]) for symbol in code.order),
-        code.lengths,
-        code.codewords,
-        code.internal,
-    )
-    length_of = np.zeros(256, np.uint8)
-    word_of = np.zeros(256, np.uint64)
-    length_of[list(code.order)] = code.lengths
-    word_of[list(code.order)] = code.codewords
 
-    lanes = -(-symbols.size // LANE)
-    steps = -(-symbols.size // lanes)
-    padded = np.zeros((steps, lanes), np.uint8)
-    padded.reshape(-1)[: symbols.size] = symbols
-    # The lanes that are one symbol short come last, and so do their holes.
-    full = lanes - (steps * lanes - symbols.size)
-    in_lanes = padded.T
-    ordered = np.concatenate([in_lanes[:full].reshape(-1), in_lanes[full:, :-1].reshape(-1)])
+    op: str
+    data: NDArray[np.uint16]
+    internal: NDArray[np.uint8]
+    starts: NDArray[np.uint16]
+    tails: NDArray[np.int32]
+    lanes: tuple[NDArray[np.int32], ...] = ()
 
-    bits_of = length_of[ordered]
-    ends = np.cumsum(bits_of, dtype=np.int64)
-    heads = np.concatenate(
-        [np.arange(full) * steps, full * steps + np.arange(lanes - full) * (steps - 1)]
+    @property
+    def lane(self) -> int:
+        """Symbols in a lane."""
+        return LANES[self.op]
+
+    @property
+    def segments(self) -> NDArray[np.int64]:
+        """Row of each lane's segment in `internal` and `tails`, [B]."""
+        return np.searchsorted(self.tails.reshape(-1), self.data.size - (self.positions >> 4))
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """The bit each lane starts at, [B]."""
+        steps = self.starts.reshape(-1).astype(np.int64)
+        if self.lanes:
+            tails, least, first = (array.reshape(-1).astype(np.int64) for array in self.lanes)
+            if tails[-1] != steps.size or (np.diff(tails, prepend=0) <= 0).any():
+                raise Prune2OnnxError(f"Huffman segments that do not part {steps.size:,} lanes")
+            added = np.repeat(least, np.diff(tails, prepend=0))[::-1].copy()
+            added[-tails] = first
+            steps += added
+        return np.cumsum(steps)
+
+
+def encode(segments: Sequence[NDArray[np.uint8]]) -> Stream:
+    """Codes segments of symbols, uint8 [n], n at least 1 each.
+
+    Raises:
+        Prune2OnnxError: the stream would be longer than bit positions can tell.
+    """
+    data, codes, begins_of, words = [], [], [], []
+    total = 0
+    counts = [np.bincount(symbols) for symbols in segments]
+    low, high = (sum(coded_bits(count, limit) for count in counts) for limit in LIMITS)
+    limit = LIMITS[low > _WORTH_TIME * high]
+    for symbols in segments:
+        code = code_of(symbols, limit)
+        length_of = np.array(code.lengths, np.uint8)
+        bits = length_of[symbols]
+        ends = np.cumsum(bits, dtype=np.int64)
+        part = _packed(np.array(code.codewords, np.uint64)[symbols], bits, ends)
+        begins_of.append(_WORD_BITS * total + ends - bits)
+        words.append(total)
+        total += part.size
+        data.append(part)
+        codes.append(code.internal)
+    if _WORD_BITS * total > MAX_BITS:
+        raise Prune2OnnxError(f"{_WORD_BITS * total:,} bits of codewords, at most {MAX_BITS:,} fit")
+    op = "l" if _WORD_BITS * total > JUMP_BITS else "m"
+    begins_of = [begins[:: LANES[op]] for begins in begins_of]
+    steps = np.diff(np.concatenate(begins_of), prepend=0)
+    lanes: tuple[NDArray[np.int32], ...] = ()
+    if op == "l":
+        sizes = np.array([begins.size for begins in begins_of])
+        heads = np.cumsum(sizes) - sizes
+        least = [int(np.diff(begins).min(initial=MAX_BITS)) for begins in begins_of]
+        least = [0 if bits == MAX_BITS else bits for bits in least]
+        first = steps[heads]
+        steps = steps - np.repeat(least, sizes)
+        steps[heads] = 0
+        lanes = tuple(
+            np.asarray(array)[::-1].astype(np.int32) for array in (steps.size - heads, least, first)
+        )
+    narrow = np.uint8 if op == "l" and steps.max() < 256 else np.uint16
+    return Stream(
+        op,
+        np.concatenate(data),
+        np.array(codes[::-1], np.uint8),
+        steps.astype(narrow),
+        (total - np.array(words[::-1])).astype(np.int32),
+        lanes,
     )
-    first_bits = ends[heads] - bits_of[heads]
-    starts = np.diff(first_bits, prepend=0).astype(np.uint16)
-    return code, _packed(word_of[ordered], bits_of, ends), starts
 
 
 def _packed(
@@ -205,131 +324,231 @@ def _packed(
     return halves[: -(-total // _WORD_BITS)]
 
 
-def decode(
-    data: NDArray[np.uint16],
-    internal: NDArray[np.uint8],
-    starts: NDArray[np.uint16],
-    alphabet: NDArray[Any],
-    size: int,
-) -> NDArray[Any]:
-    """Rebuilds `size` symbols, in the alphabet's dtype.
+def decode(stream: Stream) -> NDArray[np.uint8]:
+    """Rebuilds the symbols, uint8 [B * lane]: lane after lane.
+
+    A segment's last lane is filled up with symbols that mean nothing.
+
+    Raises:
+        Prune2OnnxError: impossible code lengths, tails that do not fall, a lane past the end.
+    """
+    data = stream.data.reshape(-1)
+    tails = stream.tails.reshape(-1).astype(np.int64)
+    internal = stream.internal
+    limit = internal.shape[1]
+    if not tails.size or tails.size != len(internal):
+        raise Prune2OnnxError(f"{tails.size} Huffman segments, {len(internal)} codes")
+    if tails[-1] != data.size or (np.diff(tails, prepend=0) <= 0).any():
+        raise Prune2OnnxError(f"Huffman segments that do not part a stream of {data.size:,} words")
+    length_of, symbol_of = tables(internal)
+    position = stream.positions
+    inside = position.size and 0 <= position.min() <= position.max() < _WORD_BITS * data.size
+    if not inside or position[0]:
+        raise Prune2OnnxError("a lane starts past the end of the stream")
+    table = (symbol_of << 4 | length_of).reshape(-1)
+    offset = (stream.segments << limit).astype(np.int32)
+    words = data.astype(np.int32)
+    following = np.append(words[1:], 0)
+    # Filling symbols may run past the end; in the graph they wrap around, and nobody reads them.
+    pair = np.append(words << limit | following >> _WORD_BITS - limit, 0)
+    last = np.int32(_WORD_BITS * data.size)
+    position = position.astype(np.int32)
+    symbols = np.empty((stream.lane, position.size), np.uint8)
+    for step in range(stream.lane):
+        window = pair[position >> 4] >> _WORD_BITS - (position & 15) & (1 << limit) - 1
+        entry = table[window + offset]
+        symbols[step] = entry >> 4
+        position = np.minimum(position + (entry & 15), last)
+    return np.ascontiguousarray(symbols.T).reshape(-1)
+
+
+def tables(internal: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Length and symbol of the codeword that each window of `limit` bits starts with.
 
     Args:
-        data: uint16 [W], the bits.
-        internal: uint8, 12 elements.
-        starts: uint16 [B].
-        alphabet: [k], the symbols by rank.
-        size: n.
+        internal: uint8 [K, limit].
+
+    Returns:
+        Both int32 [K, 2^limit].
 
     Raises:
-        Prune2OnnxError: impossible code lengths, an alphabet of another size, starts that do not
-            meet the ends of the lanes, a stream that ends too soon.
+        Prune2OnnxError: no complete code has these internal nodes.
     """
-    length_of, rank_of = tables(internal, alphabet.size)
-    data, starts = data.reshape(-1), starts.reshape(-1)
-    if not 1 <= size <= MAX_SYMBOLS:
-        raise Prune2OnnxError(f"{size} symbols declared, 1 to {MAX_SYMBOLS} expected")
-    lanes = -(-size // LANE)
-    if starts.size != lanes:
-        raise Prune2OnnxError(f"{starts.size} lane starts for {size} symbols, {lanes} expected")
-    padded = np.concatenate([data, np.zeros(2, np.uint16)]).astype(np.int32)
-    last_bit = _WORD_BITS * data.size
-    first_bits = np.cumsum(starts, dtype=np.int64)
-    position = first_bits.copy()
-    steps = -(-size // lanes)
-    ranks = np.zeros((steps, lanes), np.uint8)
-    for step in range(steps):
-        active = position[: min(lanes, size - step * lanes)]
-        if active.size and int(active.max()) > last_bit:
-            raise Prune2OnnxError(
-                f"codeword {step * lanes} starts at bit {int(active.max())} of {last_bit}; "
-                "the stream is damaged"
-            )
-        word = active >> 4
-        pair = padded[word] << LENGTH_LIMIT | padded[word + 1] >> _WORD_BITS - LENGTH_LIMIT
-        window = pair >> _WORD_BITS - (active & 15) & (_WINDOWS - 1)
-        ranks[step, : active.size] = rank_of[window]
-        active += length_of[window]
-    total = int(position[-1])
-    if first_bits[0] or not np.array_equal(position[:-1], first_bits[1:]):
-        raise Prune2OnnxError("the lanes do not meet; the stream is damaged")
-    if max(-(-total // _WORD_BITS), 1) != data.size:
-        raise Prune2OnnxError(f"{total} bits read from {data.size} words; the stream is damaged")
-    return alphabet.reshape(-1)[ranks.reshape(-1)[:size]]
+    limit = internal.shape[1]
+    lengths = np.empty((len(internal), 1 << limit), np.int32)
+    symbols = np.empty((len(internal), 1 << limit), np.int32)
+    for row, counts in enumerate(internal.astype(int).tolist()):
+        nodes = [*counts, 0]
+        leaves = [1 - nodes[0]]
+        leaves += [2 * above - here for above, here in itertools.pairwise(nodes)]
+        if min(leaves) < 0 or nodes[0] > 1:
+            raise Prune2OnnxError(f"impossible code lengths: internal nodes {counts}")
+        length = np.repeat(np.arange(limit, -1, -1), leaves[::-1])
+        windows = (1 << limit) >> length
+        lengths[row] = np.repeat(length, windows)
+        symbols[row] = np.repeat(np.arange(length.size)[::-1], windows)
+    return lengths, symbols
 
 
-def tables(
-    internal: NDArray[np.uint8], symbols: int
-) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Length and rank of the codeword that each 12-bit window starts with, [4096] both.
+def work(op: str, words: int, lanes: int, codes: int, limit: int) -> tuple[int, int]:
+    """Operators, and bytes of their results, when a runtime decodes a stream."""
+    tables = codes * (5 * limit + 28) << limit
+    if op == "m":
+        return 120, tables + 4 * _WORD_BITS * words * (8 + _DOUBLINGS)
+    return 100 + 9 * LANES[op], tables + 4 * LANES[op] * lanes * 13
 
-    Raises:
-        Prune2OnnxError: no complete code has these internal nodes, or not this many symbols.
+
+@functools.cache
+def functions(op: str, opset: int, limit: int) -> tuple[FunctionProto, ...]:
+    """The ONNX functions that decode a stream: `q` and `m`, or `r` and `l`.
+
+    `m` and `l` take data (uint16 [W, 1]), internal (uint8 [K, limit, 1]), starts ([B]), tails and
+    base (int32 [K, 1] both), `l` also the three of `Stream.lanes` (int32 [K]), and return int32
+    [lane B], lane after lane: symbols, base of their segment added. Symbols that only fill a lane
+    mean nothing.
     """
-    nodes = [*internal.reshape(-1).astype(int).tolist(), 0]
-    if len(nodes) != LENGTH_LIMIT + 1:
-        raise Prune2OnnxError(f"{len(nodes) - 1} internal counts, {LENGTH_LIMIT} expected")
-    leaves = [1 - nodes[0]]
-    leaves += [2 * above - here for above, here in itertools.pairwise(nodes)]
-    if min(leaves) < 0:
-        raise Prune2OnnxError(f"impossible code lengths: internal nodes {nodes[:-1]}")
-    if sum(leaves) != symbols or symbols > 256:
-        raise Prune2OnnxError(f"a code of {sum(leaves)} symbols for an alphabet of {symbols}")
-    lengths = np.repeat(np.arange(LENGTH_LIMIT, -1, -1), leaves[::-1])
-    windows = _WINDOWS >> lengths
-    return np.repeat(lengths, windows), np.repeat(np.arange(symbols, dtype=np.uint8), windows)
+    return _jumping(opset, limit) if op == "m" else _stepping(opset, limit)
 
 
-def functions(opset: int) -> tuple[FunctionProto, ...]:
-    """The ONNX functions: `d`, one round of pointer jumping, and `h`, a stream to symbols.
+@dataclass(frozen=True)
+class _Head:
+    """What both functions work out first; names of values in the body."""
 
-    `h` takes data (uint16 [W, 1]), internal (uint8 [12, 1]), starts (uint16 [B]) and the alphabet
-    ([k], any type), the attributes n ([number of symbols]) and k (shape of the result), and
-    returns the symbols in that shape. It ends on Gather, which copies: onnxruntime 1.24 keeps a
-    dangling buffer where the last folded operator is an alias such as Reshape (issue 29788).
-    """
-    round_ = Body("d", inputs=2)
-    positions, jumps = round_.inputs
-    visited = round_.node("GatherElements", jumps, positions)
-    reached = round_.node("Concat", positions, visited, axis=0)
-    doubled = round_.node("GatherElements", jumps, jumps)
+    pair: str  # int32 [W, 1]: a word and 12 bits of its follower
+    table: str  # int32 [W, 1]: where the table of the word's code begins
+    length: str  # int32 [K 2^limit]
+    symbol: str  # int32 [K 2^limit]
 
-    h = Body(OP, inputs=4, attributes="nk")
-    data, internal, starts, alphabet = h.inputs
-    zero, one, full = h.constant(0), h.constant(1), h.constant(_WINDOWS)
-    first = h.indices(0)
+
+def _head(body: Body, limit: int) -> _Head:
+    data, internal, _, tails, base, *_ = body.inputs
+    zero, one, full = body.constant(0), body.constant(1), body.constant(1 << limit)
 
     # Indices are counted from the end (GatherElements takes -N to N - 1), here and below: one step
     # past the end is then an index from the front, and needs neither padding nor a clamp.
-    word = h.node("Cast", data, to=TensorProto.INT32)
-    to_end = h.node("CumSum", h.node("Clip", word, one, one), zero, reverse=1)
-    following = h.node("GatherElements", word, h.node("Sub", one, to_end))
+    word = body.node("Cast", data, to=TensorProto.INT32)
+    to_end = body.node("CumSum", body.node("Clip", word, one, one), zero, reverse=1)
+    following = body.node("GatherElements", word, body.node("Sub", one, to_end))
+    high = body.node("Mul", word, full)
+    low = body.node("Div", following, body.constant(_WORD >> limit))
+    pair = body.node("Add", high, low)
 
-    # The window at each bit position: 12 of the 28 bits of a word and its follower, int32 [16 W].
-    high = h.node("Mul", word, full)
-    pair = h.node("Add", high, h.node("Div", following, h.constant(_WORD >> LENGTH_LIMIT)))
-    shifted = h.node("Div", pair, h.constant([_WORD >> offset for offset in range(_WORD_BITS)]))
-    window = h.node("Reshape", h.node("Mod", shifted, full), h.indices(-1))
+    # A mark at each segment's first word; the marks after a word count the segments after it.
+    none = body.node("Clip", word, zero, zero)
+    tail = body.node("Neg", tails)
+    mark = body.node("Clip", tail, full, full)
+    marked = body.node("ScatterElements", none, tail, mark)
+    table = body.node("CumSum", marked, zero, reverse=1, exclusive=1)
 
-    # Length and symbol for each of the 4096 windows, as `tables` does.
-    spans = h.constant([_WINDOWS >> depth for depth in range(LENGTH_LIMIT)], (LENGTH_LIMIT, 1))
-    bounds = h.node("Mul", h.node("Cast", internal, to=TensorProto.INT32), spans)
-    inside = h.node("Less", h.node("Range", zero, full, one), bounds)
-    inside = h.node("Cast", inside, to=TensorProto.INT32)
-    length = h.node("ReduceSum", inside, first, keepdims=0)
-    share = h.node("Pow", h.constant(2), length)
-    rank = h.node("Div", h.node("CumSum", share, zero, exclusive=1), full)
-    symbol = h.node("GatherElements", alphabet, rank)
+    # Length and symbol for each window of each code, as `tables` does.
+    spans = body.constant([1 << limit - depth for depth in range(limit)], (limit, 1))
+    bounds = body.node("Mul", body.node("Cast", internal, to=TensorProto.INT32), spans)
+    inside = body.node("Less", body.node("Range", zero, full, one), bounds)
+    inside = body.node("Cast", inside, to=TensorProto.INT32)
+    length = body.node("ReduceSum", inside, body.indices(1), keepdims=0)
+    share = body.node("Pow", body.constant(2), length)
+    after = body.node("CumSum", share, one, exclusive=1, reverse=1)
+    symbol = body.node("Add", body.node("Div", after, full), base)
+    flat = body.indices(-1)
+    return _Head(
+        pair,
+        table,
+        body.node("Reshape", length, flat),
+        body.node("Reshape", symbol, flat),
+    )
 
-    # J(p) = p + length.
-    to_end = h.node("CumSum", h.node("Clip", window, one, one), zero, reverse=1)
-    jumps = h.node("Sub", h.node("GatherElements", length, window), to_end)
-    positions = h.node("CumSum", h.node("Cast", starts, to=TensorProto.INT32), zero)
-    for _ in range(_DOUBLINGS - 1):
-        positions, jumps = h.call("d", positions, jumps, outputs=2)
-    visited_last = h.node("GatherElements", jumps, positions)
-    positions = h.node("Concat", positions, visited_last, axis=0)
-    positions = h.node("Slice", positions, first, h.integers("n"))
-    found = h.node("Reshape", h.node("GatherElements", window, positions), h.integers("k"))
-    result = h.node("Gather", symbol, found)
-    return round_.function(reached, doubled, opset=opset), h.function(result, opset=opset)
+
+def _jumping(opset: int, limit: int) -> tuple[FunctionProto, ...]:
+    # Leaps with the same jumps, one after the other.
+    q = Body("q", inputs=2)
+    leap, reached = q.inputs
+    visited = []
+    for _ in range(_LEAPS):
+        visited.append(reached)
+        reached = q.node("GatherElements", leap, reached)
+    leaps = q.function(q.node("Concat", *visited, axis=0), reached, opset=opset)
+
+    m = Body("m", inputs=5)
+    head = _head(m, limit)
+    # The window at each bit position, int32 [16 W], and the table it is looked up in.
+    shift = m.constant([_WORD >> offset for offset in range(_WORD_BITS)])
+    window = m.node("Mod", m.node("Div", head.pair, shift), m.constant(1 << limit))
+    flat = m.indices(-1)
+    index = m.node("Reshape", m.node("Add", window, head.table), flat)
+
+    # J(p) = p + length, then over 2, 4, 8, 16 symbols.
+    one = m.constant(1)
+    to_end = m.node("CumSum", m.node("Clip", index, one, one), m.constant(0), reverse=1)
+    jumps = [m.node("Sub", m.node("GatherElements", head.length, index), to_end)]
+    for _ in range(_DOUBLINGS):
+        jumps.append(m.node("GatherElements", jumps[-1], jumps[-1]))
+
+    # Every 16th symbol of each lane by leaps, then those half way between, and so on.
+    reached = m.node("CumSum", m.node("Cast", m.inputs[2], to=TensorProto.INT32), m.constant(0))
+    found = []
+    for _ in range(LANES["m"] >> _DOUBLINGS, 0, -_LEAPS):
+        several, reached = m.call("q", jumps[-1], reached, outputs=2)
+        found.append(several)
+    positions = m.node("Concat", *found, axis=0)
+    for jump in jumps[-2::-1]:
+        between = m.node("GatherElements", jump, positions)
+        positions = m.node("Concat", positions, between, axis=0)
+    # The axes are now the bits of a symbol's number in its lane, the lowest first, then the lane.
+    axes = [2] * _DOUBLINGS + [LANES["m"] >> _DOUBLINGS, -1]
+    lanes = m.node("Transpose", m.node("Reshape", positions, m.indices(*axes)))
+    found_index = m.node("GatherElements", index, m.node("Reshape", lanes, flat))
+    result = m.node("GatherElements", head.symbol, found_index)
+    return leaps, m.function(result, opset=opset)
+
+
+def _stepping(opset: int, limit: int) -> tuple[FunctionProto, ...]:
+    # A few symbols of every lane: their indices in the tables, and the position after them.
+    r = Body("r", inputs=7)
+    pair, length, shift, table, word_bits, full, position = r.inputs
+    found = []
+    for _ in range(_STEPS):
+        two = r.node("GatherElements", pair, r.node("Div", position, word_bits))
+        offset = r.node("GatherElements", shift, r.node("Mod", position, word_bits))
+        window = r.node("Mod", r.node("Div", two, offset), full)
+        found.append(r.node("Add", window, table))
+        position = r.node("Add", position, r.node("GatherElements", length, found[-1]))
+    several = r.node("Concat", *found, axis=0)
+
+    b = Body("l", inputs=8)
+    lane = LANES["l"]
+    head = _head(b, limit)
+    zero, one = b.constant(0), b.constant(1)
+    # From the lane before to each lane: the fewest bits of its segment and what is stored, or
+    # another number where a segment starts. Marks count segments as in the head.
+    stored = b.node("Cast", b.inputs[2], to=TensorProto.INT32)
+    heads = b.node("Neg", b.inputs[5])
+    marked = b.node(
+        "ScatterElements",
+        b.node("Clip", stored, zero, zero),
+        heads,
+        b.node("Clip", heads, one, one),
+    )
+    segment = b.node("CumSum", marked, zero, reverse=1, exclusive=1)
+    least = b.node("GatherElements", b.inputs[6], segment)
+    least = b.node("ScatterElements", least, heads, b.inputs[7])
+    reached = b.node("CumSum", b.node("Add", least, stored), zero)
+    # A lane's table is that of its first word. Positions of filling symbols may pass the end by
+    # the bits of a lane: zeros stand there.
+    first = b.node("Div", reached, b.constant(_WORD_BITS))
+    flat = b.indices(-1)
+    table = b.node("GatherElements", b.node("Reshape", head.table, flat), first)
+    past = b.node("Expand", b.constant(0), b.indices(lane * limit // _WORD_BITS))
+    pairs = b.node("Concat", b.node("Reshape", head.pair, flat), past, axis=0)
+    shift = b.constant([_WORD >> offset for offset in range(_WORD_BITS)])
+    given = [pairs, head.length, shift, table, b.constant(_WORD_BITS), b.constant(1 << limit)]
+    found = []
+    for _ in range(lane // _STEPS):
+        symbols, reached = b.call("r", *given, reached, outputs=2)
+        found.append(symbols)
+    lanes = b.node("Reshape", b.node("Concat", *found, axis=0), b.indices(lane, -1))
+    lanes = b.node("Reshape", b.node("Transpose", lanes), flat)
+    result = b.node("GatherElements", head.symbol, lanes)
+    return (
+        r.function(several, position, opset=opset),
+        b.function(result, opset=opset),
+    )

@@ -1,77 +1,267 @@
-"""Chooses a payload for each weight: the fewest bytes in the file, functions counted once."""
+"""Chooses how each weight is written, by the fewest bytes in the file.
+
+What a method takes is estimated for each weight from entropies; what a group and the decoder add is
+known about; the result is then written and weighed in truth.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from onnx import FunctionProto
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
 
-from prune2onnx.codecs import Codec, Payload, Weight
-from prune2onnx.codecs.codec import framed
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.codecs.bundle import Bundle, encode, grouped
+from prune2onnx.codecs.groups import (
+    FILLED_GAPS,
+    METHODS,
+    Method,
+    family_key,
+    gaps_of,
+    level_codes,
+    masks_of,
+    planes_of,
+)
+from prune2onnx.codecs.huffman import about_bits, coded_bits
+from prune2onnx.codecs.streams import SEGMENT_NBYTES
+from prune2onnx.codecs.weight import (
+    MAX_LEVELS,
+    WORKING,
+    Weight,
+    bits_of,
+    entropy_bits,
+    numpy_type,
+    shared,
+)
+
+MAX_NBYTES = 1 << 30
+"""Largest dense weight that is coded: onnxruntime from 1.27 on folds no larger output (PR 28055),
+so it would be decoded at every inference."""
+
+GROUP_NBYTES = 200
+"""What a group adds, about: its nodes."""
+
+FAMILY_NBYTES = 60
+"""What another shape in a group adds, about."""
+
+CODER_NBYTES = 2300
+"""What the functions of the Huffman coder add."""
+
+_WEIGHT_NBYTES = 12
+"""What a weight adds besides its streams and its name: places in Split, Concat and the call."""
 
 
-def candidates(weight: Weight, codecs: Sequence[Codec]) -> tuple[list[Payload], str]:
-    """Every payload smaller than the dense weight, and why there is none."""
-    fits: list[Payload] = []
-    refusals: dict[str, str] = {}
-    least: Payload | None = None
-    for codec in codecs:
-        if refusal := codec.refusal(weight):
-            refusals.setdefault(refusal, codec.name)
+@dataclass(frozen=True)
+class Plan:
+    """What is coded and what is not.
+
+    Attributes:
+        bundle: the coded weights; None where nothing pays.
+        methods: weight name -> its method.
+        reasons: weight name -> why it stays dense.
+    """
+
+    bundle: Bundle | None
+    methods: Mapping[str, Method]
+    reasons: Mapping[str, str]
+
+
+def refusal(weight: Weight) -> str:
+    """Why a weight cannot be coded at all; "" where it can."""
+    if not weight.array.size:
+        return "empty"
+    if not weight.array.ndim:
+        return "a scalar"
+    if weight.kind not in WORKING:
+        return f"{weight.array.dtype} has no codec"
+    if weight.array.nbytes > MAX_NBYTES:
+        return f"{weight.array.nbytes:,} bytes are more than onnxruntime folds ({MAX_NBYTES:,})"
+    if weight.kind == TensorProto.BFLOAT16 and np.isnan(weight.values).any():
+        return "a bfloat16 NaN may lose its payload when it is converted"
+    return ""
+
+
+def estimates(weight: Weight, *, coded: bool = True) -> dict[Method, float]:
+    """Bytes that each method which fits takes for a weight, about.
+
+    Args:
+        weight: one that can be coded.
+        coded: with Huffman codes; without, whole nibbles and bytes.
+    """
+
+    def size(counts: NDArray[np.integer[Any]]) -> float:
+        if coded:
+            return about_bits(counts) / 8 + SEGMENT_NBYTES
+        return float(counts.sum()) * (0.5 if np.flatnonzero(counts).max(initial=0) < 16 else 1)
+
+    nonzero = weight.nonzero
+    positions: dict[str, float] = {"all": 0.0}
+    fillers = 0
+    if nonzero.size < 0.9 * weight.array.size:
+        ((steps,), _) = gaps_of([nonzero], FILLED_GAPS[0])
+        fillers = steps.size - nonzero.size
+        positions["gap"] = size(np.bincount(steps, minlength=1))
+        masks = np.sort(np.bincount(masks_of(weight.values), minlength=256))[::-1]
+        positions["mask"] = size(masks) + int(np.count_nonzero(masks))
+    item = numpy_type(weight.storage).itemsize
+    found: dict[Method, float] = {}
+    for method in METHODS:
+        if method.positions not in positions:
             continue
-        try:
-            payload = codec.encode(weight)
-        except Prune2OnnxError as error:
-            refusals.setdefault(str(error), codec.name)
-            continue
-        if payload.nbytes < weight.array.nbytes:
-            fits.append(payload)
-        elif least is None or payload.nbytes < least.nbytes:
-            least = payload
-    if least is not None:
-        return fits, (
-            f"{least.codec.name} takes {least.nbytes:,} bytes, dense {weight.array.nbytes:,}"
-        )
-    return fits, "; ".join(f"{codec}: {refusal}" for refusal, codec in refusals.items())
+        every = method.positions == "all"
+        values = weight.values if every else weight.values[nonzero]
+        filled = fillers if method.positions == "gap" else 0
+        shared = weight.shared if every else weight.shared_nonzero
+        value = float("inf")
+        if method.values == "raw":
+            value = float(item * (values.size + filled))
+        elif method.values == "planes" and coded and shared is None and _has_planes(weight):
+            symbols, _ = planes_of(values, weight.storage)
+            rest = 3 if weight.storage == TensorProto.FLOAT else 1
+            counts = np.append(np.bincount(symbols, minlength=1), filled)
+            value = size(counts) + rest * counts.sum() + 4 * np.count_nonzero(counts)
+        elif method.values == "codebook" and shared is not None and values.size:
+            counts = np.append(np.bincount(shared[0]), filled)
+            if shared[1].size < MAX_LEVELS:
+                value = size(counts) + item * np.count_nonzero(counts)
+        elif method.values == "levels" and shared is not None and values.size:
+            codes = None if weight.working == TensorProto.UINT8 else level_codes(values, not every)
+            if codes is not None:
+                counts = np.append(np.bincount(codes), filled)
+                # Its symbols stand in an order of their own: near integers first.
+                value = coded_bits(counts) / 8 + SEGMENT_NBYTES if coded else size(counts)
+                value += 0.1 * int(codes.max())
+        if value < float("inf"):
+            found[method] = positions[method.positions] + value + _WEIGHT_NBYTES + len(weight.name)
+    return found
+
+
+def _has_planes(weight: Weight) -> bool:
+    if weight.storage not in (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16):
+        return False
+    if weight.working != TensorProto.FLOAT and weight.kind != TensorProto.FLOAT16:
+        return False
+    return bool(np.isfinite(weight.values).all())
 
 
 def plan(
-    choices: Mapping[str, list[Payload]], dense: Mapping[str, int], opset: int
-) -> dict[str, Payload]:
-    """The payload of each weight that is packed, by the fewest bytes in all.
+    weights: Sequence[Weight], dense: Mapping[str, int], opset: int, *, load: str = "small"
+) -> Plan:
+    """Chooses a method for each weight, or none.
 
-    With the functions in the file given, each weight takes its smallest payload by itself; so
-    every set of codecs is tried, and its functions are paid once.
+    Args:
+        weights: all that may be coded.
+        dense: name -> bytes it takes, for all initializers of the model, in their order.
+        opset: of the model.
+        load: "small", the fewest bytes; "fast", no entropy code, so that loading is quick.
     """
-    names = sorted({p.codec.name for payloads in choices.values() for p in payloads})
-    best: dict[str, Payload] = {}
-    least = sum(dense[name] for name in choices)
-    for count in range(1, len(names) + 1):
-        for allowed in itertools.combinations(names, count):
-            chosen = {}
-            total = 0
-            for name, payloads in choices.items():
-                usable = [p for p in payloads if p.codec.name in allowed]
-                choice = min(usable, key=lambda payload: payload.nbytes, default=None)
-                if choice is not None and choice.nbytes < dense[name]:
-                    chosen[name] = choice
-                    total += choice.nbytes
-                else:
-                    total += dense[name]
-            used = functions(chosen.values(), opset)
-            total += sum(framed(function.ByteSize(), tag=2) for function in used)
-            if total < least:
-                best, least = chosen, total
-    return best
+    reasons: dict[str, str] = {}
+    costs: dict[str, dict[Method, float]] = {}
+    coded = load == "small"
+    for weight in weights:
+        if reason := refusal(weight):
+            reasons[weight.name] = reason
+            continue
+        found = estimates(weight, coded=coded)
+        least = min(found, key=lambda method: found[method])
+        useful = {m: cost for m, cost in found.items() if cost < dense[weight.name]}
+        if useful:
+            costs[weight.name] = useful
+        else:
+            reasons[weight.name] = (
+                f"{least.name} takes about {found[least]:,.0f} bytes, dense {dense[weight.name]:,}"
+            )
+    best = _assigned(weights, costs, dense, coded)
+    chosen = [weight for weight in weights if weight.name in best]
+    places = [place for place, name in enumerate(dense) if name in best]
+    skips = [at - before - 1 for before, at in itertools.pairwise([-1, *places])]
+    bundle = encode(chosen, best, opset, coded=coded, skips=skips) if chosen else None
+    if coded and (bundle is None or bundle.nbytes < 65536):
+        # In a small file the coder itself may cost more than it saves.
+        plain = plan(weights, dense, opset, load="fast")
+        if _total(plain, dense) < _total(Plan(bundle, best, {}), dense):
+            return plain
+    saved = sum(dense[name] for name in best)
+    if bundle is None or bundle.nbytes >= saved:
+        for name in best:
+            reasons[name] = "the decode functions take more than all weights together save"
+        bundle, best = None, {}
+    for weight in weights:
+        if weight.name not in best:
+            reasons.setdefault(weight.name, "too few like it to pay for its nodes")
+    return Plan(bundle, best, reasons)
 
 
-def functions(payloads: Iterable[Payload], opset: int) -> list[FunctionProto]:
-    """The functions these payloads need, each once, the called before the calling."""
-    found: dict[str, FunctionProto] = {}
-    kinds = {(payload.codec, payload.dtype): None for payload in payloads}
-    for codec, dtype in kinds:
-        for function in codec.functions(dtype, opset):
-            found.setdefault(function.name, function)
-    return list(found.values())
+def _total(result: Plan, dense: Mapping[str, int]) -> int:
+    rest = sum(nbytes for name, nbytes in dense.items() if name not in result.methods)
+    return rest + (0 if result.bundle is None else result.bundle.nbytes)
+
+
+def _assigned(
+    weights: Sequence[Weight],
+    costs: Mapping[str, Mapping[Method, float]],
+    dense: Mapping[str, int],
+    coded: bool,
+) -> dict[str, Method]:
+    """The cheapest method of each weight, groups that do not pay for their nodes left out."""
+    allowed = set(METHODS)
+    by_name = {weight.name: weight for weight in weights}
+
+    def assignment(methods: set[Method]) -> dict[str, Method]:
+        best = {}
+        for name, found in costs.items():
+            usable = {method: cost for method, cost in found.items() if method in methods}
+            if usable:
+                best[name] = min(usable, key=lambda method: usable[method])
+        return best
+
+    def total(methods: set[Method]) -> float:
+        best = assignment(methods)
+        groups = grouped([by_name[name] for name in best], best)
+        rest = sum(dense[name] for name in costs if name not in best)
+        own = sum(costs[name][method] for name, method in best.items())
+        own += CODER_NBYTES * (coded and bool(best)) + GROUP_NBYTES * len(groups)
+        families = [len(set(map(family_key, group.weights))) for group in groups]
+        return rest + own + FAMILY_NBYTES * sum(families)
+
+    least = total(allowed)
+    while True:
+        used = set(assignment(allowed).values())
+        tries = [(total(allowed - {method}), method) for method in used]
+        if not tries or min(cost for cost, _ in tries) >= least:
+            return assignment(allowed)
+        least, worst = min(tries, key=lambda pair: (pair[0], METHODS.index(pair[1])))
+        allowed = allowed - {worst}
+
+
+def entropy_nbytes(array: NDArray[Any]) -> float:
+    """What a weight takes at its entropy, a bound for codes of its kind.
+
+    Positions by the entropy of a coin with its density; values that are not +0 by their zero-order
+    entropy, or, where more than 256 of them are floats, by that of their exponents, the other bits
+    as they are. Codebooks and tables are not counted.
+    """
+    bits = bits_of(array.reshape(-1))
+    size, nnz = bits.size, int(np.count_nonzero(bits))
+    if not nnz:
+        return 0.0
+    total = entropy_bits(np.array([nnz, size - nnz]))
+    values = bits[bits != 0]
+    found = shared(values)
+    exponent = {"float32": (23, 8), "float16": (10, 5), "bfloat16": (7, 8), "float64": (52, 11)}
+    if found is not None:
+        total += entropy_bits(np.bincount(found[0]))
+    elif array.dtype.name in exponent:
+        low, width = exponent[array.dtype.name]
+        exponents = (values >> np.array(low, values.dtype)) & np.array(
+            (1 << width) - 1, values.dtype
+        )
+        total += entropy_bits(np.bincount(exponents.astype(np.int64)))
+        total += nnz * (8 * array.itemsize - width)
+    else:
+        total += 8 * array.itemsize * nnz
+    return total / 8

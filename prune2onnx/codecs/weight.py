@@ -2,55 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-PACKABLE = (
-    TensorProto.FLOAT,
-    TensorProto.FLOAT16,
-    TensorProto.BFLOAT16,
-    TensorProto.DOUBLE,
-    TensorProto.INT8,
-    TensorProto.UINT8,
-)
-"""Element types a codec may meet; bits are compared and stored, so the type hardly matters."""
+Bits = NDArray[np.unsignedinteger[Any]]
+
+WORKING: Mapping[int, int] = {
+    TensorProto.FLOAT: TensorProto.FLOAT,
+    TensorProto.FLOAT16: TensorProto.FLOAT16,
+    TensorProto.DOUBLE: TensorProto.DOUBLE,
+    TensorProto.INT8: TensorProto.INT8,
+    TensorProto.UINT8: TensorProto.UINT8,
+    # No operator but Cast need know these; each of their values is one of the other type.
+    TensorProto.BFLOAT16: TensorProto.FLOAT,
+    TensorProto.INT4: TensorProto.INT8,
+    TensorProto.UINT4: TensorProto.UINT8,
+}
+"""Element types that are coded, and the type the graph rebuilds them in, before a last Cast."""
 
 MAX_LEVELS = 256
 """Distinct values a codebook holds: one byte a code."""
 
-MAX_GAP = 255
-"""Longest step between two entries; longer ones are bridged by filler entries of value +0."""
-
 _CHUNK = 1 << 20
-
-
-@dataclass(frozen=True, eq=False)
-class Entries:
-    """The elements of a weight that are written.
-
-    Attributes:
-        bits: their bit patterns, unsigned integers [n], by rising position.
-        shape: in which they are written: the weight's own for all elements, else [n].
-        dtype: the weight's.
-        gaps: uint8 [n], the distance from the entry before, the first one from flat index 0; None
-            where every element is an entry.
-    """
-
-    bits: NDArray[Any]
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    gaps: NDArray[np.uint8] | None = None
-
-    @cached_property
-    def shared(self) -> tuple[NDArray[np.uint8], NDArray[Any]] | None:
-        """Codes, uint8 [n], and codebook [k] in the weight's dtype; None above 256 levels."""
-        found = shared(self.bits)
-        return found and (found[0], found[1].view(self.dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,63 +41,140 @@ class Weight:
     Attributes:
         name: the key everywhere; every error starts with it.
         array: the dense values, any shape.
+        kind: ONNX's number of the element type.
+        scale: float32, broadcasts to the array; None where there is none. With it, `array` is
+            `levels * scale`, rounded once.
+        levels: float32, of the array's shape: what is coded in place of a scaled array.
     """
 
     name: str
     array: NDArray[Any]
+    kind: int
+    scale: NDArray[np.float32] | None = None
+    levels: NDArray[np.float32] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The dense shape."""
+        return tuple(self.array.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense data in a file."""
+        four_bits = self.kind in (TensorProto.INT4, TensorProto.UINT4)
+        return -(-self.array.size // 2) if four_bits else self.array.nbytes
+
+    @property
+    def working(self) -> int:
+        """The type in which the graph rebuilds it (`WORKING`)."""
+        return WORKING[self.kind]
 
     @cached_property
-    def every(self) -> Entries:
-        """All elements in row-major order."""
-        flat = np.ascontiguousarray(self.array).reshape(-1)
-        bits = flat.view(np.dtype(f"u{self.array.dtype.itemsize}"))
-        return Entries(bits, self.array.shape, self.array.dtype)
+    def values(self) -> NDArray[Any]:
+        """What is coded, flat, in the working type."""
+        flat = (self.array if self.levels is None else self.levels).reshape(-1)
+        return np.ascontiguousarray(flat.astype(numpy_type(self.working), copy=False))
 
     @cached_property
-    def nonzero(self) -> Entries:
-        """The nonzero elements and fillers, at least one.
+    def nonzero(self) -> NDArray[np.int64]:
+        """Indices of the elements that are not +0; -0.0 is one of them."""
+        return np.flatnonzero(bits_of(self.values))
 
-        An element is zero if all its bits are; -0.0 is not. Where a gap is longer than 255, filler
-        entries of value +0 stand every 255 elements; a weight of nothing but zeros is one filler.
-        """
-        bits = self.every.bits
-        nonzero = np.flatnonzero(bits)
-        if not nonzero.size:
-            return Entries(bits[:1], (1,), self.array.dtype, np.zeros(1, np.uint8))
-        distance = np.diff(nonzero, prepend=0)
-        steps = np.maximum(distance - 1, 0) // MAX_GAP + 1
-        last = np.cumsum(steps) - 1
-        gaps = np.full(int(last[-1]) + 1, MAX_GAP, np.uint8)
-        gaps[last] = distance - MAX_GAP * (steps - 1)
-        values = np.zeros(gaps.size, bits.dtype)
-        values[last] = bits[nonzero]
-        return Entries(values, (values.size,), self.array.dtype, gaps)
+    @cached_property
+    def shared(self) -> tuple[NDArray[np.uint8], NDArray[Any]] | None:
+        """Codes, uint8 [n], and codebook of all elements; None above 256 levels."""
+        return shared(self.values)
+
+    @cached_property
+    def shared_nonzero(self) -> tuple[NDArray[np.uint8], NDArray[Any]] | None:
+        """Codes and codebook of the elements that are not +0; None above 256 levels."""
+        return shared(self.values[self.nonzero])
+
+    @cached_property
+    def storage(self) -> int:
+        """The narrowest float type that holds each value of a float32 weight exactly."""
+        if self.working != TensorProto.FLOAT:
+            return self.working
+        if self.kind == TensorProto.BFLOAT16:
+            return TensorProto.BFLOAT16
+        return narrowest(self.values)
 
 
-def shared(bits: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any]] | None:
-    """Codes and codebook of bit patterns, or None where there are more than 256 of them.
+def narrowest(values: NDArray[np.float32]) -> int:
+    """float16 or bfloat16 where every value converts there and back, else float32.
+
+    NaN counts as inexact: a converted one may keep its payload in one runtime and lose it in
+    another.
+    """
+    for kind in (TensorProto.FLOAT16, TensorProto.BFLOAT16):
+        dtype = numpy_type(kind)
+        flat = values.reshape(-1)
+        for begin in (0, *range(4096, flat.size, _CHUNK)):
+            part = flat[begin : 4096 if not begin else begin + _CHUNK]
+            with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+                back = part.astype(dtype).astype(np.float32)
+            if np.isnan(part).any() or (bits_of(back) != bits_of(part)).any():
+                break
+        else:
+            return kind
+    return TensorProto.FLOAT
+
+
+def shared(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any]] | None:
+    """Codes and codebook of values told apart by their bits, or None above 256 of them.
 
     Returns:
-        Codes, uint8 [n], and the codebook in rising order of its patterns, with
-        `codebook[codes] == bits`.
+        Codes, uint8 [n], and the codebook, its most frequent value first, with
+        `codebook[codes]` the values bit for bit.
 
-    >>> codes, codebook = shared(np.array([7, 9, 7], np.uint8))
+    >>> codes, codebook = shared(np.array([7, 9, 9], np.uint8))
     >>> codes.tolist(), codebook.tolist()
-    ([0, 1, 0], [7, 9])
+    ([1, 0, 0], [9, 7])
     """
-    codebook = bits[:0]
+    bits = bits_of(values)
+    if bits.dtype == np.uint8:
+        counts = np.bincount(bits, minlength=256)
+        by_count = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].astype(np.uint8)
+        code_of = np.zeros(256, np.uint8)
+        code_of[by_count] = np.arange(by_count.size)
+        return code_of[bits], by_count.view(values.dtype)
+    found = bits[:0]
     # A weight that was never shared shows it in its first few thousand values.
     for begin in (0, *range(4096, bits.size, _CHUNK)):
-        end = 4096 if not begin else begin + _CHUNK
-        codebook = np.union1d(codebook, bits[begin:end])
-        if codebook.size > MAX_LEVELS:
+        found = np.union1d(found, bits[begin : 4096 if not begin else begin + _CHUNK])
+        if found.size > MAX_LEVELS:
             return None
     codes = np.empty(bits.size, np.uint8)
     for begin in range(0, bits.size, _CHUNK):
-        codes[begin : begin + _CHUNK] = np.searchsorted(codebook, bits[begin : begin + _CHUNK])
-    return codes, codebook
+        codes[begin : begin + _CHUNK] = np.searchsorted(found, bits[begin : begin + _CHUNK])
+    order = np.argsort(-np.bincount(codes, minlength=found.size), kind="stable")
+    rank = np.empty(found.size, np.uint8)
+    rank[order] = np.arange(found.size)
+    return rank[codes], found[order].view(values.dtype)
 
 
-def data_type(dtype: np.dtype[Any]) -> int:
-    """ONNX's number for a numpy type."""
-    return int(helper.np_dtype_to_tensor_dtype(dtype))
+def bits_of(values: NDArray[Any]) -> Bits:
+    """The bit patterns of an array, as unsigned integers."""
+    return np.ascontiguousarray(values).view(np.dtype(f"u{values.dtype.itemsize}"))
+
+
+def numpy_type(kind: int) -> np.dtype[Any]:
+    """The numpy type of an ONNX element type."""
+    dtype: np.dtype[Any]
+    if kind == TensorProto.BFLOAT16:
+        dtype = np.dtype(ml_dtypes.bfloat16)  # onnx 1.18 says float32
+    else:
+        dtype = np.dtype(helper.tensor_dtype_to_np_dtype(kind))
+    return dtype
+
+
+def entropy_bits(counts: NDArray[np.integer[Any]]) -> float:
+    """Zero-order entropy of a sequence in which symbol s occurs counts[s] times, in bits.
+
+    >>> entropy_bits(np.array([2, 1, 1]))
+    6.0
+    """
+    present = counts[counts > 0].astype(np.float64)
+    if not present.size:
+        return 0.0
+    return float(math.fsum(present * (np.log2(present.sum()) - np.log2(present))))

@@ -1,0 +1,208 @@
+"""Where the streams of all weights come together: one Huffman stream, one of bytes, one of nibbles.
+
+A stage (`positions`, `values`) asks for a sequence of small integers and gets the name of the value
+that will hold it in the decode function; how the sequence is written is decided here, by bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import FunctionProto, TensorProto, helper
+
+from prune2onnx.codecs import huffman
+from prune2onnx.codecs.function import Body, tensor
+from prune2onnx.codecs.weight import entropy_bits, narrowest, numpy_type
+
+SEGMENT_NBYTES = 30
+"""What a Huffman segment adds: its code, a lane start, half a word, its part of constants."""
+
+
+@dataclass(frozen=True, eq=False)
+class Symbols:
+    """A sequence somebody asked for.
+
+    Attributes:
+        name: of the value, int32 [n].
+        symbols: uint8 [n].
+        base: added to every symbol.
+    """
+
+    name: str
+    symbols: NDArray[np.uint8]
+    base: int
+
+
+@dataclass
+class Streams:
+    """The streams of a decode function under construction.
+
+    Args:
+        body: the function.
+        coded: whether sequences may be Huffman coded.
+    """
+
+    body: Body
+    coded: bool = True
+    tensors: list[TensorProto] = field(default_factory=list)
+    sequences: list[Symbols] = field(default_factory=list)
+
+    def raw(self, array: NDArray[Any], kind: int) -> str:
+        """An input that holds an array as it is."""
+        name = self.body.input()
+        self.tensors.append(tensor("", array, kind))
+        return name
+
+    def table(self, array: NDArray[np.float32]) -> str:
+        """A value that holds an array of float32, stored in the narrowest type that can."""
+        kind = narrowest(array)
+        name = self.raw(array.astype(numpy_type(kind)), kind)
+        return (
+            name
+            if kind == TensorProto.FLOAT
+            else self.body.node("Cast", name, to=TensorProto.FLOAT)
+        )
+
+    def symbols(self, symbols: NDArray[np.uint8], base: int = 0) -> str:
+        """A value that holds `symbols + base`, int32 [n]."""
+        sequence = Symbols(self.body.fresh(), symbols, base)
+        self.sequences.append(sequence)
+        return sequence.name
+
+    def joined(self, parts: Sequence[NDArray[np.uint8]], base: int = 0) -> tuple[str, list[float]]:
+        """A value that holds `part + base` of several parts, one after the other.
+
+        Neighbours share a code where that takes fewer bytes.
+
+        Returns:
+            The value's name, and the bits each part takes.
+        """
+        runs = partition([np.bincount(part, minlength=256) for part in parts])
+        names, bits = [], []
+        for begin, end in runs:
+            run = np.concatenate(parts[begin:end])
+            names.append(self.symbols(run, base))
+            bits += self._bits(run, parts[begin:end])
+        return self.concatenated(names), bits
+
+    def bits(self, symbols: NDArray[np.uint8]) -> float:
+        """The bits a sequence takes by itself."""
+        return self._bits(symbols, [symbols])[0]
+
+    def _bits(self, run: NDArray[np.uint8], parts: Sequence[NDArray[np.uint8]]) -> list[float]:
+        if not self.coded:
+            width = 4 if run.max() < 16 else 8
+            return [float(width * part.size) for part in parts]
+        lengths = np.array(huffman.code_of(run).lengths)
+        return [float(lengths[part].sum()) for part in parts]
+
+    def concatenated(self, names: Sequence[str]) -> str:
+        """Several vectors as one."""
+        return names[0] if len(names) == 1 else self.body.node("Concat", *names, axis=0)
+
+    def finish(self, opset: int) -> tuple[FunctionProto, ...]:
+        """Adds, before all other nodes, those that decode the streams.
+
+        Returns:
+            The functions they call.
+        """
+        before = len(self.body)
+        coded = [one for one in self.sequences if self.coded and _is_coded(one.symbols)]
+        plain = [one for one in self.sequences if one not in coded]
+        halves = [one for one in plain if not self.coded and one.symbols.max() < 16]
+        functions: tuple[FunctionProto, ...] = ()
+        if coded:
+            functions = self._huffman(coded, opset)
+        if halves:
+            self._nibbles(halves)
+        if rest := [one for one in plain if one not in halves]:
+            self._bytes(rest)
+        self.body.move_to_front(before)
+        return functions
+
+    def _huffman(self, sequences: list[Symbols], opset: int) -> tuple[FunctionProto, ...]:
+        body = self.body
+        stream = huffman.encode([one.symbols for one in sequences])
+        inputs = [
+            self.raw(stream.data.reshape(-1, 1), TensorProto.UINT16),
+            self.raw(stream.internal[..., None], TensorProto.UINT8),
+            self.raw(stream.starts, helper.np_dtype_to_tensor_dtype(stream.starts.dtype)),
+            body.constant(stream.tails.tolist(), (len(sequences), 1)),
+            body.constant([one.base for one in reversed(sequences)], (len(sequences), 1)),
+            *(body.constant(array.tolist()) for array in stream.lanes),
+        ]
+        (flat,) = body.call(stream.op, *inputs)
+        names, sizes = [], []
+        for one in sequences:
+            names.append(one.name)
+            sizes.append(one.symbols.size)
+            if filling := -one.symbols.size % stream.lane:
+                names.append(body.fresh())
+                sizes.append(filling)
+        body.named("Split", [flat, body.indices(*sizes)], names, axis=0)
+        return huffman.functions(stream.op, opset, stream.internal.shape[1])
+
+    def _nibbles(self, sequences: list[Symbols]) -> None:
+        body = self.body
+        codes = np.concatenate([one.symbols for one in sequences])
+        codes = np.concatenate([codes, np.zeros(codes.size % 2, np.uint8)])
+        source = self.raw((codes[0::2] << 4 | codes[1::2]).reshape(-1, 1), TensorProto.UINT8)
+        pairs = body.node("Cast", source, to=TensorProto.INT32)
+        halves = body.node(
+            "Mod", body.node("Div", pairs, body.constant([16, 1])), body.constant(16)
+        )
+        flat = body.node("Reshape", halves, body.indices(-1))
+        self._split(flat, sequences, codes.size)
+
+    def _bytes(self, sequences: list[Symbols]) -> None:
+        codes = np.concatenate([one.symbols for one in sequences])
+        flat = self.body.node("Cast", self.raw(codes, TensorProto.UINT8), to=TensorProto.INT32)
+        self._split(flat, sequences, codes.size)
+
+    def _split(self, flat: str, sequences: list[Symbols], size: int) -> None:
+        """Cuts codes, which have no base yet, into the sequences."""
+        body = self.body
+        sizes = [one.symbols.size for one in sequences]
+        names = [body.fresh() if one.base else one.name for one in sequences]
+        if filling := size - sum(sizes):
+            names.append(body.fresh())
+            sizes.append(filling)
+        body.named("Split", [flat, body.indices(*sizes)], names, axis=0)
+        for name, one in zip(names, sequences, strict=False):
+            if one.base:
+                body.named("Add", [name, body.constant(one.base)], [one.name])
+
+
+def _is_coded(symbols: NDArray[np.uint8]) -> bool:
+    """Whether a Huffman code makes a sequence shorter than a byte a symbol."""
+    return huffman.coded_bits(np.bincount(symbols)) / 8 + SEGMENT_NBYTES < symbols.size
+
+
+def partition(counts: list[NDArray[np.integer[Any]]]) -> list[tuple[int, int]]:
+    """Cuts a row of sequences into runs with a code each, by the fewest bytes.
+
+    Args:
+        counts: how often each symbol occurs in each sequence.
+
+    Returns:
+        (begin, end) of each run.
+    """
+    best = [0.0] + [float("inf")] * len(counts)
+    cut = [0] * (len(counts) + 1)
+    for end in range(1, len(counts) + 1):
+        total = np.zeros_like(counts[0])
+        for begin in range(end - 1, max(-1, end - 65), -1):
+            total = total + counts[begin]
+            cost = best[begin] + entropy_bits(total) / 8 + SEGMENT_NBYTES
+            if cost < best[end]:
+                best[end], cut[end] = cost, begin
+    runs: list[tuple[int, int]] = []
+    end = len(counts)
+    while end:
+        runs.insert(0, (cut[end], end))
+        end = cut[end]
+    return runs

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 # Imported at once: these functions bear their module's name, and a lazy import would bind the
 # module to it.
 from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
-from prune2onnx.pack import inspect, pack, unpack
+from prune2onnx.inspection import inspect
+from prune2onnx.pack import pack, unpack
 from prune2onnx.recipe import Recipe, read_recipe, resolve
 from prune2onnx.validate import validate
 

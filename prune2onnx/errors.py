@@ -6,9 +6,15 @@ prints it on one line without a traceback. Anything else that escapes is a defec
 
 
 class Prune2OnnxError(Exception):
-    """A failure the user can act on (exit status 1)."""
+    """A failure the user can act on (exit status 1).
+
+    Its text may quote a stranger's file: what would break the line or steer a terminal is escaped.
+    """
 
     exit_status = 1
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class RecipeError(Prune2OnnxError):
@@ -21,6 +27,15 @@ class MismatchError(Prune2OnnxError):
     """onnxruntime's answer differs from the reference (exit status 4)."""
 
     exit_status = 4
+
+
+def printable(text: str) -> str:
+    r"""A text with what would break the line or steer a terminal escaped.
+
+    >>> printable("fc.weight\n\x1b[2J")
+    'fc.weight\\n\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:

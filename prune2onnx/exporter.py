@@ -21,6 +21,7 @@ from onnx import numpy_helper
 from torch import nn
 
 from prune2onnx.errors import Prune2OnnxError, first_line, one_line
+from prune2onnx.strip import strip
 
 # The lowest that knows model-local functions; onnxruntime 1.17 reads up to 9.
 _IR_VERSION = 8
@@ -64,8 +65,9 @@ def export(model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> 
         ) from error
     assert program is not None  # dynamo=True always returns one
     proto = program.model_proto
-    _strip(proto)
     _restore_names(proto, model)
+    proto = strip(proto)
+    proto.ir_version = _IR_VERSION
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
@@ -92,22 +94,6 @@ def _silence() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def _strip(proto: onnx.ModelProto) -> None:
-    """Removes what running the graph does not need: notes, node names, inferred types."""
-    proto.ir_version = _IR_VERSION
-    for field in ("metadata_props", "producer_name", "producer_version", "doc_string", "domain"):
-        proto.ClearField(field)
-    graph = proto.graph
-    graph.name = "main"
-    for field in ("metadata_props", "value_info", "quantization_annotation", "doc_string"):
-        graph.ClearField(field)
-    for item in (*graph.node, *graph.input, *graph.output, *graph.initializer):
-        item.ClearField("metadata_props")
-        item.ClearField("doc_string")
-    for node in graph.node:
-        node.ClearField("name")
 
 
 def _restore_names(proto: onnx.ModelProto, model: nn.Module) -> None:

@@ -1,45 +1,65 @@
-"""Plans, packs, unpacks and inspects: dense ONNX to coded ONNX and back, bit for bit.
+"""Packs and unpacks: any ONNX model to one with coded weights, and back, bit for bit.
 
-A packed weight is one call of a model-local function whose output has the weight's name, so no
-consumer is rewired; its streams stand where the weight stood among the initializers. Everything
-else in the model stays as it was. Lossless: what loses precision comes before.
+The coded weights are the outputs of one call of a model-local function, under their own names, so
+no consumer is rewired. Everything else in the model stays as it was, once `intake` has brought it
+to the form this room works on. Lossless: what loses precision comes before (`lossy`).
 
-Works on `ModelProto`; how a weight is written is the codecs' business.
+Works on `ModelProto`; how weights are written is the codecs' business.
 """
 
 from __future__ import annotations
 
-import itertools
-import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import (
+    FunctionProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+)
 
-from prune2onnx.codecs import CODECS, DOMAIN, DOMAIN_VERSION, Codec, Payload, Weight
-from prune2onnx.codecs.codec import framed
-from prune2onnx.codecs.plan import candidates, functions, plan
-from prune2onnx.codecs.weight import PACKABLE, data_type
+from prune2onnx.codecs import (
+    DOMAIN,
+    DOMAIN_VERSION,
+    WORKING,
+    Budget,
+    Plan,
+    Weight,
+    decode,
+    described,
+    framed,
+    plan,
+)
+from prune2onnx.codecs.evaluate import stored
 from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.graphs import Names, bodies, copy_but
+from prune2onnx.graphs import opset as opset_of
+from prune2onnx.intake import plain
+from prune2onnx.onnxfile import nbytes as nbytes_of
+from prune2onnx.quantize import Quantized
 from prune2onnx.report import WeightRow
-
-MIN_NBYTES = 64
-"""Smaller tensors are not tried: the shortest decode call and its streams take about as much."""
-
-MIN_OPSET = 13
-"""The decode functions use no operator whose meaning changed since (`Codec`)."""
+from prune2onnx.tensors import WEIGHT_NBYTES, declared_nbytes, kind
 
 FUNCTIONS_IR = 8
 """The first IR version with model-local functions; onnxruntime 1.17 reads up to IR 9."""
 
+MAX_BYTES = 1 << 31
+"""Largest array that decoding a file may make, unless told otherwise."""
+
 _IR_KEY = "prune2onnx.ir_version"
-_STORAGE_KEY = "prune2onnx.typed"
+_NOTES_KEY = "prune2onnx.tensors"
+MARK = "prune2onnx"
+"""Metadata entry of a packed file: most tools keep it, even those that undo the packing."""
+
+_KEYS = (MARK, _IR_KEY, _NOTES_KEY)
 
 
 @dataclass(frozen=True)
@@ -47,208 +67,204 @@ class Packed:
     """What `pack` made.
 
     Attributes:
-        model: the packed model, or the one given where nothing would make it smaller.
-        rows: one row per initializer of the dense model, in its order.
+        model: the packed model, or the plain one where nothing would make it smaller.
+        rows: one row per initializer of the plain model, in its order.
+        notes: what was changed to make the model plain, in words.
     """
 
     model: ModelProto
     rows: tuple[WeightRow, ...]
+    notes: tuple[str, ...] = ()
 
 
-def load(path: str | Path) -> ModelProto:
-    """Reads an ONNX file, with external data beside it.
-
-    A file that was cut short may still parse, so the model is checked too.
-
-    Raises:
-        Prune2OnnxError: the file is missing, unreadable, empty, not ONNX or damaged.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise Prune2OnnxError(f"{path}: a folder; give the .onnx file in it")
-        if not path.stat().st_size:
-            raise Prune2OnnxError(f"{path}: an empty file; export or copy the model again")
-        model = onnx.load(path, format="protobuf", load_external_data=False)
-    except FileNotFoundError as error:
-        raise Prune2OnnxError(f"{path}: no such file; check the path") from error
-    except OSError as error:
-        raise Prune2OnnxError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except DecodeError as error:
-        raise Prune2OnnxError(
-            f"{path}: not an ONNX model, or cut short ({error}); export or copy it again"
-        ) from error
-    if not model.graph.ByteSize() or not (model.graph.node or model.graph.initializer):
-        raise Prune2OnnxError(f"{path}: no graph in it; not an ONNX model, or cut short")
-    if not model.opset_import:
-        raise Prune2OnnxError(f"{path}: no operator set is imported; not ONNX, or cut short")
-    try:
-        onnx.external_data_helper.load_external_data_for_model(model, str(path.parent))
-    except (OSError, ValueError, onnx.checker.ValidationError) as error:
-        raise Prune2OnnxError(
-            f"{path}: external data cannot be read: {one_line(error)}; put it beside the file"
-        ) from error
-    defined = {function.name for function in model.functions if function.domain == DOMAIN}
-    for node in _calls(model):
-        if node.op_type not in defined:
-            raise Prune2OnnxError(
-                f"{path}: {node.output[0]}: its decode function {node.op_type!r} is missing; "
-                "the file is cut short"
-            )
-    if model.ByteSize() > onnx.checker.MAXIMUM_PROTOBUF:
-        return model  # the checker serializes, which protobuf limits to 2 GB
-    try:
-        onnx.checker.check_model(model)
-    except (onnx.checker.ValidationError, ValueError) as error:
-        raise Prune2OnnxError(f"{path}: not a valid ONNX model: {one_line(error)}") from error
-    return model
-
-
-def pack(model: ModelProto, codecs: Sequence[Codec] = CODECS) -> Packed:
-    """Replaces each weight by the fewest bytes that decode to it, bit for bit.
-
-    Bytes are those of the serialized model: streams with headers and names, the call, and every
-    function counted once however many weights call it. A packed model is unpacked first.
+def pack(
+    model: ModelProto,
+    *,
+    load: str = "small",
+    quantized: Mapping[str, Quantized] | None = None,
+) -> Packed:
+    """Writes each weight in the fewest bytes that decode to it, bit for bit.
 
     Args:
-        model: not modified; external data must be loaded.
-        codecs: those the planner may choose from.
+        model: any ONNX model, not modified; external data must be loaded. A packed one is unpacked
+            first.
+        load: "small", the fewest bytes; "fast", no entropy code, so that sessions open quickly.
+        quantized: codes, codebook and scale of weights for which they are known; they rebuild the
+            model's weights bit for bit.
 
     Raises:
-        Prune2OnnxError: the default opset is below 13, or the model is packed and damaged.
+        Prune2OnnxError: the model cannot be made plain (`intake.plain`), is packed and damaged, or
+            `quantized` does not fit it.
     """
-    model = unpack(model)
-    opset = _opset(model)
+    intake = plain(unpack(model))
+    model = intake.model
+    opset = opset_of(model.opset_import)
+    assert opset is not None  # plain() sees to it
+    reasons = _obstacles(model) | dict(intake.reasons)
     tensors = model.graph.initializer
-    reasons = _obstacles(model)
-    choices: dict[str, list[Payload]] = {}
-    for tensor in tensors:
-        if tensor.name not in reasons:
-            fits, reason = candidates(Weight(tensor.name, numpy_helper.to_array(tensor)), codecs)
-            if fits:
-                choices[tensor.name] = fits
-            else:
-                reasons[tensor.name] = reason
+    weights = [
+        _weight(tensor, (quantized or {}).get(tensor.name))
+        for tensor in tensors
+        if tensor.name not in reasons
+    ]
     dense = {tensor.name: framed(tensor.ByteSize()) for tensor in tensors}
-    chosen = plan(choices, dense, opset)
-    for name in choices:
-        if name not in chosen:
-            best = min(choices[name], key=lambda payload: payload.nbytes)
-            reasons[name] = (
-                f"{best.codec.name} takes {best.nbytes:,} bytes and its decode function, "
-                f"dense {dense[name]:,}"
-            )
-    if chosen:
-        packed, nbytes = _write(model, chosen, opset)
-        if packed.ByteSize() < model.ByteSize():
-            rows = (
-                _row(tensor, chosen[tensor.name].codec.name, nbytes[tensor.name], "")
-                if tensor.name in chosen
-                else _row(tensor, "dense", dense[tensor.name], reasons[tensor.name])
-                for tensor in tensors
-            )
-            return Packed(packed, tuple(rows))
-        for name in chosen:
-            reasons[name] = "the decode functions take more than all weights together save"
-    rows = (_row(tensor, "dense", dense[tensor.name], reasons[tensor.name]) for tensor in tensors)
-    return Packed(model, tuple(rows))
+    gained = {tensor.name: dense[tensor.name] - _notes_nbytes(tensor) for tensor in tensors}
+    made = plan(weights, gained, opset, load=load)
+    result, nbytes = _written(model, made)
+    if made.bundle is not None and nbytes_of(result) >= nbytes_of(model):
+        why = dict.fromkeys(made.methods, "the file would not be smaller")
+        made = Plan(None, {}, {**made.reasons, **why})
+        result = model
+    reasons |= made.reasons
+    rows = []
+    arrays = {weight.name: weight.array for weight in weights}
+    for tensor in tensors:
+        array = arrays.get(tensor.name)
+        array = numpy_helper.to_array(tensor) if array is None else array
+        if tensor.name in made.methods:
+            codec = made.methods[tensor.name].name
+            rows.append(_row(tensor.name, array, codec, nbytes[tensor.name], ""))
+        else:
+            rows.append(_row(tensor.name, array, "dense", dense[tensor.name], reasons[tensor.name]))
+    return Packed(result, tuple(rows), intake.notes)
 
 
-def unpack(model: ModelProto) -> ModelProto:
+def unpack(model: ModelProto, max_bytes: int = MAX_BYTES) -> ModelProto:
     """The plain dense model: every weight an initializer again, bit for bit, in its old place.
 
     A model that is not packed comes back as an equal copy. The model given is not modified.
 
+    Args:
+        model: packed by any version.
+        max_bytes: the largest array that decoding may make.
+
     Raises:
-        Prune2OnnxError: a decode call is damaged; the message names the weight.
+        Prune2OnnxError: the decode call is damaged, or takes more than allowed.
     """
     result = ModelProto()
-    result.CopyFrom(model)
-    payloads = _payloads(model)
-    if not payloads and not any(entry.domain == DOMAIN for entry in model.opset_import):
+    calls = _calls(model)
+    if not calls and not any(entry.domain == DOMAIN for entry in model.opset_import):
+        result.CopyFrom(model)
         return result
-    streams = {source for _, node in payloads for source in node.input}
-    owned = {node.input[0]: payload for payload, node in payloads}
-    del result.graph.initializer[:]
-    for tensor in model.graph.initializer:
-        if tensor.name in owned:
-            result.graph.initializer.append(_restored(owned[tensor.name], tensor))
-        elif tensor.name not in streams:
-            result.graph.initializer.append(tensor)
-    _keep(result.graph.node, lambda node: node.domain != DOMAIN)
+    try:
+        copy_but(result, model, "graph")
+        copy_but(result.graph, model.graph, "initializer", "node")
+    except UnicodeDecodeError as error:
+        raise Prune2OnnxError("a name that is not UTF-8; the file is damaged") from error
+    streams = {source for node in calls for source in node.input}
+    result.graph.initializer.extend(
+        tensor for tensor in model.graph.initializer if tensor.name not in streams
+    )
+    props = {entry.key: entry.value for entry in model.metadata_props}
+    notes = _notes(props)
+    kinds = _declared_kinds(model)
+    place = 0
+    budget = _budget(model, max_bytes)
+    for node, decoded in _decodings(model, budget):
+        for name, facts in zip(list(decoded), described(node), strict=True):
+            place = min(place + max(facts.skip, 0), len(result.graph.initializer))
+            result.graph.initializer.insert(place, TensorProto())
+            tensor = result.graph.initializer[place]
+            _fill(tensor, name, decoded.pop(name), kinds.get(name), budget)
+            for key, value in notes.get(name, {}).items():
+                if key == "doc_string":
+                    tensor.doc_string = value
+                else:
+                    tensor.metadata_props.add(key=key.removeprefix("."), value=value)
+            place += 1
+    result.graph.node.extend(node for node in model.graph.node if node.domain != DOMAIN)
     _keep(result.functions, lambda function: function.domain != DOMAIN)
     _keep(result.opset_import, lambda entry: entry.domain != DOMAIN)
-    for entry in result.metadata_props:
-        if entry.key == _IR_KEY:
-            result.ir_version = int(entry.value)
-    _keep(result.metadata_props, lambda entry: entry.key != _IR_KEY)
+    if _IR_KEY in props:
+        version = props[_IR_KEY]
+        if version not in map(str, range(1, FUNCTIONS_IR)):
+            raise Prune2OnnxError(
+                f"{_IR_KEY}: {version[:20]!r}, expected a number below {FUNCTIONS_IR}; "
+                "the file is damaged"
+            )
+        result.ir_version = int(version)
+    _keep(result.metadata_props, lambda entry: entry.key not in _KEYS)
     return result
 
 
-def inspect(model: ModelProto) -> tuple[WeightRow, ...]:
-    """One row per weight, in the order of the dense model's initializers.
+def is_packed(model: ModelProto) -> bool:
+    """Whether a model has a decode call."""
+    return bool(_calls(model))
 
-    The decode functions, which all weights share, are in no row.
+
+@dataclass(frozen=True)
+class Coded:
+    """What a packed model holds.
+
+    Attributes:
+        arrays: weight name -> decoded array.
+        how: weight name -> (codec, bytes of its own in the file).
+        nodes: operators that a runtime folds to decode them.
+        work_nbytes: bytes of those operators' results.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    how: Mapping[str, tuple[str, int]]
+    nodes: int
+    work_nbytes: int
+
+
+def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
+    """Decodes every coded weight in numpy: the oracle for what onnxruntime decodes.
 
     Raises:
-        Prune2OnnxError: a decode call is damaged; the message names the weight.
+        Prune2OnnxError: the decode call is damaged, or takes more than allowed.
     """
-    payloads = _payloads(model)
-    streams = {source for _, node in payloads for source in node.input}
-    owned = {node.input[0]: (payload, node) for payload, node in payloads}
-    seen: set[str] = set()
-    rows = []
+    arrays: dict[str, NDArray[Any]] = {}
+    how: dict[str, tuple[str, int]] = {}
     sizes = {tensor.name: framed(tensor.ByteSize()) for tensor in model.graph.initializer}
-    for tensor in model.graph.initializer:
-        if tensor.name in owned:
-            payload, node = owned[tensor.name]
-            nbytes = framed(node.ByteSize())
-            nbytes += sum(sizes[source] for source in node.input if source not in seen)
-            seen.update(node.input)
-            array = payload.codec.decode(payload)
-            rows.append(_row_of(payload.name, array, payload.codec.name, nbytes, ""))
-        elif tensor.name not in streams:
-            rows.append(_row(tensor, "dense", sizes[tensor.name], "stored dense in the file"))
-    return tuple(rows)
-
-
-def decoded_weights(model: ModelProto) -> dict[str, NDArray[Any]]:
-    """Every packed weight, decoded in numpy: the oracle for what onnxruntime decodes.
-
-    Raises:
-        Prune2OnnxError: a decode call is damaged; the message names the weight.
-    """
-    return {payload.name: payload.codec.decode(payload) for payload, _ in _payloads(model)}
+    budget = _budget(model, max_bytes)
+    for node, decoded in _decodings(model, budget):
+        if twice := arrays.keys() & decoded.keys():
+            raise Prune2OnnxError(f"{min(twice)}: decoded twice; the file is damaged")
+        arrays |= decoded
+        for name, told in zip(decoded, described(node), strict=True):
+            if told.method is None:
+                nbytes = framed(node.ByteSize()) + sum(sizes[source] for source in node.input)
+                how[name] = (f"version 1: {node.op_type}", nbytes)
+            else:
+                how[name] = (told.method.name, told.nbytes)
+    return Coded(arrays, how, budget.nodes, budget.nbytes)
 
 
 def decode_graph(model: ModelProto) -> ModelProto:
     """A model of nothing but the decode calls and their streams; its outputs are the weights."""
-    payloads = _payloads(model)
-    streams = {source for _, node in payloads for source in node.input}
-    graph = GraphProto(name="decode", node=[node for _, node in payloads])
+    calls = _calls(model)
+    streams = {source for node in calls for source in node.input}
+    graph = GraphProto(name="decode", node=calls)
     graph.initializer.extend(t for t in model.graph.initializer if t.name in streams)
-    graph.output.extend(
-        helper.make_tensor_value_info(payload.name, data_type(payload.dtype), payload.shape)
-        for payload, _ in payloads
-    )
+    kinds = _declared_kinds(model)
+    for name, array in coded(model).arrays.items():
+        number = kinds.get(name) or helper.np_dtype_to_tensor_dtype(array.dtype)
+        graph.output.append(helper.make_tensor_value_info(name, number, array.shape))
     result = ModelProto(ir_version=model.ir_version, graph=graph)
     result.opset_import.extend(e for e in model.opset_import if e.domain in ("", DOMAIN))
     result.functions.extend(f for f in model.functions if f.domain == DOMAIN)
     return result
 
 
-def _opset(model: ModelProto) -> int:
-    versions = [e.version for e in model.opset_import if e.domain in ("", "ai.onnx")]
-    if not versions:
+def _weight(tensor: TensorProto, known: Quantized | None) -> Weight:
+    array = numpy_helper.to_array(tensor)
+    if known is None or known.scale is None:
+        return Weight(tensor.name, array, tensor.data_type)
+    if known.dense().tobytes() != array.tobytes() or known.codes.shape != array.shape:
         raise Prune2OnnxError(
-            f"the model imports no default operator set; one of {MIN_OPSET} or newer is needed"
+            f"{tensor.name}: codes, codebook and scale do not give the model's weight; "
+            "quantize the model that is packed"
         )
-    if versions[0] < MIN_OPSET:
-        raise Prune2OnnxError(
-            f"the model uses opset {versions[0]}, decoding needs {MIN_OPSET} or newer; convert it "
-            f"with onnx.version_converter.convert_version(model, {MIN_OPSET}) and try again"
-        )
-    return int(versions[0])
+    levels = np.concatenate([np.zeros(1, np.float32), known.codebook])[known.codes]
+    return Weight(tensor.name, array, tensor.data_type, known.scale, levels)
+
+
+def _notes_nbytes(tensor: TensorProto) -> int:
+    """Bytes of what is said about a tensor, which a packed file keeps elsewhere."""
+    noted = framed(len(tensor.doc_string.encode())) if tensor.doc_string else 0
+    return noted + sum(framed(entry.ByteSize(), tag=2) for entry in tensor.metadata_props)
 
 
 def _obstacles(model: ModelProto) -> dict[str, str]:
@@ -256,195 +272,169 @@ def _obstacles(model: ModelProto) -> dict[str, str]:
     graph = model.graph
     inputs = {value.name for value in graph.input}
     outputs = {value.name for value in graph.output}
-    used = {name for node in graph.node for name in node.input}
-    inside = {name for node in graph.node for body in _bodies(node) for name in _uses(body)}
+    used = set(_inputs(graph))
     reasons = {}
     for tensor in graph.initializer:
-        kind = helper.tensor_dtype_to_string(tensor.data_type).removeprefix("TensorProto.").lower()
-        size = int(np.prod(tensor.dims, dtype=np.int64))
-        if tensor.data_location == TensorProto.EXTERNAL:
-            raise Prune2OnnxError(
-                f"{tensor.name}: its external data is not loaded; read the model with load()"
-            )
+        nbytes = declared_nbytes(tensor) or 0
         if tensor.name in inputs:
             reasons[tensor.name] = "also an input of the graph, so a caller may replace it"
         elif tensor.name in outputs:
             reasons[tensor.name] = "also an output of the graph"
         elif tensor.name not in used:
-            where = "used only inside a subgraph" if tensor.name in inside else "used by no node"
-            reasons[tensor.name] = where
-        elif tensor.data_type not in PACKABLE:
-            reasons[tensor.name] = f"no codec stores {kind}"
-        elif data_type(helper.tensor_dtype_to_np_dtype(tensor.data_type)) != tensor.data_type:
-            # onnx 1.18 reads bfloat16 as float32.
-            reasons[tensor.name] = f"onnx {onnx.__version__} has no numpy type for {kind}"
-        elif size * _itemsize(tensor) < MIN_NBYTES:
-            reasons[tensor.name] = f"{size * _itemsize(tensor)} bytes are too few to gain from"
+            reasons[tensor.name] = "used by no node"
+        elif tensor.data_type not in WORKING:
+            reasons[tensor.name] = f"no codec stores {kind(tensor)}"
+        elif nbytes < WEIGHT_NBYTES:
+            reasons[tensor.name] = f"{nbytes} bytes are too few to gain from"
     return reasons
 
 
-def _itemsize(tensor: TensorProto) -> int:
-    return int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+def _inputs(graph: GraphProto) -> list[str]:
+    """Every name that a node of a graph or of its subgraphs takes, or a subgraph gives."""
+    names: list[str] = []
+    for node in graph.node:
+        names += node.input
+        for body in bodies(node):
+            names += [*_inputs(body), *(value.name for value in body.output)]
+    return names
 
 
-def _write(
-    model: ModelProto, chosen: Mapping[str, Payload], opset: int
-) -> tuple[ModelProto, dict[str, int]]:
-    """The packed model, and the bytes that each weight takes in it.
-
-    A stream that equals one already written is shared, all but the first of each call: that one
-    stands in the weight's place, so that `unpack` finds the place again.
-    """
+def _written(model: ModelProto, made: Plan) -> tuple[ModelProto, dict[str, int]]:
+    """The packed model, and the bytes of each coded weight."""
     result = ModelProto()
-    result.CopyFrom(model)
-    names = _fresh_names(model)
-    del result.graph.initializer[:]
-    del result.graph.node[:]
-    written: dict[tuple[int, tuple[int, ...], bytes], str] = {}
-    nbytes: dict[str, int] = {}
-    for dense in model.graph.initializer:
-        if dense.name not in chosen:
-            result.graph.initializer.append(dense)
-            continue
-        payload = chosen[dense.name]
-        nbytes[dense.name] = 0
-        inputs: list[str] = []
-        for index, tensor in enumerate(payload.tensors([""] * len(payload.streams))):
-            key = (tensor.data_type, tuple(tensor.dims), tensor.raw_data)
-            if index and key in written:
-                inputs.append(written[key])
-                continue
-            tensor.name = next(names)
-            written.setdefault(key, tensor.name)
-            inputs.append(tensor.name)
-            if not index:
-                _remember(dense, tensor)
+    if made.bundle is None:
+        result.CopyFrom(model)
+        return result, {}
+    copy_but(result, model, "graph")
+    copy_but(result.graph, model.graph, "initializer", "node")
+    names = Names(model)
+    node = result.graph.node.add()
+    node.CopyFrom(made.bundle.node)
+    for stream in made.bundle.streams:
+        stored = result.graph.initializer.add()
+        stored.CopyFrom(stream)
+        stored.name = names.shortest()
+        node.input.append(stored.name)
+    notes: dict[str, dict[str, str]] = {}
+    for tensor in model.graph.initializer:
+        if tensor.name not in made.methods:
             result.graph.initializer.append(tensor)
-            nbytes[dense.name] += framed(tensor.ByteSize())
-        node = payload.node(inputs)
-        result.graph.node.append(node)
-        nbytes[dense.name] += framed(node.ByteSize())
+            continue
+        told = {f".{entry.key}": entry.value for entry in tensor.metadata_props}
+        if tensor.doc_string:
+            told["doc_string"] = tensor.doc_string
+        if told:
+            notes[tensor.name] = told
     result.graph.node.extend(model.graph.node)
     result.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
-    result.functions.extend(functions(chosen.values(), opset))
+    result.functions.extend(made.bundle.functions)
+    result.metadata_props.add(key=MARK)
     if model.ir_version < FUNCTIONS_IR:
         result.metadata_props.add(key=_IR_KEY, value=str(model.ir_version))
         result.ir_version = FUNCTIONS_IR
-    return result, nbytes
-
-
-def _remember(dense: TensorProto, stream: TensorProto) -> None:
-    """Keeps on the first stream what the weight's tensor held besides type, shape, name, data."""
-    stream.doc_string = dense.doc_string
-    if not dense.doc_string:
-        stream.ClearField("doc_string")
-    if dense.HasField("data_location"):
-        stream.data_location = dense.data_location
-    stream.metadata_props.extend(dense.metadata_props)
-    if not dense.HasField("raw_data"):
-        stream.metadata_props.add(key=_STORAGE_KEY)
-
-
-def _restored(payload: Payload, stream: TensorProto) -> TensorProto:
-    """The weight's tensor; the inverse of `_remember`."""
-    array = payload.codec.decode(payload)
-    kind = data_type(array.dtype)
-    props = [entry for entry in stream.metadata_props if entry.key != _STORAGE_KEY]
-    if len(props) == len(stream.metadata_props):
-        tensor = TensorProto(dims=array.shape, data_type=kind, raw_data=array.tobytes())
-    else:
-        tensor = _typed(array, kind)
-    tensor.name = payload.name
-    if stream.HasField("doc_string"):
-        tensor.doc_string = stream.doc_string
-    if stream.HasField("data_location"):
-        tensor.data_location = stream.data_location
-    tensor.metadata_props.extend(props)
-    return tensor
-
-
-def _typed(array: NDArray[Any], kind: int) -> TensorProto:
-    """A tensor in its typed field (float_data and the like) instead of raw bytes."""
-    tensor = TensorProto(dims=array.shape, data_type=kind)
-    flat = array.reshape(-1)
-    if kind == TensorProto.FLOAT:
-        tensor.float_data.extend(flat)
-    elif kind == TensorProto.DOUBLE:
-        tensor.double_data.extend(flat)
-    else:
-        half = kind in (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-        tensor.int32_data.extend((flat.view(np.uint16) if half else flat).astype(int).tolist())
-    return tensor
+    if notes:
+        result.metadata_props.add(key=_NOTES_KEY, value=json.dumps(notes, ensure_ascii=False))
+    for _ in _decodings(result, _budget(result, MAX_BYTES)):
+        pass  # holds its checksum
+    return result, {
+        name: told.nbytes for name, told in zip(node.output, described(node), strict=True)
+    }
 
 
 def _calls(model: ModelProto) -> list[NodeProto]:
     return [node for node in model.graph.node if node.domain == DOMAIN]
 
 
-def _payloads(model: ModelProto) -> list[tuple[Payload, NodeProto]]:
-    """The decode calls of a model, read but not decoded."""
-    calls = _calls(model)
-    wanted = {name for node in calls for name in node.input}
-    initializers = {}
-    for tensor in model.graph.initializer:
-        if tensor.name in wanted:
-            try:
-                initializers[tensor.name] = numpy_helper.to_array(tensor)
-            except (ValueError, TypeError) as error:
+def _budget(model: ModelProto, max_bytes: int) -> Budget:
+    """What the decoding of a model may use."""
+    wanted = {source for node in _calls(model) for source in node.input}
+    streams = (t for t in model.graph.initializer if t.name in wanted)
+    return Budget(max_bytes, sum(tensor.ByteSize() for tensor in streams))
+
+
+def _decodings(
+    model: ModelProto, budget: Budget
+) -> Iterator[tuple[NodeProto, dict[str, NDArray[Any]]]]:
+    """Each decode call and its outputs."""
+    stored_as = {tensor.name: tensor for tensor in model.graph.initializer}
+    functions: dict[str, FunctionProto] = {}
+    for function in model.functions:
+        if function.domain == DOMAIN and function.name in functions:
+            raise Prune2OnnxError(
+                f"two decode functions are called {function.name!r}; the file is damaged"
+            )
+        if function.domain == DOMAIN:
+            functions[function.name] = function
+    arrays: dict[str, NDArray[Any]] = {}
+    for node in _calls(model):
+        for name in (*node.input, *node.output):
+            if not isinstance(name, str):
+                raise Prune2OnnxError(f"{name!r}: a name that is not UTF-8; the file is damaged")
+        for name in node.input:
+            if name in arrays:
+                continue
+            if name not in stored_as:
                 raise Prune2OnnxError(
-                    f"the stream {tensor.name!r} is damaged: {one_line(error)}"
+                    f"{_named(node)}: the stream {name!r} is missing; the file is damaged"
+                )
+            try:
+                arrays[name] = stored(stored_as[name], budget)
+            except (Prune2OnnxError, ValueError, TypeError, KeyError, OverflowError) as error:
+                raise Prune2OnnxError(
+                    f"{_named(node)}: the stream {name!r} is damaged: {one_line(error)[:300]}"
                 ) from error
-    return [(_codec_of(node).payload(node, initializers), node) for node in calls]
+        yield node, decode(node, [arrays[name] for name in node.input], functions, budget)
 
 
-def _codec_of(node: NodeProto) -> Codec:
-    for codec in CODECS:
-        if node.op_type.rstrip(string.digits) == codec.op:
-            return codec
-    raise Prune2OnnxError(
-        f"{', '.join(node.output)}: unknown decode function {node.op_type!r}; "
-        "the file was written by a newer prune2onnx"
-    )
+def _named(node: NodeProto) -> str:
+    return ", ".join(node.output[:3]) + (", ..." if len(node.output) > 3 else "")
 
 
-def _row(tensor: TensorProto, codec: str, nbytes: int, reason: str) -> WeightRow:
-    return _row_of(tensor.name, numpy_helper.to_array(tensor), codec, nbytes, reason)
+def _notes(props: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """What was written of the coded weights: name -> field -> text."""
+    try:
+        notes = json.loads(props.get(_NOTES_KEY, "{}"))
+        for fields in notes.values():
+            for text in (*fields, *fields.values()):
+                text.encode()  # fails where it is no text, or half a surrogate pair
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise Prune2OnnxError(
+            f"{_NOTES_KEY}: not the notes of weights in JSON: {one_line(error)[:200]}; "
+            "the file is damaged, remove that metadata entry"
+        ) from error
+    return cast("dict[str, dict[str, str]]", notes)
 
 
-def _row_of(name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str) -> WeightRow:
+def _declared_kinds(model: ModelProto) -> dict[str, int]:
+    """Element types that value_info declares."""
+    return {
+        value.name: value.type.tensor_type.elem_type
+        for value in model.graph.value_info
+        if value.type.HasField("tensor_type")
+    }
+
+
+def _fill(
+    tensor: TensorProto, name: str, array: NDArray[Any], number: int | None, budget: Budget
+) -> None:
+    """Makes a tensor of a decoded weight; `number` is the element type that the model declares."""
+    try:
+        budget.room(array.shape, array.dtype)
+    except Prune2OnnxError as error:
+        raise Prune2OnnxError(f"{name}: unpacking needs {error}") from error
+    budget.keep(array.nbytes)
+    tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+    if number and number != tensor.data_type:
+        raise Prune2OnnxError(
+            f"{name}: decodes to {kind(tensor)}, the model declares element type {number}; "
+            "the file is damaged"
+        )
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+
+
+def _row(name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str) -> WeightRow:
     nnz = int(np.count_nonzero(array)) if array.dtype.kind != "O" else array.size
     return WeightRow(name, tuple(array.shape), str(array.dtype), nnz, codec, nbytes, reason)
-
-
-def _bodies(node: NodeProto) -> Iterator[GraphProto]:
-    """The subgraphs of a node."""
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
-
-
-def _uses(graph: GraphProto) -> Iterator[str]:
-    """Every name that a graph and its subgraphs mention."""
-    for value in (*graph.input, *graph.output, *graph.value_info):
-        yield value.name
-    yield from (tensor.name for tensor in graph.initializer)
-    yield from (sparse.values.name for sparse in graph.sparse_initializer)
-    for node in graph.node:
-        yield from node.input
-        yield from node.output
-        for body in _bodies(node):
-            yield from _uses(body)
-
-
-def _fresh_names(model: ModelProto) -> Iterator[str]:
-    """Short names that occur nowhere in the model."""
-    taken = set(_uses(model.graph))
-    letters = string.ascii_lowercase + string.digits
-    for length in itertools.count(1):
-        for parts in itertools.product(letters, repeat=length):
-            if (name := "".join(parts)) not in taken:
-                yield name
 
 
 def _keep(repeated: Any, wanted: Callable[[Any], bool]) -> None:

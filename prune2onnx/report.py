@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
+
+from prune2onnx.errors import printable
 
 SCHEMA = 1
 
@@ -26,8 +29,13 @@ class WeightRow:
         dtype: its dense dtype, as numpy names it.
         nnz: elements that are not zero (-0.0 counts as zero).
         codec: the codec's name; "dense" where none made the file smaller.
-        nbytes: bytes the weight adds to the file: streams, tables, names, its decode call.
+        nbytes: bytes of its own in the file: a dense tensor whole; of a coded weight its part of
+            the streams, to the byte, while the decoder belongs to all.
         reason: why it stays dense; "" for a coded weight.
+        entropy_nbytes: bytes that the zero-order entropies of its positions and values come to;
+            None where nobody asked, as the next two.
+        sparse_nbytes: bytes as ONNX's own sparse initializer.
+        zipped_nbytes: bytes of the dense data after zlib.
     """
 
     name: str
@@ -37,6 +45,9 @@ class WeightRow:
     codec: str
     nbytes: int
     reason: str = ""
+    entropy_nbytes: float | None = None
+    sparse_nbytes: int | None = None
+    zipped_nbytes: int | None = None
 
     @property
     def size(self) -> int:
@@ -53,17 +64,30 @@ class WeightRow:
         """8 * nbytes / nnz; None for a weight without a nonzero."""
         return 8 * self.nbytes / self.nnz if self.nnz else None
 
+    @property
+    def bits_per_weight(self) -> float | None:
+        """8 * nbytes / size; None for an empty weight."""
+        return 8 * self.nbytes / self.size if self.size else None
+
     def to_dict(self) -> dict[str, Any]:
-        """The row as it stands in report.json."""
+        """The row as it stands in report.json; what was not asked for is left out."""
+        known = {
+            "entropy_nbytes": self.entropy_nbytes,
+            "sparse_nbytes": self.sparse_nbytes,
+            "zipped_nbytes": self.zipped_nbytes,
+        }
         return {
             "name": self.name,
             "shape": list(self.shape),
+            "dtype": self.dtype,
             "nnz": self.nnz,
             "density": self.density,
             "codec": self.codec,
             "nbytes": self.nbytes,
             "bits_per_nonzero": self.bits_per_nonzero,
+            "bits_per_weight": self.bits_per_weight,
             "reason": self.reason,
+            **{key: value for key, value in known.items() if value is not None},
         }
 
 
@@ -74,16 +98,16 @@ class Measured:
     Attributes:
         nbytes: size of the file, external data included.
         error: percent of the test set; None without data.
-        load_ms: creating a session, in a fresh process.
+        load_ms: creating a session, in a fresh process; None where it was not run, as the next two.
         peak_rss_bytes: peak memory of that process, the runtime itself included.
         latency_ms: "p50" and "p95" of one inference, batch 1.
     """
 
     nbytes: int
-    error: float | None
-    load_ms: float
-    peak_rss_bytes: int
-    latency_ms: dict[str, float]
+    error: float | None = None
+    load_ms: float | None = None
+    peak_rss_bytes: int | None = None
+    latency_ms: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +122,10 @@ class Report:
         compressed: the packed file.
         folded: onnxruntime left no decode node in the optimised graph.
         max_abs_diff: largest difference of the outputs from those of the reference model with the
-            same weights.
+            same weights; None where it was not run.
         density: nonzeros over elements of the pruned weights, 0-1.
         weights: one row per initializer.
+        skipped: why the network was not run, only its decoder; "" where it was.
     """
 
     version: str
@@ -109,9 +134,10 @@ class Report:
     dense: Measured
     compressed: Measured
     folded: bool
-    max_abs_diff: float
+    max_abs_diff: float | None
     density: float
     weights: tuple[WeightRow, ...]
+    skipped: str = ""
 
     @property
     def ratio(self) -> float:
@@ -139,6 +165,7 @@ class Report:
             "density": self.density,
             "folded": self.folded,
             "max_abs_diff": self.max_abs_diff,
+            "skipped": self.skipped,
             "weights": [row.to_dict() for row in self.weights],
         }
 
@@ -155,44 +182,75 @@ class Report:
         table.add_row("file", _bytes(a.nbytes), _bytes(b.nbytes), f"{self.ratio:.1f}x smaller")
         if a.error is not None and b.error is not None:
             table.add_row("test error", f"{a.error:.2f} %", f"{b.error:.2f} %", f"{self.drop:+.2f}")
-        table.add_row("load", f"{a.load_ms:.1f} ms", f"{b.load_ms:.1f} ms", "")
-        memory = _bytes(a.peak_rss_bytes), _bytes(b.peak_rss_bytes)
-        table.add_row("peak memory of a load", *memory, "")
-        for name in ("p50", "p95"):
-            x, y = a.latency_ms[name], b.latency_ms[name]
-            table.add_row(f"latency {name}", f"{x:.3f} ms", f"{y:.3f} ms", f"{y / x:.2f}x")
+        if a.load_ms is not None and b.load_ms is not None:
+            table.add_row("load", f"{a.load_ms:.1f} ms", f"{b.load_ms:.1f} ms", "")
+        if a.peak_rss_bytes is not None and b.peak_rss_bytes is not None:
+            memory = _bytes(a.peak_rss_bytes), _bytes(b.peak_rss_bytes)
+            table.add_row("peak memory of a load", *memory, "")
+        if a.latency_ms is not None and b.latency_ms is not None:
+            for name in ("p50", "p95"):
+                x, y = a.latency_ms[name], b.latency_ms[name]
+                table.add_row(f"latency {name}", f"{x:.3f} ms", f"{y:.3f} ms", f"{y / x:.2f}x")
         folded = "folded away on load" if self.folded else "NOT folded: decoded at every run"
         table.add_row("density", "100 %", f"{100 * self.density:.2f} %", "")
-        table.caption = (
-            f"decoders {folded}; outputs within {self.max_abs_diff:.1e} of the reference's"
-        )
+        if self.max_abs_diff is None:
+            told = f"the network was not run: {self.skipped}"
+        else:
+            told = f"outputs within {self.max_abs_diff:.1e} of the reference's"
+        table.caption = f"decoders {folded}; {told}"
         return table
 
 
 def weights_table(rows: Sequence[WeightRow], nbytes: int | None = None) -> Table:
-    """One line per weight, and a total.
+    """One line per weight, and totals.
 
     Args:
-        rows: the weights.
-        nbytes: of the whole file; the rest is graph and decode functions.
+        rows: the weights; where they know their entropy, columns compare with other forms.
+        nbytes: of the whole file; the rest is graph and decoder.
     """
     table = Table(title="weights")
-    for heading in ("name", "shape", "density", "codec", "bytes", "bits/nonzero", "why dense"):
-        numeric = heading in ("density", "bytes", "bits/nonzero")
+    compared = any(row.entropy_nbytes is not None for row in rows)
+    others = ("entropy", "sparse", "zipped") if compared else ()
+    headings = ("name", "shape", "type", "density", "codec", "bytes", "bits/weight")
+    for heading in (*headings, *others, "why dense"):
+        numeric = heading in ("density", "bytes", "bits/weight", *others)
         # names and codecs are never cut short; reasons wrap
         table.add_column(
             heading, justify="right" if numeric else "left", no_wrap=heading != "why dense"
         )
     for row in rows:
-        bits = "" if row.bits_per_nonzero is None else f"{row.bits_per_nonzero:.2f}"
+        bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}"
         shape = "x".join(map(str, row.shape)) or "scalar"
         density = f"{100 * row.density:.2f} %"
-        table.add_row(row.name, shape, density, row.codec, f"{row.nbytes:,}", bits, row.reason)
-    coded = sum(row.nbytes for row in rows)
+        cells: list[str | Text] = [
+            Text(printable(row.name)),
+            shape,
+            row.dtype,
+            density,
+            row.codec,
+            f"{row.nbytes:,}",
+            bits,
+        ]
+        if compared:
+            forms = (row.entropy_nbytes, row.sparse_nbytes, row.zipped_nbytes)
+            cells += ["" if form is None else f"{form:,.0f}" for form in forms]
+        table.add_row(*cells, Text(printable(row.reason)))
+    own = sum(row.nbytes for row in rows)
+    blank = [""] * 4
+    table.add_section()
+    if compared:
+        totals = [
+            f"{sum(form or 0 for form in column):,.0f}"
+            for column in (
+                [row.entropy_nbytes for row in rows],
+                [row.sparse_nbytes for row in rows],
+                [row.zipped_nbytes for row in rows],
+            )
+        ]
+        table.add_row("weights", *blank, f"{own:,}", "", *totals, "")
     if nbytes is not None:
-        table.add_section()
-        table.add_row("graph and decoders", "", "", "", f"{nbytes - coded:,}", "", "")
-        table.add_row("file", "", "", "", f"{nbytes:,}", "", "")
+        table.add_row("graph and decoder", *blank, f"{nbytes - own:,}")
+        table.add_row("file", *blank, f"{nbytes:,}")
     return table
 
 

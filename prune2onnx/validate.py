@@ -30,18 +30,27 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from prune2onnx.errors import MismatchError, Prune2OnnxError
-from prune2onnx.pack import decode_graph, decoded_weights, inspect, load, unpack
+from prune2onnx.inspection import inspect
+from prune2onnx.onnxfile import load, save
+from prune2onnx.pack import coded, decode_graph, is_packed, unpack
 from prune2onnx.report import Measured, Report, WeightRow
 
 Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
-_LOADS = 5  # fresh processes per file
+_LOADS = 7  # fresh processes per file
 _WARM_UP = 20
 _RUNS = 300  # timed inferences per file
 _MOST_SECONDS = 8.0  # timing stops there, however slow the model
 
+# what onnxruntime says of an operator it does not have
+_UNKNOWN_OPERATOR = ("is not a registered function/op", "Could not find an implementation")
+
 # float32 sums in another order: relative to the largest score, with room for deep networks
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
+
+
+class UnrunnableError(Prune2OnnxError):
+    """onnxruntime has no kernels for a model, packed or not, so nothing can be compared."""
 
 
 def session(
@@ -71,7 +80,8 @@ def session(
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises its own kinds, and they have no common base
         name = "the model" if in_memory else str(model)
-        raise Prune2OnnxError(
+        unknown = any(sign in str(error) for sign in _UNKNOWN_OPERATOR)
+        raise (UnrunnableError if unknown else Prune2OnnxError)(
             f"{name}: onnxruntime {ort.__version__} cannot open it: {_first_line(error)}"
         ) from error
 
@@ -101,7 +111,7 @@ def check_weights(packed: onnx.ModelProto) -> int:
     Raises:
         MismatchError: one differs in a bit; it is named.
     """
-    expected = decoded_weights(packed)
+    expected = coded(packed).arrays
     if not expected:
         return 0
     names = list(expected)
@@ -139,6 +149,32 @@ def folds(packed: onnx.ModelProto) -> bool:
     return all(
         Counter(operators(packed, level)) == Counter(operators(plain, level)) for level in levels
     )
+
+
+def outputs_of(model: onnx.ModelProto, inputs: Sequence[dict[str, NDArray[Any]]]) -> list[Any]:
+    """All outputs of a model for several inputs, in a row.
+
+    Raises:
+        Prune2OnnxError: onnxruntime cannot open the model, or fails on the inputs.
+    """
+    opened = session(model)
+    return [out for each in inputs for out in _run(opened, each, Path("the model"))]
+
+
+def check_same(name: str, model: onnx.ModelProto, reference: onnx.ModelProto) -> float:
+    """Compares a model with the one it was made of, on made-up inputs.
+
+    Returns:
+        The largest difference of an output.
+
+    Raises:
+        MismatchError: they differ by more than rounding explains.
+        UnrunnableError: onnxruntime cannot run the reference either.
+    """
+    inputs = [random_inputs(session(model), seed) for seed in range(2)]
+    wanted = outputs_of(reference, inputs)
+    got = outputs_of(model, inputs)
+    return max((check_outputs(name, a, b) for a, b in zip(got, wanted, strict=True)), default=0.0)
 
 
 def max_abs_diff(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -276,7 +312,7 @@ def measure(
         errors: of each file, passed through.
 
     Returns:
-        One `Measured` per file: medians of 5 loads in fresh processes, percentiles of up to 300
+        One `Measured` per file: medians of 7 loads in fresh processes, percentiles of up to 300
         runs after 20 to warm up, with onnxruntime's default number of threads.
     """
     loads = [[_load_in_fresh_process(path) for path in files] for _ in range(_LOADS)]
@@ -293,7 +329,7 @@ def measure(
             taken.append(1e3 * (time.perf_counter() - start))
     return [
         Measured(
-            nbytes=_nbytes(path),
+            nbytes=file_nbytes(path),
             error=error,
             load_ms=float(np.median([run[index][0] for run in loads])),
             peak_rss_bytes=int(np.median([run[index][1] for run in loads])),
@@ -306,7 +342,7 @@ def measure(
     ]
 
 
-def _nbytes(path: Path) -> int:
+def file_nbytes(path: Path) -> int:
     """Bytes of a model: the file and the external data beside it."""
     total: int = path.stat().st_size
     proto = onnx.load(path, load_external_data=False)
@@ -360,6 +396,9 @@ def validate(
             axes or more.
         seed: written into the report.
 
+    A network with operators that onnxruntime does not have is not run; that its weights decode and
+    that their decoder folds is proved all the same (`Report.skipped`).
+
     Raises:
         MismatchError: a decoded weight differs from the numpy decoder's, or an output from
             `expected`.
@@ -367,47 +406,75 @@ def validate(
     """
     packed = load(file)
     check_weights(packed)
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder) / "unpacked.onnx"
-        onnx.save(unpack(packed), plain)
-        beside = plain if reference is None else reference
-        opened, against = session(file), session(beside)
-        taken = list(batches) if batches is not None else None
-        error: float | None = None
-        reference_error: float | None = None
-        if taken is not None:
-            outputs, labels = scores(opened, taken)
-            error = error_percent(outputs, labels)
-            reference_error = error_percent(*scores(against, taken))
-            want = expected if expected is not None else scores(session(plain), taken)[0]
-            difference = check_outputs(file.name, outputs, want)
-            inputs = {opened.get_inputs()[0].name: taken[0][0][:1]}
-        else:
-            inputs = random_inputs(opened, seed)
-            wanted = _run(session(plain), inputs, plain)
-            pairs = zip(_run(opened, inputs, file), wanted, strict=True)
-            difference = max(check_outputs(file.name, got, want) for got, want in pairs)
-        renamed = [i.name for i in against.get_inputs()]
-        if renamed != list(inputs):
-            raise Prune2OnnxError(
-                f"{beside}: its inputs are {renamed}, those of {file} are {list(inputs)}; "
-                "they cannot be compared"
-            )
-        _run(against, inputs, beside)
-        dense, compressed = measure([beside, file], inputs, [reference_error, error])
-    rows = tuple(inspect(packed)) if rows is None else tuple(rows)
+    rows = inspect(packed).rows if rows is None else tuple(rows)
     if density is None:
         matrices = [row for row in rows if len(row.shape) > 1]
         size = sum(row.size for row in matrices)
         density = sum(row.nnz for row in matrices) / size if size else 1.0
+    skipped = ""
+    difference = None
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "unpacked.onnx"
+        save(unpack(packed), plain)
+        beside = plain if reference is None else reference
+        try:
+            session(plain)
+        except UnrunnableError as error:
+            skipped = str(error).removeprefix(f"{plain}: ")
+            dense, compressed = (Measured(file_nbytes(path)) for path in (beside, file))
+        else:
+            difference, (dense, compressed) = _run_and_measured(
+                file, plain, beside, None if batches is None else list(batches), expected, seed
+            )
+    if not skipped:
+        folded = folds(packed)
+    elif is_packed(packed):
+        folded = folds(decode_graph(packed))
+    else:  # nothing to fold
+        folded = True
     return Report(
         version=importlib.metadata.version("prune2onnx"),
         seed=seed,
         environment=environment(),
         dense=dense,
         compressed=compressed,
-        folded=folds(packed),
+        folded=folded,
         max_abs_diff=difference,
         density=density,
         weights=rows,
+        skipped=skipped,
     )
+
+
+def _run_and_measured(
+    file: Path,
+    plain: Path,
+    beside: Path,
+    batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
+    expected: NDArray[Any] | None,
+    seed: int,
+) -> tuple[float, list[Measured]]:
+    """The largest difference of an output of `file`, and `beside` and `file` measured."""
+    opened, against = session(file), session(beside)
+    error: float | None = None
+    reference_error: float | None = None
+    if batches is not None:
+        outputs, labels = scores(opened, batches)
+        error = error_percent(outputs, labels)
+        reference_error = error_percent(*scores(against, batches))
+        want = expected if expected is not None else scores(session(plain), batches)[0]
+        difference = check_outputs(file.name, outputs, want)
+        inputs = {opened.get_inputs()[0].name: batches[0][0][:1]}
+    else:
+        inputs = random_inputs(opened, seed)
+        wanted = _run(session(plain), inputs, plain)
+        pairs = zip(_run(opened, inputs, file), wanted, strict=True)
+        difference = max(check_outputs(file.name, got, want) for got, want in pairs)
+    renamed = [i.name for i in against.get_inputs()]
+    if renamed != list(inputs):
+        raise Prune2OnnxError(
+            f"{beside}: its inputs are {renamed}, those of {file} are {list(inputs)}; "
+            "they cannot be compared"
+        )
+    _run(against, inputs, beside)
+    return difference, measure([beside, file], inputs, [reference_error, error])

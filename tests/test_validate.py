@@ -1,6 +1,7 @@
 """Validation: what is proved is true, and what is false is found."""
 
 import copy
+import dataclasses
 import importlib
 import json
 
@@ -9,16 +10,22 @@ import onnxruntime as ort
 import pytest
 import torch
 from conftest import blobs, tiny_conv
-from onnx import TensorProto, helper
+from networks import custom, mlp
+from onnx import TensorProto, helper, numpy_helper
 
 from prune2onnx.errors import MismatchError, Prune2OnnxError
 from prune2onnx.exporter import export
-from prune2onnx.pack import decoded_weights, pack
+from prune2onnx.onnxfile import save
+from prune2onnx.pack import coded, pack
 from prune2onnx.pipeline import batches
+from prune2onnx.report import Measured
 from prune2onnx.validate import (
+    UnrunnableError,
     check_outputs,
+    check_same,
     check_weights,
     error_percent,
+    file_nbytes,
     folds,
     measure,
     operators,
@@ -53,10 +60,10 @@ def test_packed_weights_equal_the_numpy_decoders(packed):
 
 
 def test_a_weight_onnxruntime_decodes_otherwise_is_found(packed, monkeypatch):
-    right = decoded_weights(packed)
-    wrong = {name: value + np.float32(1e-7) for name, value in right.items()}
+    right = coded(packed)
+    wrong = {name: value + np.float32(1e-7) for name, value in right.arrays.items()}
     room = importlib.import_module("prune2onnx.validate")  # the name means the function too
-    monkeypatch.setattr(room, "decoded_weights", lambda _: wrong)
+    monkeypatch.setattr(room, "coded", lambda _: dataclasses.replace(right, arrays=wrong))
     with pytest.raises(MismatchError, match=r"\.weight: onnxruntime .* other bits"):
         check_weights(packed)
 
@@ -112,12 +119,13 @@ def test_a_report_has_the_promised_schema(dense, packed, tmp_path):
     content = json.loads(report.to_json())
     assert " ".join(content) == (
         "schema version seed environment dense compressed ratio drop density folded "
-        "max_abs_diff weights"
+        "max_abs_diff skipped weights"
     )
     assert " ".join(content["dense"]) == "nbytes error load_ms peak_rss_bytes latency_ms"
     assert list(content["compressed"]) == list(content["dense"])
     assert " ".join(content["weights"][0]) == (
-        "name shape nnz density codec nbytes bits_per_nonzero reason"
+        "name shape dtype nnz density codec nbytes bits_per_nonzero bits_per_weight reason "
+        "entropy_nbytes sparse_nbytes zipped_nbytes"
     )
     sizes = [path.stat().st_size for path in paths]
     assert content["ratio"] == sizes[0] / sizes[1]
@@ -130,6 +138,44 @@ def test_without_reference_or_data_a_file_is_compared_with_what_it_unpacks_to(pa
     path.write_bytes(packed.SerializeToString())
     report = validate(path)
     assert report.ratio > 1 and report.drop is None and report.max_abs_diff == 0
+
+
+def test_a_network_that_onnxruntime_does_not_know_is_proved_as_far_as_it_goes(
+    tmp_path, monkeypatch
+):
+    plain, path = tmp_path / "plain.onnx", tmp_path / "model.onnx"
+    save(custom(), plain)
+    save(pack(custom()).model, path)
+    report = validate(path)
+    assert "com.example" in report.skipped and str(tmp_path) not in report.skipped
+    assert report.folded and report.max_abs_diff is None and report.ratio > 5
+    assert report.compressed == Measured(path.stat().st_size)
+    assert json.loads(report.to_json())["skipped"] == report.skipped
+    # A plain one has nothing to fold.
+    assert validate(plain).folded
+    assert validate(path, plain).dense.nbytes == plain.stat().st_size
+    # What does not fold is found without the network too.
+    room = importlib.import_module("prune2onnx.validate")
+    monkeypatch.setattr(room, "folds", lambda model: len(model.graph.node) != 1)
+    assert not validate(path).folded
+
+
+def test_files_count_their_data_files(tmp_path):
+    files = save(mlp(), tmp_path / "m.onnx", "m.data")
+    assert len(files) == 2
+    assert file_nbytes(files[0]) == sum(path.stat().st_size for path in files)
+    assert file_nbytes(save(mlp(), tmp_path / "one.onnx")[0]) == mlp().ByteSize()
+
+
+def test_a_model_is_compared_with_the_one_it_was_made_of():
+    assert check_same("m", pack(mlp()).model, mlp()) == 0
+    wrong = mlp()
+    array = numpy_helper.to_array(wrong.graph.initializer[0]) * 2
+    wrong.graph.initializer[0].raw_data = array.tobytes()
+    with pytest.raises(MismatchError, match="m: outputs differ"):
+        check_same("m", wrong, mlp())
+    with pytest.raises(UnrunnableError, match=r"com\.example"):
+        check_same("m", custom(), custom())
 
 
 def test_a_reference_with_other_inputs_is_refused(packed, tmp_path):

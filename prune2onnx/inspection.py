@@ -1,0 +1,139 @@
+"""Reads how the weights of a file are stored, beside what other forms of them would take.
+
+Runs nothing in onnxruntime: what a load costs is an estimate here, `validate` measures it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from prune2onnx.codecs import DOMAIN, entropy_nbytes, framed
+from prune2onnx.pack import MARK, MAX_BYTES, coded
+from prune2onnx.report import WeightRow
+from prune2onnx.sparse import CODEC as SPARSE
+from prune2onnx.sparse import sparse_nbytes, within
+from prune2onnx.tensors import array_of, densified
+
+# Fitted to what `prune2onnx validate` measures with onnxruntime 1.32 on a server's core: folding an
+# operator, making a byte of its result, and the memory that such bytes hold.
+_NODE_MS = 0.07
+_NBYTE_MS = 1.0e-6
+_HELD = 1.6
+
+# What other forms would take is measured for so many dense bytes, at 10 to 100 MB/s: a few bytes
+# may decode to gigabytes, and their reader should not wait for minutes.
+_FREE_NBYTES = 1 << 26
+_NBYTES_PER_BYTE = 32
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """How the weights of a model are stored.
+
+    Attributes:
+        rows: one per weight: the coded ones, then initializers in the file's order.
+        load_ms: what decoding adds to the creation of a session, about; 0 for a plain model.
+        load_nbytes: memory that decoding adds meanwhile, about.
+        warning: what another tool did to a packed file; "" where none did.
+    """
+
+    rows: tuple[WeightRow, ...]
+    load_ms: float
+    load_nbytes: int
+    warning: str
+
+
+def inspect(model: ModelProto, max_bytes: int = MAX_BYTES) -> Inspection:
+    """Reads how each weight of a model is stored; packed, plain, or with sparse initializers.
+
+    What other forms would take is left out of the rows of a file that decodes to more than 64 MiB
+    and 32 times its own size, from where it does on.
+
+    Args:
+        model: any; external data must be loaded.
+        max_bytes: the largest array that decoding may make; most bytes of sparse initializers.
+
+    Raises:
+        Prune2OnnxError: the decode call is damaged, or takes more than allowed.
+    """
+    found = coded(model, max_bytes)
+    streams = {name for node in model.graph.node if node.domain == DOMAIN for name in node.input}
+    left = _FREE_NBYTES + _NBYTES_PER_BYTE * sum(t.ByteSize() for t in model.graph.initializer)
+    rows = []
+
+    def add(name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str = "") -> None:
+        nonlocal left
+        left -= array.nbytes
+        rows.append(_row(name, array, codec, nbytes, reason, measured=left >= 0))
+
+    for name, array in found.arrays.items():
+        add(name, array, *found.how[name])
+    for tensor in model.graph.initializer:
+        if tensor.name not in streams:
+            nbytes = framed(tensor.ByteSize())
+            add(tensor.name, array_of(tensor), "dense", nbytes, "stored dense in the file")
+    allowed = max_bytes
+    for sparse in model.graph.sparse_initializer:
+        allowed = within(allowed, sparse)
+        array = array_of(densified(sparse))
+        add(sparse.values.name, array, SPARSE, framed(sparse.ByteSize()))
+    return Inspection(
+        tuple(rows),
+        _NODE_MS * found.nodes + _NBYTE_MS * found.work_nbytes,
+        int(_HELD * found.work_nbytes),
+        inflated(model),
+    )
+
+
+def inflated(model: ModelProto) -> str:
+    """What another tool did to a packed file; "" for one that is packed or never was.
+
+    Packed once: the operator set of the decode call is imported, or a metadata entry of ours is
+    there (onnxscript's optimizer removes imports without a call).
+    """
+    ours = any(entry.domain == DOMAIN for entry in model.opset_import)
+    ours |= any(str(entry.key).split(".")[0] == MARK for entry in model.metadata_props)
+    if not ours or any(node.domain == DOMAIN for node in model.graph.node):
+        return ""
+    left = constant_nodes(model)
+    if left:
+        what = f"another tool took its decoder apart, {left} nodes of it are left"
+    else:
+        what = "another tool made its weights dense again"
+    return f"this file was packed once, and {what}; unpack, treat, and pack again as the last step"
+
+
+def constant_nodes(model: ModelProto) -> int:
+    """Nodes that no input of the graph reaches, but for what dense files have of them."""
+    constant = {""} | {tensor.name for tensor in model.graph.initializer}
+    constant |= {sparse.values.name for sparse in model.graph.sparse_initializer}
+    count = 0
+    for node in model.graph.node:
+        if all(name in constant for name in node.input):
+            constant.update(node.output)
+            count += node.op_type not in ("Constant", "DequantizeLinear", "Identity", "Transpose")
+    return count
+
+
+def _row(
+    name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str, *, measured: bool
+) -> WeightRow:
+    measured = measured and array.dtype.kind not in "Oc"
+    return WeightRow(
+        name,
+        tuple(array.shape),
+        str(array.dtype),
+        int(np.count_nonzero(array)) if array.dtype.kind != "O" else array.size,
+        codec,
+        nbytes,
+        reason,
+        entropy_nbytes(array) if measured else None,
+        sparse_nbytes(array, name) if measured else None,
+        len(zlib.compress(np.ascontiguousarray(array).tobytes())) if measured else None,
+    )

@@ -1,0 +1,262 @@
+"""ONNX's own sparse tensors: weights written as SparseTensorProto, measured, and made dense again.
+
+`--format sparse-initializer` writes them for consumers that want the standard's own form; they are
+also the honest baseline beside the codecs. Our codecs and decode functions are not known here.
+
+The form: values [nnz] in the weight's element type and named as the weight; indices [nnz] into its
+row-major order, rising, as packed varints (`int64_data`: ONNX's checker takes INT64 only, and raw
+ones are eight bytes each); dims, the weight's shape. An element is an entry unless all its bits
+are zero, so -0.0 and NaN are kept.
+
+What reads it: onnxruntime 1.17.3 to 1.32.0 makes it dense when a session is created, whatever the
+rank, also inside subgraphs and as a graph input's default. `onnx.checker.check_model` accepts it;
+with `full_check=True` it does not, since by the letter of the operators' schemas none takes a
+sparse tensor. onnx-ir, and with it onnxscript's optimizer, drops `sparse_initializer` altogether,
+so nothing may rewrite the model after `to_sparse`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    SparseTensorProto,
+    TensorProto,
+    helper,
+)
+from scipy.sparse import coo_array
+
+from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.graphs import bodies
+from prune2onnx.report import WeightRow
+from prune2onnx.tensors import MAX_NBYTES, array_of, declared_nbytes, densified, name_of
+
+CODEC = "sparse-initializer"
+"""What a row calls a weight in this form."""
+
+WRITTEN = (
+    TensorProto.FLOAT,
+    TensorProto.DOUBLE,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.FLOAT8E4M3FN,
+    TensorProto.FLOAT8E4M3FNUZ,
+    TensorProto.FLOAT8E5M2,
+    TensorProto.FLOAT8E5M2FNUZ,
+    TensorProto.INT8,
+    TensorProto.INT16,
+    TensorProto.INT32,
+    TensorProto.INT64,
+    TensorProto.UINT8,
+    TensorProto.UINT16,
+    TensorProto.UINT32,
+    TensorProto.UINT64,
+    TensorProto.BOOL,
+)
+"""Element types that onnxruntime makes dense; it refuses 4-bit, complex and string ones."""
+
+_IR = 6  # the first IR version with sparse initializers
+_OPTIONAL_IR = 4  # from here on a graph input with an initializer is one that a caller may give
+
+
+def to_sparse(model: ModelProto) -> tuple[ModelProto, tuple[WeightRow, ...]]:
+    """Writes every initializer as a sparse one where that takes fewer bytes.
+
+    Lossless: `from_sparse` gives the same bits, though the sparse ones then follow the others.
+
+    Args:
+        model: a dense model, not modified; external data must be loaded.
+
+    Returns:
+        The model, an equal copy where nothing gets smaller, and one row per initializer: of the
+        graph in its order, then of its subgraphs.
+
+    Raises:
+        Prune2OnnxError: external data is not loaded, or an initializer is damaged.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    rows: list[WeightRow] = []
+    for graph in _graphs(result):
+        tensors = list(graph.initializer)
+        graph.ClearField("initializer")
+        for tensor in tensors:
+            sparse, row = _written(tensor)
+            rows.append(row)
+            if sparse is None:
+                graph.initializer.append(tensor)
+            else:
+                graph.sparse_initializer.append(sparse)
+    if any(row.codec == CODEC for row in rows) and result.ir_version < _IR:
+        if result.ir_version < _OPTIONAL_IR:
+            _drop_inputs(result.graph)
+        result.ir_version = _IR
+    return result, tuple(rows)
+
+
+def from_sparse(model: ModelProto, max_bytes: int = MAX_NBYTES) -> ModelProto:
+    """Makes every sparse initializer and every `sparse_value` of a Constant node dense.
+
+    Args:
+        model: not modified; external data must be loaded. Subgraphs and functions are entered.
+        max_bytes: what is made dense may not take more in all.
+
+    Returns:
+        A model without sparse tensors, an equal copy where there were none. What was a sparse
+        initializer follows the graph's other initializers.
+
+    Raises:
+        Prune2OnnxError: a sparse tensor is damaged or too large; the message names it.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    left = max_bytes
+    graphs = list(_graphs(result))
+    for graph in graphs:
+        for sparse in graph.sparse_initializer:
+            left = within(left, sparse)
+            graph.initializer.append(densified(sparse))
+        graph.ClearField("sparse_initializer")
+    for nodes in (*(graph.node for graph in graphs), *(f.node for f in result.functions)):
+        for node in nodes:
+            for attribute in node.attribute:
+                if attribute.type == AttributeProto.SPARSE_TENSOR and node.op_type == "Constant":
+                    sparse = attribute.sparse_tensor
+                    sparse.values.name = sparse.values.name or node.output[0]
+                    left = within(left, sparse)
+                    attribute.CopyFrom(helper.make_attribute("value", densified(sparse)))
+    return result
+
+
+def sparse_nbytes(array: NDArray[Any], name: str = "") -> int | None:
+    """What a weight takes as a sparse initializer, to the byte, without making one.
+
+    Args:
+        array: the dense values.
+        name: of the weight; it is part of the form.
+
+    Returns:
+        Bytes it adds to the file, more than dense where few elements are zero; None where there
+        is no sparse form of its shape or element type that onnxruntime reads.
+
+    >>> sparse_nbytes(np.eye(4, dtype=np.float32))  # 4 values of 4 bytes, 4 indices of 1
+    44
+    """
+    if _refusal(array):
+        return None
+    bits = _bits(array)
+    nnz = int(np.count_nonzero(bits))
+    # An index takes one byte, and one more for each multiple of 7 bits that it goes beyond.
+    indices, bound = nnz, 1 << 7
+    while bound < bits.size:
+        indices += int(np.count_nonzero(bits[bound:]))
+        bound <<= 7
+    frame = _frame(array, nnz, name)
+    inside = _framed(frame.values.ByteSize() + _framed(nnz * array.itemsize))
+    inside += _framed(frame.indices.ByteSize() + (_framed(indices) if nnz else 0))
+    frame.ClearField("values")
+    frame.ClearField("indices")
+    return _framed(frame.ByteSize() + inside)
+
+
+def within(left: int, sparse: SparseTensorProto) -> int:
+    """Bytes left of those allowed when a tensor has been made dense, asked before it is.
+
+    Raises:
+        Prune2OnnxError: it takes more than are left.
+    """
+    shape, dtype = list(sparse.dims), sparse.values.data_type
+    dense = TensorProto(name=name_of(sparse.values), dims=shape, data_type=dtype)
+    nbytes = declared_nbytes(dense) or 0
+    if nbytes > left:
+        raise Prune2OnnxError(
+            f"{sparse.values.name}: a sparse tensor of shape {shape} takes {nbytes:,} bytes dense, "
+            f"{left:,} are left of those allowed; raise the limit if the file is to be trusted"
+        )
+    return left - nbytes
+
+
+def _written(tensor: TensorProto) -> tuple[SparseTensorProto | None, WeightRow]:
+    """An initializer as a sparse one, or None where it stays dense, and its row."""
+    array = array_of(tensor)
+    nnz = array.size if array.dtype.kind == "O" else int(np.count_nonzero(array))
+    about = (tensor.name, tuple(array.shape), str(array.dtype), nnz)
+    dense_nbytes = _framed(tensor.ByteSize())
+    reason = _refusal(array)
+    if not reason:
+        frame = _frame(array, 0, tensor.name)
+        # Not the values' own sparse matrix: that would drop -0.0.
+        entries = coo_array(_bits(array).reshape(1, -1))
+        frame.values.dims[:] = frame.indices.dims[:] = [entries.nnz]
+        frame.values.raw_data = entries.data.tobytes()
+        frame.indices.int64_data.extend(entries.col.tolist())
+        if tensor.HasField("doc_string"):
+            frame.values.doc_string = tensor.doc_string
+        frame.values.metadata_props.extend(tensor.metadata_props)
+        nbytes = _framed(frame.ByteSize())
+        if nbytes < dense_nbytes:
+            return frame, WeightRow(*about, CODEC, nbytes)
+        reason = f"{CODEC} takes {nbytes:,} bytes, dense {dense_nbytes:,}"
+    return None, WeightRow(*about, "dense", dense_nbytes, reason)
+
+
+def _refusal(array: NDArray[Any]) -> str:
+    """Why an array has no sparse form, or none that onnxruntime reads; "" where it has one."""
+    if not array.ndim:
+        return "a scalar; a sparse tensor has at least one axis"
+    if not array.size:
+        return "empty; a sparse tensor has no axis of length 0"
+    if helper.np_dtype_to_tensor_dtype(array.dtype) not in WRITTEN:
+        return f"onnxruntime reads no sparse tensor of {array.dtype}"
+    return ""
+
+
+def _bits(array: NDArray[Any]) -> NDArray[Any]:
+    """The elements' bit patterns in row-major order, unsigned integers [n]."""
+    return np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")
+
+
+def _frame(array: NDArray[Any], nnz: int, name: str) -> SparseTensorProto:
+    """A sparse tensor without its values and indices."""
+    kind = helper.np_dtype_to_tensor_dtype(array.dtype)
+    return SparseTensorProto(
+        values=TensorProto(name=name, data_type=kind, dims=[nnz]),
+        indices=TensorProto(data_type=TensorProto.INT64, dims=[nnz]),
+        dims=array.shape,
+    )
+
+
+def _framed(nbytes: int) -> int:
+    """Bytes of a protobuf field below number 16: its tag, its length as a varint, itself."""
+    return 1 + max(1, -(-nbytes.bit_length() // 7)) + nbytes
+
+
+def _graphs(model: ModelProto) -> Iterator[GraphProto]:
+    """The model's graph and every subgraph in it and in its functions."""
+    yield model.graph
+    yield from _inner(model.graph.node)
+    for function in model.functions:
+        yield from _inner(function.node)
+
+
+def _inner(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
+    for node in nodes:
+        for graph in bodies(node):
+            yield graph
+            yield from _inner(graph.node)
+
+
+def _drop_inputs(graph: GraphProto) -> None:
+    """Removes the inputs that initializers stand for: before IR version 4 each had to be one."""
+    inside = {tensor.name for tensor in graph.initializer}
+    inside |= {sparse.values.name for sparse in graph.sparse_initializer}
+    kept = [value for value in graph.input if value.name not in inside]
+    graph.ClearField("input")
+    graph.input.extend(kept)

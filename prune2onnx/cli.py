@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import types
 import typing
@@ -23,13 +24,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import prune2onnx
 from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
-from prune2onnx.files import write_whole
-from prune2onnx.pack import inspect as inspect_model
-from prune2onnx.pack import load
-from prune2onnx.pack import pack as pack_model
+from prune2onnx.inspection import inspect as inspect_model
+from prune2onnx.onnxfile import load as load_model
+from prune2onnx.onnxfile import save
+from prune2onnx.pack import MAX_BYTES
 from prune2onnx.pack import unpack as unpack_model
 from prune2onnx.recipe import read_recipe, resolve, settings
 from prune2onnx.report import Report, WeightRow, weights_table
+from prune2onnx.validate import file_nbytes
 from prune2onnx.validate import validate as validate_file
 
 if TYPE_CHECKING:
@@ -260,42 +262,146 @@ def _milestones(epochs: int) -> set[int]:
     return {1, epochs, *range(max(1, epochs // 10), epochs, max(1, epochs // 10))}
 
 
+class _Size(click.ParamType[int]):
+    """A number of bytes: 5000000, 5MB, 2GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", str(value).strip())
+        if found is None:
+            self.fail(f"{value!r} is not a size, such as 5000000, 5MB or 2GiB", param, ctx)
+        number, unit, binary = found.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(unit or " "))
+
+
+_max_bytes = click.option(
+    "--max-bytes",
+    type=_Size(),
+    default=MAX_BYTES,
+    show_default="2 GiB",
+    help="largest array that decoding may make; a file from a stranger may ask for any",
+)
+
+
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path), metavar="IN.onnx")
 @click.argument("target", type=click.Path(path_type=Path), metavar="OUT.onnx")
+@click.option(
+    "--load",
+    type=click.Choice(("small", "fast")),
+    default="small",
+    show_default=True,
+    help="small: the fewest bytes; fast: no entropy code, sessions open quickly",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(("packed", "sparse-initializer")),
+    default="packed",
+    show_default=True,
+    help="packed: coded weights; sparse-initializer: ONNX's own sparse tensors, far larger",
+)
+@click.option("--strip", is_flag=True, help="leave out notes, default attributes, inner names")
+@click.option("--bits", type=float, help="lossy: bits a weight on average, about, 1 to 8")
+@click.option("--prune", type=float, help="lossy: share of the weights to make zero, 0 to 1")
+@click.option(
+    "--max-rel-error",
+    type=float,
+    help="lossy: largest relative error (L2) of each weight; with --data, of the outputs",
+)
+@click.option("--data", help="inputs for --max-rel-error, as for compress; or 'random'")
+@click.option("--external", metavar="NAME", help="write large weights to this file beside OUT.onnx")
 @click.option("--json", "as_json", is_flag=True, help="print the weights as JSON on stdout")
-def pack(source: Path, target: Path, as_json: bool) -> None:
-    """Code the weights of IN.onnx as small as they go, without loss."""
-    packed = pack_model(load(source))
-    write_whole(target, packed.model.SerializeToString())
-    _tell(packed.rows, target, as_json)
+def pack(
+    source: Path,
+    target: Path,
+    load: str,
+    form: str,
+    strip: bool,
+    bits: float | None,
+    prune: float | None,
+    max_rel_error: float | None,
+    data: str | None,
+    external: str | None,
+    as_json: bool,
+) -> None:
+    """Make IN.onnx as small as its information; any onnxruntime opens OUT.onnx.
+
+    Without loss, unless --bits, --prune or --max-rel-error ask for some.
+
+    \b
+    prune2onnx pack model.onnx small.onnx
+    prune2onnx pack model.onnx small.onnx --bits 6
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.packing import Wish, pack_file
+
+    wish = Wish(load, form, strip, bits, prune, max_rel_error, data, external)
+    done = pack_file(source, target, wish)
+    for note in done.notes:
+        _say(note)
+    _tell(done.rows, target, as_json, before=done.nbytes_before, notes=done.notes)
 
 
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path), metavar="IN.onnx")
 @click.argument("target", type=click.Path(path_type=Path), metavar="OUT.onnx")
-def unpack(source: Path, target: Path) -> None:
+@click.option("--external", metavar="NAME", help="write large weights to this file beside OUT.onnx")
+@_max_bytes
+def unpack(source: Path, target: Path, external: str | None, max_bytes: int) -> None:
     """Give the plain dense file back, every weight bit for bit."""
-    content = unpack_model(load(source)).SerializeToString()
-    write_whole(target, content)
-    _console.print(f"{target}: {len(content):,} bytes", markup=False, highlight=False)
+    from prune2onnx.sparse import from_sparse
+
+    model = unpack_model(load_model(source, max_bytes), max_bytes)
+    if model.graph.sparse_initializer:
+        model = from_sparse(model, max_bytes)
+    written = save(model, target, external)
+    for path in written:
+        _say(f"{path}: {path.stat().st_size:,} bytes")
 
 
 @main.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="FILE.onnx")
 @click.option("--json", "as_json", is_flag=True, help="print the weights as JSON on stdout")
-def inspect(file: Path, as_json: bool) -> None:
-    """Show how each weight of an ONNX file is stored."""
-    _tell(inspect_model(load(file)), file, as_json)
+@_max_bytes
+def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
+    """Show how each weight of an ONNX file is stored, and what other forms would take."""
+    found = inspect_model(load_model(file, max_bytes), max_bytes)
+    _tell(
+        found.rows,
+        file,
+        as_json,
+        load_ms=found.load_ms,
+        load_nbytes=found.load_nbytes,
+        warning=found.warning,
+    )
+    if found.load_ms and not as_json:
+        _say(
+            f"a load spends about {found.load_ms:,.0f} ms and {found.load_nbytes / 1e6:,.1f} MB on "
+            "decoding; prune2onnx validate measures it"
+        )
+    if found.warning:
+        click.echo(f"prune2onnx: {file}: {found.warning}", err=True)
 
 
-def _tell(rows: tuple[WeightRow, ...], file: Path, as_json: bool) -> None:
-    nbytes = file.stat().st_size
+def _tell(rows: tuple[WeightRow, ...], file: Path, as_json: bool, **facts: Any) -> None:
+    nbytes = file_nbytes(file)
     if as_json:
-        weights = [{**row.to_dict(), "dtype": row.dtype} for row in rows]
-        click.echo(json.dumps({"file": str(file), "nbytes": nbytes, "weights": weights}, indent=2))
-    else:
-        _console.print(weights_table(rows, nbytes))
+        weights = [row.to_dict() for row in rows]
+        known = {key: value for key, value in facts.items() if value is not None}
+        content = {"file": str(file), "nbytes": nbytes, **known, "weights": weights}
+        click.echo(json.dumps(content, indent=2))
+        return
+    _console.print(weights_table(rows, nbytes))
+    before = facts.get("before")
+    if before:
+        _say(f"{before:,} bytes before, {nbytes:,} now: {before / nbytes:.2f} times smaller")
+
+
+def _say(text: str) -> None:
+    _console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 @main.command()

@@ -1,5 +1,6 @@
 """The command line: what is printed where, exit statuses, and one clear line for bad input."""
 
+import dataclasses
 import gzip
 import importlib
 import json
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import networks
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -17,6 +19,7 @@ from conftest import tiny_mlp
 
 from prune2onnx.cli import main
 from prune2onnx.exporter import export
+from prune2onnx.onnxfile import load, save
 from prune2onnx.recipe import settings
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +31,14 @@ def run(*arguments: object, status: int = 0):
     result = CliRunner().invoke(main, [str(argument) for argument in arguments])
     assert result.exit_code == status, result.output + str(result.exception)
     return result
+
+
+@pytest.fixture(autouse=True)
+def short_measurements(monkeypatch):
+    """What is measured is test_validate's business."""
+    room = importlib.import_module("prune2onnx.validate")  # the name means the function too
+    monkeypatch.setattr(room, "_LOADS", 1)
+    monkeypatch.setattr(room, "_RUNS", 20)
 
 
 @pytest.fixture(scope="module")
@@ -42,29 +53,147 @@ def dense(tmp_path_factory) -> Path:
 
 
 def test_pack_inspect_validate_unpack(dense, tmp_path):
-    packed, back = tmp_path / "packed.onnx", tmp_path / "back.onnx"
-    rows = json.loads(run("pack", dense, packed, "--json").stdout)
-    assert rows["nbytes"] == packed.stat().st_size < dense.stat().st_size / 4
+    packed, back = tmp_path / "new" / "packed.onnx", tmp_path / "other" / "back.onnx"
+    told = json.loads(run("pack", dense, packed, "--json").stdout)
+    assert told["nbytes"] == packed.stat().st_size < dense.stat().st_size / 3
+    assert told["before"] == dense.stat().st_size and told["file"] == str(packed)
     again = json.loads(run("inspect", packed, "--json").stdout)
-    assert [w["codec"] for w in again["weights"]] == [w["codec"] for w in rows["weights"]]
-    assert again["weights"][0]["dtype"] == "float32"
+    codecs = [{w["name"]: w["codec"] for w in each["weights"]} for each in (told, again)]
+    assert codecs[0] == codecs[1] and codecs[0]["1.weight"] != "dense"
+    assert again["weights"][0]["dtype"] == "float32" and again["load_ms"] > 0
+    assert {"entropy_nbytes", "sparse_nbytes", "zipped_nbytes"} <= set(again["weights"][0])
     result = run("inspect", packed)
-    assert result.stdout == "" and "1.weight" in result.stderr
+    assert result.stdout == "" and "1.weight" in result.stderr and "a load spends" in result.stderr
+    assert "a load spends" not in run("inspect", dense).stderr
     report = json.loads(run("validate", packed, "--reference", dense, "--json").stdout)
-    assert report["folded"] and report["max_abs_diff"] == 0 and report["ratio"] > 4
+    assert report["folded"] and report["max_abs_diff"] == 0 and report["ratio"] > 3
     assert "smaller" in run("validate", packed).stderr
-    run("unpack", packed, back)
+    assert f"{back}: {dense.stat().st_size:,} bytes" in run("unpack", packed, back).stderr
     assert back.read_bytes() == dense.read_bytes()
 
 
-def test_compress_tells_people_on_stderr_and_programs_on_stdout(tmp_path):
-    folder = tmp_path / "run"
-    result = run("compress", LENET, "-o", folder, "--json", "--cpu", "--share-levels=16", *EPOCHS)
+def sizes(*paths: Path) -> list[int]:
+    return [path.stat().st_size for path in paths]
+
+
+def test_pack_has_options_for_what_a_file_is_for(tmp_path):
+    source = save(networks.mlp(), tmp_path / "in.onnx")[0]
+    small, fast, sparse, bare = (tmp_path / f"{name}.onnx" for name in ("a", "b", "c", "d"))
+    assert "times smaller" in run("pack", source, small).stderr
+    run("pack", source, fast, "--load", "fast")
+    run("pack", source, sparse, "--format", "sparse-initializer")
+    run("pack", source, bare, "--strip")
+    a, b, c, d, whole = sizes(small, fast, sparse, bare, source)
+    assert d < a <= b < c < whole
+    assert "sparse-initializer" in run("inspect", sparse).stderr
+    for path in (small, fast, sparse):
+        run("unpack", path, tmp_path / "back.onnx")
+        back = load(tmp_path / "back.onnx")
+        assert networks.weights(back) == networks.weights(networks.mlp())
+    run("pack", source, tmp_path / "e.onnx", "--load", "slow", status=2)
+
+
+def test_pack_loses_what_it_is_told_to(tmp_path):
+    source = save(networks.scaled(), tmp_path / "in.onnx")[0]
+    (whole,), out = sizes(source), tmp_path / "out.onnx"
+    for options, least in (
+        (["--bits", "4"], 4),
+        (["--prune", "0.9"], 3),
+        (["--max-rel-error", "0.1"], 3),
+        (["--max-rel-error", "0.1", "--data", "random"], 3),
+    ):
+        told = json.loads(run("pack", source, out, *options, "--json").stdout)
+        assert told["nbytes"] * least < whole
+        assert any("bits a weight" in note for note in told["notes"]) or "--prune" in options
+    assert "relative error of the outputs" in run("pack", source, out, *options).stderr
+    out.unlink()
+    assert "expected 1 to 8" in refused("pack", source, out, "--bits", "12", status=2)
+    assert "give one of them" in refused(
+        "pack", source, out, "--bits", "4", "--max-rel-error", "0.1", status=2
+    )
+    assert "--data is for" in refused("pack", source, out, "--data", "random", status=2)
+    assert not out.exists()
+
+
+def test_data_files_are_read_written_and_counted(tmp_path):
+    source = save(networks.mlp(), tmp_path / "in.onnx", "in.data")[0]
+    out, back = tmp_path / "out" / "small.onnx", tmp_path / "back.onnx"
+    told = json.loads(run("pack", source, out, "--json").stdout)
+    assert told["before"] > sum(sizes(tmp_path / "in.data")) and [*out.parent.iterdir()] == [out]
+    seen = json.loads(run("inspect", source, "--json").stdout)
+    assert seen["nbytes"] == sum(sizes(source, tmp_path / "in.data"))
+    assert sum(row["nbytes"] for row in seen["weights"]) < seen["nbytes"]
+    told = json.loads(run("pack", source, out, "--external", "small.data", "--json").stdout)
+    assert told["nbytes"] == sum(sizes(*out.parent.iterdir()))
+    assert "back.data" in run("unpack", out, back, "--external", "back.data").stderr
+    assert networks.weights(load(back)) == networks.weights(networks.mlp())
+    assert "not a name for a data file" in refused("pack", source, out, "--external", "a/b")
+    (tmp_path / "in.data").unlink()
+    assert "in.data" in refused("pack", source, out)
+
+
+@pytest.mark.parametrize("text", ["5MB", "2GiB", "5000000", "1.5 MB", "3000k", "1T"])
+def test_what_decoding_may_take_is_a_size(text, dense, tmp_path):
+    packed = tmp_path / "packed.onnx"
+    run("pack", dense, packed)
+    run("inspect", packed, "--max-bytes", text)
+    run("unpack", packed, tmp_path / "back.onnx", "--max-bytes", text)
+
+
+def test_a_file_that_asks_for_too_much_is_refused(dense, tmp_path):
+    packed, back = tmp_path / "packed.onnx", tmp_path / "back.onnx"
+    run("pack", dense, packed)
+    for text in ("100", "1kB", "1KiB"):
+        text = text.replace("K", "k")
+        assert "max-bytes" in refused("unpack", packed, back, "--max-bytes", text)
+        assert "max-bytes" in refused("inspect", packed, "--max-bytes", text)
+    for text in ("much", "5 apples", "-5", "", "MB", "1e6"):
+        result = run("unpack", packed, back, "--max-bytes", text, status=2)
+        assert "is not a size, such as 5000000, 5MB or 2GiB" in " ".join(result.stderr.split())
+    assert not back.exists()
+
+
+def test_a_network_that_onnxruntime_does_not_know_is_packed_and_proved_in_part(tmp_path):
+    source = save(networks.custom(), tmp_path / "in.onnx")[0]
+    packed, back = tmp_path / "packed.onnx", tmp_path / "back.onnx"
+    run("pack", source, packed)
+    assert sizes(packed)[0] < sizes(source)[0] / 5
+    result = run("validate", packed)
+    said = " ".join(result.stderr.split())
+    assert "the network was not run" in said and "folded away" in said
+    assert "com.example" in json.loads(run("validate", packed, "--json").stdout)["skipped"]
+    run("unpack", packed, back)
+    assert back.read_bytes() == source.read_bytes()
+    assert "cannot open it" in refused(
+        "pack", source, packed, "--max-rel-error", "0.1", "--data", "random"
+    )
+
+
+def test_a_file_that_another_tool_inflated_is_warned_of(dense, tmp_path):
+    from onnx.inliner import inline_local_functions
+
+    packed, inflated = tmp_path / "packed.onnx", tmp_path / "inflated.onnx"
+    run("pack", dense, packed)
+    save(inline_local_functions(load(packed)), inflated)
+    assert "took its decoder apart" in refused("inspect", inflated, status=0)
+    assert (
+        "took its decoder apart" in json.loads(run("inspect", inflated, "--json").stdout)["warning"]
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a whole run, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    return folder, run("compress", LENET, "-o", folder, "--json", "--cpu", *EPOCHS)
+
+
+def test_compress_tells_people_on_stderr_and_programs_on_stdout(finished):
+    folder, result = finished
     assert json.loads(result.stdout) == json.loads((folder / "report.json").read_text())
     for part in ("validation error", "fc1.weight", "smaller", "folded away on load", "model.onnx"):
         assert part in result.stderr
     assert "the density came down to" in result.stderr  # two epochs of pruning do not reach 7 %
-    assert "levels: 16" in (folder / "recipe.yaml").read_text()
     data = run("validate", folder / "model.onnx", "--data", "digits", "--json")
     assert json.loads(data.stdout)["compressed"]["error"] is not None
     result = run("compress", LENET, "-o", folder, *EPOCHS, status=2)
@@ -241,8 +370,9 @@ def test_an_output_that_disagrees_has_status_4(dense, tmp_path, monkeypatch):
     packed = tmp_path / "packed.onnx"
     run("pack", dense, packed)
     room = importlib.import_module("prune2onnx.validate")
-    real = room.decoded_weights
-    monkeypatch.setattr(room, "decoded_weights", lambda m: {n: -w for n, w in real(m).items()})
+    right = room.coded(load(packed))
+    wrong = {name: -array for name, array in right.arrays.items()}
+    monkeypatch.setattr(room, "coded", lambda _: dataclasses.replace(right, arrays=wrong))
     assert "other bits" in refused("validate", packed, status=4)
 
 
@@ -254,7 +384,9 @@ def test_a_runtime_that_does_not_fold_has_status_4(dense, tmp_path, monkeypatch)
     assert "does not fold the decoders" in run("validate", packed, status=4).stderr
 
 
-def test_a_disk_that_fills_up_on_the_way_leaves_a_run_that_can_be_continued(tmp_path, monkeypatch):
+def test_a_disk_that_fills_up_on_the_way_leaves_a_run_that_can_be_continued(
+    finished, tmp_path, monkeypatch
+):
     folder, real, calls = tmp_path / "run", os.fsync, []
 
     def full_after_six(descriptor: int) -> None:
@@ -269,8 +401,7 @@ def test_a_disk_that_fills_up_on_the_way_leaves_a_run_that_can_be_continued(tmp_
     assert not list(folder.rglob("*.partial")) and not (folder / "model.onnx").exists()
     monkeypatch.undo()
     run("compress", "--resume", folder, "--cpu")
-    whole = tmp_path / "whole"
-    run("compress", LENET, "-o", whole, "--cpu", *EPOCHS)
+    whole, _ = finished
     assert (folder / "model.onnx").read_bytes() == (whole / "model.onnx").read_bytes()
 
 

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 import prune2onnx
 from prune2onnx import Prune2OnnxError, RecipeError, compress, load_data, read_recipe, resolve
-from prune2onnx.pack import load, unpack
+from prune2onnx.onnxfile import load
+from prune2onnx.pack import unpack
 from prune2onnx.pipeline import make_model, recipe_of
 
 ROOT = Path(__file__).parent.parent

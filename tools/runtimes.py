@@ -1,38 +1,53 @@
-"""Which onnxruntime versions open a packed file, fold its decoders and give the same answer.
+"""Which runtimes open packed files, fold their decoders and give the same answers.
 
-    python tools/runtimes.py runs/digits/model.onnx [--versions 1.17.3,1.20.1,1.32.0]
+    python tools/runtimes.py FILE.onnx... [--versions 1.17.3,1.32.0] [--web 1.30.0]
 
-For each version a virtual environment with nothing but onnxruntime and numpy opens the packed file
-and the plain one it unpacks to, saves both optimised graphs, and runs both on the same random
-input. Prints a Markdown table; exit status 1 if a version fails. Needs a package index.
+For each version of onnxruntime a virtual environment with nothing but it and numpy; for each of
+onnxruntime-web a folder with nothing but it, run under Node as wasm on one thread (`web.mjs`);
+`--web ''` leaves it out. Each opens the packed file and the dense one it unpacks to and runs both
+on the same random input. "folded": the optimised graphs of both have the same operators, as many
+of each, at the basic and at the full level of optimisation; in onnxruntime-web, which saves no
+graph, the same number of nodes is left to run. Load is the median of 7 sessions, dense and packed
+in turn, in a warm process with the default number of threads. Prints a Markdown table; exit status
+1 if a runtime fails. Needs a package index, and npm for the web.
 """
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import subprocess
 import sys
 import tempfile
 import venv
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from prune2onnx import unpack
-from prune2onnx.pack import load
 from prune2onnx.validate import random_inputs, session
 
-VERSIONS = "1.17.3,1.20.1,1.23.2,1.32.0"
+# The ends of what is supported, and every version around the change of constant folding in 1.27.
+VERSIONS = "1.17.3,1.20.1,1.23.2,1.24.4,1.25.1,1.26.0,1.27.0,1.28.0,1.32.0"
+WEB = "1.20.1,1.30.0"
+LOADS = 7
 
 CHILD = """
 import sys, time
 import numpy as np
 import onnxruntime as ort
-folder = sys.argv[1]
+folder, loads = sys.argv[1], int(sys.argv[2])
 inputs = dict(np.load(folder + "/inputs.npz"))
-for name in ("packed", "plain"):
+names = ("packed", "dense")
+for name in names:
     for level in ("BASIC", "ALL"):
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -43,26 +58,106 @@ for name in ("packed", "plain"):
             f"{folder}/{name}.onnx", options, providers=["CPUExecutionProvider"])
     outputs = session.run(None, inputs)
     np.savez(f"{folder}/{name}.npz", *outputs)
-    times = []
-    for _ in range(7):
+    del session
+times = {name: [] for name in names}
+for _ in range(loads):
+    for name in names:
         start = time.perf_counter()
         ort.InferenceSession(f"{folder}/{name}.onnx", providers=["CPUExecutionProvider"])
-        times.append(1e3 * (time.perf_counter() - start))
-    print(np.median(times))
+        times[name].append(1e3 * (time.perf_counter() - start))
+print(*(np.median(times[name]) for name in names))
 """
 
 
-def interpreter(folder: Path, version: str) -> Path:
-    """A Python with that onnxruntime and nothing of ours."""
-    home = folder / version
-    python = home / "bin" / "python"
+@dataclass(frozen=True)
+class Outcome:
+    """What one runtime made of one file: outputs and load times, packed and dense, and folding."""
+
+    packed: list[NDArray[Any]]
+    dense: list[NDArray[Any]]
+    folded: bool
+    packed_ms: float
+    dense_ms: float
+
+    @property
+    def difference(self) -> float:
+        """The largest, of all outputs; 0 where they are equal bit for bit."""
+        pairs = list(zip(self.packed, self.dense, strict=True))
+        if all(a.tobytes() == b.tobytes() for a, b in pairs):
+            return 0.0
+        return max(float(np.abs(a.astype(np.float64) - b).max(initial=0)) for a, b in pairs)
+
+
+def run(*command: str | Path) -> str:
+    """A child process's stdout and stderr; RuntimeError with its last line where it fails."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        said = [
+            line for line in done.stdout.splitlines() if re.search("error|exception", line, re.I)
+        ]
+        last = (said or done.stdout.strip().splitlines() or ["killed"])[-1]
+        raise RuntimeError(last[:300].replace("|", "/"))
+    return done.stdout
+
+
+def native(version: str, home: Path) -> Callable[[Path], Outcome]:
+    """One version of onnxruntime, in a virtual environment of its own."""
+    python = home / version / "bin" / "python"
     if not python.exists():
-        venv.create(home, with_pip=True)
-        # wheels before 1.19 were built against numpy 1
-        old = tuple(map(int, version.split(".")[:2])) < (1, 19)
-        wanted = [f"onnxruntime=={version}", "numpy<2" if old else "numpy"]
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *wanted], check=True)
-    return python
+        venv.create(home / version, with_pip=True)
+    # wheels before 1.19 were built against numpy 1
+    old = tuple(map(int, version.split(".")[:2])) < (1, 19)
+    wanted = (f"onnxruntime=={version}", "numpy<2" if old else "numpy")
+    run(python, "-m", "pip", "install", "--disable-pip-version-check", *wanted)
+
+    def outcome(folder: Path) -> Outcome:
+        times = run(python, "-c", CHILD, folder, str(LOADS)).strip().splitlines()[-1].split()
+        graphs = [
+            operators(folder / f"{name}.{level}.onnx")
+            for level in ("BASIC", "ALL")
+            for name in ("packed", "dense")
+        ]
+        folded = graphs[0] == graphs[1] and graphs[2] == graphs[3]
+        packed, dense = (
+            [file[f"arr_{index}"] for index in range(len(file.files))]
+            for file in (np.load(folder / f"{name}.npz") for name in ("packed", "dense"))
+        )
+        return Outcome(packed, dense, folded, float(times[0]), float(times[1]))
+
+    return outcome
+
+
+def web(version: str, home: Path) -> Callable[[Path], Outcome]:
+    """One version of onnxruntime-web, in a folder of its own, under Node."""
+    packages = home / f"web-{version}"
+    packages.mkdir(parents=True, exist_ok=True)
+    (packages / "package.json").write_text("{}")
+    run("npm", "install", "--prefix", packages, "--no-audit", f"onnxruntime-web@{version}")
+    script = Path(__file__).with_name("web.mjs")
+
+    def outcome(folder: Path) -> Outcome:
+        left, found = [], []
+        for name in ("packed", "dense"):
+            log = run("node", script, folder, name, packages, str(LOADS))
+            left.append(re.findall(r"Number of nodes: (\d+)", log))
+            found.append(json.loads((folder / f"{name}.json").read_text()))
+        packed, dense = (
+            [
+                np.frombuffer(base64.b64decode(output["data"]), output["type"])
+                for output in result["outputs"]
+            ]
+            for result in found
+        )
+        folded = bool(left[0]) and left[0] == left[1]
+        return Outcome(packed, dense, folded, found[0]["load_ms"], found[1]["load_ms"])
+
+    return outcome
 
 
 def operators(path: Path) -> Counter[str]:
@@ -70,43 +165,74 @@ def operators(path: Path) -> Counter[str]:
     return Counter(f"{node.domain}:{node.op_type}" for node in onnx.load(path).graph.node)
 
 
+def prepare(file: Path, folder: Path) -> None:
+    """Writes packed.onnx, dense.onnx and one example for both kinds of runtime."""
+    packed = onnx.load(file)
+    inputs = random_inputs(session(packed), seed=0)
+    onnx.save(packed, folder / "packed.onnx")
+    onnx.save(unpack(packed), folder / "dense.onnx")
+    np.savez(folder / "inputs.npz", **inputs)
+    example = [
+        {
+            "name": name,
+            "type": str(value.dtype),
+            "dims": value.shape,
+            "data": base64.b64encode(value.tobytes()).decode(),
+        }
+        for name, value in inputs.items()
+    ]
+    (folder / "inputs.json").write_text(json.dumps(example))
+
+
 @click.command()
-@click.argument("file", type=click.Path(exists=True, path_type=Path))
-@click.option("--versions", default=VERSIONS)
-@click.option("--environments", type=click.Path(path_type=Path), default=Path("runs/runtimes"))
-def main(file: Path, versions: str, environments: Path) -> None:
-    """Try FILE with each version and print the table."""
-    packed = load(file)
-    print("| onnxruntime | opens | folded | largest difference | load, plain | load, packed |")
-    print("| --- | --- | --- | --- | --- | --- |")
+@click.argument(
+    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
+)
+@click.option("--versions", default=VERSIONS, help="of onnxruntime, comma-separated")
+@click.option("--web", "web_versions", default=WEB, help="of onnxruntime-web, comma-separated")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/runtimes"))
+def main(files: tuple[Path, ...], versions: str, web_versions: str, output: Path) -> None:
+    """Try FILES with each version and print the table."""
+    home = output.resolve()
+    listed = [
+        (f"{kind} {version}", make, version)
+        for kind, make, given in (
+            ("onnxruntime", native, versions),
+            ("onnxruntime-web", web, web_versions),
+        )
+        for version in given.split(",")
+        if version
+    ]
+    headings = ("file", "runtime", "opens", "folded", "largest difference", "load, dense")
+    print(f"| {' | '.join((*headings, 'load, packed'))} |")
+    print(f"|{' --- |' * (len(headings) + 1)}")
     failed = False
-    for version in versions.split(","):
-        python = interpreter(environments.resolve(), version)
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            onnx.save(packed, folder / "packed.onnx")
-            onnx.save(unpack(packed), folder / "plain.onnx")
-            np.savez(folder / "inputs.npz", **random_inputs(session(packed)))
-            done = subprocess.run(
-                [str(python), "-c", CHILD, str(folder)], capture_output=True, text=True
-            )
-            if done.returncode:
+    with tempfile.TemporaryDirectory() as name:
+        folders = [Path(name) / str(index) for index in range(len(files))]
+        for file, folder in zip(files, folders, strict=True):
+            folder.mkdir()
+            prepare(file, folder)
+        for title, make, version in listed:
+            try:
+                opened = make(version, home)
+            except (RuntimeError, OSError) as error:
                 failed = True
-                print(f"| {version} | no: {done.stderr.strip().splitlines()[-1][:200]} | | | | |")
+                print(f"| | {title} | not installed: {error} | | | | |", flush=True)
                 continue
-            folded = all(
-                operators(folder / f"packed.{level}.onnx")
-                == operators(folder / f"plain.{level}.onnx")
-                for level in ("BASIC", "ALL")
-            )
-            a, b = (np.load(folder / f"{name}.npz") for name in ("packed", "plain"))
-            difference = max(float(np.abs(a[key] - b[key]).max()) for key in a.files)
-            failed |= not folded or difference > 0
-            slow, fast = (float(line) for line in done.stdout.split())
-            print(
-                f"| {version} | yes | {'yes' if folded else 'NO'} | {difference:g} "
-                f"| {fast:.1f} ms | {slow:.1f} ms |"
-            )
+            for file, folder in zip(files, folders, strict=True):
+                start = f"| {file.name} | {title} |"
+                try:
+                    seen = opened(folder)
+                except (RuntimeError, OSError) as error:
+                    failed = True
+                    print(f"{start} NO: {error} | | | | |", flush=True)
+                    continue
+                failed |= not seen.folded or seen.difference > 0
+                print(
+                    f"{start} yes | {'yes' if seen.folded else 'NO'} | {seen.difference:g} "
+                    f"| {seen.dense_ms:.1f} ms | {seen.packed_ms:.1f} ms |",
+                    flush=True,
+                )
     sys.exit(int(failed))
 
 

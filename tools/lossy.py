@@ -1,0 +1,130 @@
+"""What packing with loss costs and saves, without training: size, error of the outputs, accuracy.
+
+    PRUNE2ONNX_DATA=DIR python tools/lossy.py [resnet20] [resnet32] [slim320]
+
+Each row is `prune2onnx pack` with the options it names, on the dense file. ResNet-20 and -32 are
+trained, BatchNorm folded, and run on the 10,000 test images of the CIFAR-10 copy; where an error of
+the outputs is searched for, on 256 training images. slim320.onnx, a detector, has no data with it:
+made-up inputs serve, some for the search and others for the figures. "output": ||Y' - Y|| / ||Y||
+of an output for all inputs together, the worst one counts; "accuracy": change in points.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.torch import load_file
+
+from prune2onnx import export
+from prune2onnx.callables import load_callable
+from prune2onnx.onnxfile import load
+from prune2onnx.packing import Wish, output_error, pack_file
+from prune2onnx.validate import outputs_of, random_inputs, session
+
+DATA = Path(os.environ.get("PRUNE2ONNX_DATA", "data"))
+MODELS = Path(__file__).parent.parent / "models"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+WISHES = (
+    *(Wish(bits=bits) for bits in (3, 4, 5, 6, 6.5, 7)),
+    Wish(prune=0.3, bits=5),
+    Wish(max_rel_error=0.05),
+    Wish(max_rel_error=0.01, data="..."),
+    Wish(max_rel_error=0.03, data="..."),
+)
+
+
+def images(part: str, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Images of the CIFAR-10 copy, evenly from all classes: [n, 3, 32, 32] normalised, labels."""
+    with tarfile.open(DATA / "cifar10-jpeg.tar.gz") as archive:
+        names = sorted(n for n in archive.getnames() if n.startswith(f"{part}/") and "." in n)
+        classes = sorted({name.split("/")[1] for name in names})
+        chosen = set(names[:: max(1, len(names) // count)][:count])
+        arrays, labels = [], []
+        for member in archive:  # in the archive's order: it is compressed
+            if member.name in chosen:
+                picture = archive.extractfile(member)
+                assert picture is not None
+                arrays.append(np.asarray(Image.open(io.BytesIO(picture.read())).convert("RGB")))
+                labels.append(classes.index(member.name.split("/")[1]))
+    x = (np.stack(arrays).astype(np.float32) / 255 - MEAN) / STD
+    return x.transpose(0, 3, 1, 2).astype(np.float32), np.array(labels)
+
+
+def resnet(name: str) -> onnx.ModelProto:
+    """A trained ResNet as a dense file."""
+    model = load_callable(f"{MODELS / 'resnet.py'}:{name}")()
+    model.load_state_dict(load_file(DATA / "weights" / f"{name}_cifar10.safetensors"), strict=False)
+    return export(model.eval(), (3, 32, 32))  # folds BatchNorm
+
+
+def described(wish: Wish) -> str:
+    """The options of `prune2onnx pack`."""
+    options = {"--bits": wish.bits, "--prune": wish.prune, "--max-rel-error": wish.max_rel_error}
+    text = " ".join(f"{name} {value:g}" for name, value in options.items() if value is not None)
+    return text + (f" --data {wish.data}" if wish.data else "")
+
+
+def table(name: str, folder: Path) -> None:
+    """Prints one network's rows."""
+    source = folder / f"{name}.onnx"
+    labels = None
+    if name == "slim320":
+        source = DATA / "onnx" / "slim320.onnx"
+        opened = session(source)
+        searched = [random_inputs(opened, seed) for seed in range(8)]
+        tested = [random_inputs(opened, seed) for seed in range(100, 116)]
+    else:
+        onnx.save(resnet(name), source)
+        searched = [{"input": images("train", 256)[0]}]
+        x, labels = images("test", 10_000)
+        tested = [{"input": part} for part in np.array_split(x, 40)]
+    dense = load(source)
+    reference = outputs_of(dense, tested)
+    error = output_error(dense, tested)
+    size = source.stat().st_size
+
+    def accuracy(outputs: list[Any]) -> float:
+        return 100 * float(np.mean(np.concatenate(outputs).argmax(1) == labels))
+
+    base = f", accuracy {accuracy(reference):.2f} %" if labels is not None else ""
+    print(f"\n{name}: dense {size:,} bytes{base}\n")
+    print("| options | bytes | smaller | output | accuracy |\n| --- | --- | --- | --- | --- |")
+    for wish in WISHES:
+        target = folder / "packed.onnx"
+        evaluate = output_error(dense, searched) if wish.data else None
+        pack_file(source, target, wish, evaluate=evaluate)
+        packed = load(target)
+        change = ""
+        if labels is not None:
+            change = f"{accuracy(outputs_of(packed, tested)) - accuracy(reference):+.2f}"
+        small = target.stat().st_size
+        cells = [
+            f"`{described(wish)}`",
+            f"{small:,}",
+            f"{size / small:.2f}x",
+            f"{error(packed):.2%}",
+        ]
+        print(f"| {' | '.join([*cells, change])} |", flush=True)
+
+
+@click.command()
+@click.argument("networks", nargs=-1)
+def main(networks: tuple[str, ...]) -> None:
+    """Print the tables of the networks, by default of all three."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in networks or ("resnet20", "resnet32", "slim320"):
+            table(name, Path(folder))
+
+
+if __name__ == "__main__":
+    main()

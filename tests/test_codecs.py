@@ -22,6 +22,7 @@ from prune2onnx.codecs import (
     Bundle,
     Method,
     Weight,
+    bundle,
     decode,
     described,
     encode,
@@ -30,6 +31,7 @@ from prune2onnx.codecs import (
     framed,
     huffman,
     plan,
+    streams,
 )
 from prune2onnx.codecs.groups import FILLED_GAPS, LEVELS, gaps_of, level_codes, masks_of, planes_of
 from prune2onnx.codecs.plan import CODER_NBYTES, estimates, refusal
@@ -370,6 +372,24 @@ def test_weights_of_one_method_share_its_nodes():
         return sum(len(function.node) for function in made.functions)
 
     assert nodes(40) <= nodes(2) + 2  # a Concat of the runs' values, and one of their positions
+
+
+@pytest.mark.parametrize("jump_bits", [huffman.JUMP_BITS, 1000], ids=["m", "l"])
+def test_a_model_that_no_stream_or_group_can_hold_has_several(monkeypatch, jump_bits):
+    monkeypatch.setattr(huffman, "JUMP_BITS", jump_bits)
+    monkeypatch.setattr(streams, "STREAM_BITS", 20_000)
+    monkeypatch.setattr(bundle, "GROUP_LIMIT", 50_000)
+    weights = [
+        Weight(f"w{n}", levels(9 + n, 4000 + 100 * n, 0.3).astype(np.float32), TensorProto.FLOAT)
+        for n in range(6)
+    ]
+    for method in (Method("gap", "codebook"), Method("all", "codebook")):
+        made = written(weights, method)
+        calls = [node for node in made.functions[-1].node if node.op_type in huffman.LANES]
+        assert len(calls) > 1
+        assert len({function.name for function in made.functions}) == len(made.functions)
+        assert_same(in_numpy(made), weights)
+        assert_same(folded(made, weights), weights)
 
 
 def test_equal_weights_are_stored_once():

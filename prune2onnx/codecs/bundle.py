@@ -27,6 +27,9 @@ from prune2onnx.errors import Prune2OnnxError
 OP = "w"
 """Name of the decode call and its function."""
 
+GROUP_LIMIT = 1 << 29
+"""Most bytes of a group's vector, but for a larger weight alone: above 1 GB nothing is folded."""
+
 _FACTS = "i"
 
 
@@ -129,8 +132,22 @@ def grouped(weights: Sequence[Weight], methods: Mapping[str, Method]) -> list[Gr
             for family in families.values()
             for weight in sorted(family, key=lambda one: one.nonzero.size / one.array.size)
         ]
-        groups.append(Group(METHODS[number], tuple(ordered), storage))
+        groups += [Group(METHODS[number], tuple(part), storage) for part in _in_groups(ordered)]
     return groups
+
+
+def _in_groups(weights: list[Weight]) -> list[list[Weight]]:
+    """Cuts weights into runs whose joined vectors onnxruntime folds: one, but for huge models."""
+    parts: list[list[Weight]] = [[]]
+    room = GROUP_LIMIT
+    for weight in weights:
+        nbytes = weight.values.nbytes
+        if parts[-1] and nbytes > room:
+            parts.append([])
+            room = GROUP_LIMIT
+        parts[-1].append(weight)
+        room -= nbytes
+    return parts
 
 
 def decode(

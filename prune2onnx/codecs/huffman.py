@@ -251,17 +251,26 @@ class Stream:
         return np.cumsum(steps)
 
 
-def encode(segments: Sequence[NDArray[np.uint8]]) -> Stream:
+def limit_for(segments: Sequence[NDArray[np.uint8]]) -> int:
+    """The longest codeword to allow: the lower limit where that costs next to nothing."""
+    counts = [np.bincount(symbols) for symbols in segments]
+    low, high = (sum(coded_bits(count, limit) for count in counts) for limit in LIMITS)
+    return LIMITS[low > _WORTH_TIME * high]
+
+
+def encode(segments: Sequence[NDArray[np.uint8]], limit: int | None = None) -> Stream:
     """Codes segments of symbols, uint8 [n], n at least 1 each.
+
+    Args:
+        segments: the symbols of each.
+        limit: longest codeword; by default `limit_for(segments)`.
 
     Raises:
         Prune2OnnxError: the stream would be longer than bit positions can tell.
     """
     data, codes, begins_of, words = [], [], [], []
     total = 0
-    counts = [np.bincount(symbols) for symbols in segments]
-    low, high = (sum(coded_bits(count, limit) for count in counts) for limit in LIMITS)
-    limit = LIMITS[low > _WORTH_TIME * high]
+    limit = limit or limit_for(segments)
     for symbols in segments:
         code = code_of(symbols, limit)
         length_of = np.array(code.lengths, np.uint8)

@@ -22,6 +22,10 @@ SEGMENT_NBYTES = 30
 """What a Huffman segment adds: its code, a lane start, half a word, its part of constants."""
 
 
+STREAM_BITS = 3 * (huffman.MAX_BITS >> 2)
+"""Bits of codewords in a stream; beyond, another one is begun."""
+
+
 @dataclass(frozen=True, eq=False)
 class Symbols:
     """A sequence somebody asked for.
@@ -114,19 +118,24 @@ class Streams:
         coded = [one for one in self.sequences if self.coded and _is_coded(one.symbols)]
         plain = [one for one in self.sequences if one not in coded]
         halves = [one for one in plain if not self.coded and one.symbols.max() < 16]
-        functions: tuple[FunctionProto, ...] = ()
+        functions: dict[str, FunctionProto] = {}
         if coded:
-            functions = self._huffman(coded, opset)
+            limit = huffman.limit_for([one.symbols for one in coded])
+            for part in _in_streams(coded):
+                for function in self._huffman(part, opset, limit):
+                    functions[function.name] = function
         if halves:
             self._nibbles(halves)
         if rest := [one for one in plain if one not in halves]:
             self._bytes(rest)
         self.body.move_to_front(before)
-        return functions
+        return tuple(functions.values())
 
-    def _huffman(self, sequences: list[Symbols], opset: int) -> tuple[FunctionProto, ...]:
+    def _huffman(
+        self, sequences: list[Symbols], opset: int, limit: int
+    ) -> tuple[FunctionProto, ...]:
         body = self.body
-        stream = huffman.encode([one.symbols for one in sequences])
+        stream = huffman.encode([one.symbols for one in sequences], limit)
         inputs = [
             self.raw(stream.data.reshape(-1, 1), TensorProto.UINT16),
             self.raw(stream.internal[..., None], TensorProto.UINT8),
@@ -144,7 +153,7 @@ class Streams:
                 names.append(body.fresh())
                 sizes.append(filling)
         body.named("Split", [flat, body.indices(*sizes)], names, axis=0)
-        return huffman.functions(stream.op, opset, stream.internal.shape[1])
+        return huffman.functions(stream.op, opset, limit)
 
     def _nibbles(self, sequences: list[Symbols]) -> None:
         body = self.body
@@ -178,8 +187,23 @@ class Streams:
 
 
 def _is_coded(symbols: NDArray[np.uint8]) -> bool:
-    """Whether a Huffman code makes a sequence shorter than a byte a symbol."""
-    return huffman.coded_bits(np.bincount(symbols)) / 8 + SEGMENT_NBYTES < symbols.size
+    """Whether a Huffman code takes less than a byte a symbol, and a stream has room for it."""
+    bits = huffman.coded_bits(np.bincount(symbols))
+    return bits / 8 + SEGMENT_NBYTES < symbols.size and bits <= STREAM_BITS
+
+
+def _in_streams(sequences: list[Symbols]) -> list[list[Symbols]]:
+    """Cuts sequences into runs of which each makes one stream: all, but for huge models."""
+    parts: list[list[Symbols]] = [[]]
+    room = STREAM_BITS
+    for one in sequences:
+        bits = huffman.coded_bits(np.bincount(one.symbols))
+        if parts[-1] and bits > room:
+            parts.append([])
+            room = STREAM_BITS
+        parts[-1].append(one)
+        room -= bits
+    return parts
 
 
 def partition(counts: list[NDArray[np.integer[Any]]]) -> list[tuple[int, int]]:

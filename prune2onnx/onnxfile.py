@@ -17,7 +17,7 @@ import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import GraphProto, ModelProto, TensorProto, numpy_helper
 
-from prune2onnx.codecs import DOMAIN
+from prune2onnx.codecs import DOMAIN, framed
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.files import write_whole
 from prune2onnx.graphs import copy_but, in_model, nodes_in, without_weights
@@ -212,18 +212,13 @@ def nbytes(model: ModelProto) -> int:
     try:
         inside = graph.ByteSize()
         for part in (model.graph.initializer, model.graph.node):
-            inside += sum(_framed(item.ByteSize()) for item in part)
-        return rest.ByteSize() + (_framed(inside) if model.HasField("graph") else 0)
+            inside += sum(framed(item.ByteSize()) for item in part)
+        return rest.ByteSize() + (framed(inside) if model.HasField("graph") else 0)
     except EncodeError as error:
         raise Prune2OnnxError(
             f"more than {MAX_NBYTES:,} bytes in one part of the model: {one_line(error)}; "
             "keep its weights as initializers of the main graph"
         ) from error
-
-
-def _framed(size: int) -> int:
-    """Bytes of a message of `size` bytes with the tag and length before it."""
-    return 1 + max(1, -(-size.bit_length() // 7)) + size
 
 
 def save(model: ModelProto, path: str | Path, external: str | None = None) -> tuple[Path, ...]:

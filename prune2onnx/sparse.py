@@ -33,6 +33,7 @@ from onnx import (
 )
 from scipy.sparse import coo_array
 
+from prune2onnx.codecs import framed
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graphs import bodies
 from prune2onnx.report import WeightRow
@@ -159,11 +160,11 @@ def sparse_nbytes(array: NDArray[Any], name: str = "") -> int | None:
         indices += int(np.count_nonzero(bits[bound:]))
         bound <<= 7
     frame = _frame(array, nnz, name)
-    inside = _framed(frame.values.ByteSize() + _framed(nnz * array.itemsize))
-    inside += _framed(frame.indices.ByteSize() + (_framed(indices) if nnz else 0))
+    inside = framed(frame.values.ByteSize() + framed(nnz * array.itemsize))
+    inside += framed(frame.indices.ByteSize() + (framed(indices) if nnz else 0))
     frame.ClearField("values")
     frame.ClearField("indices")
-    return _framed(frame.ByteSize() + inside)
+    return framed(frame.ByteSize() + inside)
 
 
 def within(left: int, sparse: SparseTensorProto) -> int:
@@ -188,7 +189,7 @@ def _written(tensor: TensorProto) -> tuple[SparseTensorProto | None, WeightRow]:
     array = array_of(tensor)
     nnz = array.size if array.dtype.kind == "O" else int(np.count_nonzero(array))
     about = (tensor.name, tuple(array.shape), str(array.dtype), nnz)
-    dense_nbytes = _framed(tensor.ByteSize())
+    dense_nbytes = framed(tensor.ByteSize())
     reason = _refusal(array)
     if not reason:
         frame = _frame(array, 0, tensor.name)
@@ -200,7 +201,7 @@ def _written(tensor: TensorProto) -> tuple[SparseTensorProto | None, WeightRow]:
         if tensor.HasField("doc_string"):
             frame.values.doc_string = tensor.doc_string
         frame.values.metadata_props.extend(tensor.metadata_props)
-        nbytes = _framed(frame.ByteSize())
+        nbytes = framed(frame.ByteSize())
         if nbytes < dense_nbytes:
             return frame, WeightRow(*about, CODEC, nbytes)
         reason = f"{CODEC} takes {nbytes:,} bytes, dense {dense_nbytes:,}"
@@ -231,11 +232,6 @@ def _frame(array: NDArray[Any], nnz: int, name: str) -> SparseTensorProto:
         indices=TensorProto(data_type=TensorProto.INT64, dims=[nnz]),
         dims=array.shape,
     )
-
-
-def _framed(nbytes: int) -> int:
-    """Bytes of a protobuf field below number 16: its tag, its length as a varint, itself."""
-    return 1 + max(1, -(-nbytes.bit_length() // 7)) + nbytes
 
 
 def _graphs(model: ModelProto) -> Iterator[GraphProto]:

@@ -33,8 +33,9 @@ from prune2onnx.codecs import (
     plan,
     streams,
 )
-from prune2onnx.codecs.groups import FILLED_GAPS, LEVELS, gaps_of, level_codes, masks_of, planes_of
+from prune2onnx.codecs.groups import FILLED_GAPS, LEVELS, gaps_of, level_codes, masks_of
 from prune2onnx.codecs.plan import CODER_NBYTES, estimates, refusal
+from prune2onnx.codecs.planes import planes_of
 from prune2onnx.codecs.streams import SEGMENT_NBYTES, partition
 from prune2onnx.codecs.weight import MAX_LEVELS, bits_of, entropy_bits, narrowest, shared
 from prune2onnx.errors import Prune2OnnxError

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "report": set(),
     "roles": {"graphs"},
     "sharing": {"quantize"},
-    "sparse": {"graphs", "report", "tensors"},
+    "sparse": {"codecs", "graphs", "report", "tensors"},
     "strip": {"codecs", "graphs"},
     "tensors": set(),
     "train": {"checkpoint", "data", "fold", "pruning", "recipe", "sharing"},

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from onnx import TensorProto
 
 from prune2onnx.codecs.function import tensor
 from prune2onnx.codecs.huffman import about_bits, coded_bits
+from prune2onnx.codecs.planes import PLANES, planes_of, tables_of
 from prune2onnx.codecs.streams import Streams
 from prune2onnx.codecs.weight import Weight, bits_of, narrowest, numpy_type, shared
 
@@ -414,53 +415,9 @@ def _looked_up(group: Group, streams: Streams, table: str, index: str) -> str:
     return body.node("GatherElements", table, index)
 
 
-@dataclass(frozen=True)
-class _Planes:
-    """How a float is cut into a symbol and other bits.
-
-    The value is `first[symbol] + rest * unit[symbol]`, exact in float32, negated where the highest
-    of the other bits is set, if `signed`.
-    """
-
-    width: int  # bits that are stored as they are, the sign among them if `signed`
-    signed: bool
-
-
-_PLANES: Mapping[int, _Planes] = {
-    TensorProto.FLOAT: _Planes(24, True),
-    TensorProto.BFLOAT16: _Planes(8, True),
-    TensorProto.FLOAT16: _Planes(8, False),
-}
-
-
-def planes_of(values: NDArray[Any], storage: int) -> tuple[NDArray[np.uint8], NDArray[Any]]:
-    """The symbols, uint8 [n], and the other bits, uint32 [n], of floats in their storage type."""
-    bits = bits_of(values.astype(numpy_type(storage), copy=False)).astype(np.uint32)
-    if storage == TensorProto.FLOAT16:
-        return (bits >> 8).astype(np.uint8), bits & 0xFF
-    mantissa = 23 if storage == TensorProto.FLOAT else 7
-    sign = bits >> (mantissa + 8)
-    rest = bits & ((1 << mantissa) - 1)
-    return (bits >> mantissa & 0xFF).astype(np.uint8), sign << mantissa | rest
-
-
-def _plane_tables(symbols: NDArray[np.uint8], storage: int) -> NDArray[np.float32]:
-    """`first` and `unit` of the symbols, float32 [2, k]."""
-    wide = symbols.astype(np.uint32)
-    if storage == TensorProto.FLOAT16:
-        first = (wide << 8).astype(np.uint16).view(np.float16).astype(np.float64)
-        unit = ((wide << 8) + 1).astype(np.uint16).view(np.float16).astype(np.float64) - first
-    else:
-        mantissa = 23 if storage == TensorProto.FLOAT else 7
-        exponent = np.maximum(wide.astype(int), 1) - 127
-        first = np.where(wide > 0, np.exp2(exponent), 0.0)
-        unit = np.exp2(exponent - mantissa)
-    return np.stack([first, unit]).astype(np.float32)
-
-
 def _planes(group: Group, streams: Streams, entries: list[NDArray[Any]]) -> tuple[str, list[float]]:
     body = streams.body
-    plan = _PLANES[group.storage]
+    plan = PLANES[group.storage]
     split = [planes_of(part, group.storage) for part in entries]
     symbols = np.concatenate([symbol for symbol, _ in split])
     counts = np.bincount(symbols, minlength=256)
@@ -471,7 +428,7 @@ def _planes(group: Group, streams: Streams, entries: list[NDArray[Any]]) -> tupl
     code, of_present = streams.joined(present)
     found = iter(of_present)
     bits = [(next(found) if part.size else 0.0) + plan.width * part.size for part in entries]
-    table = streams.table(_plane_tables(order, group.storage))
+    table = streams.table(tables_of(order, group.storage))
     both = body.node("Gather", table, code, axis=1)
     first, unit = body.nodes("Split", both, body.indices(1, 1), outputs=2, axis=0)
     rest = np.concatenate([part for _, part in split])

@@ -24,9 +24,9 @@ from prune2onnx.codecs.groups import (
     gaps_of,
     level_codes,
     masks_of,
-    planes_of,
 )
 from prune2onnx.codecs.huffman import about_bits, coded_bits
+from prune2onnx.codecs.planes import planes_of
 from prune2onnx.codecs.streams import SEGMENT_NBYTES
 from prune2onnx.codecs.weight import (
     MAX_LEVELS,

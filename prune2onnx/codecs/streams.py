@@ -1,7 +1,7 @@
 """Where the streams of all weights come together: one Huffman stream, one of bytes, one of nibbles.
 
-A stage (`positions`, `values`) asks for a sequence of small integers and gets the name of the value
-that will hold it in the decode function; how the sequence is written is decided here, by bits.
+`groups` asks for a sequence of small integers and gets the name of the value that will hold it in
+the decode function; how the sequence is written is decided here, by bits.
 """
 
 from __future__ import annotations

@@ -35,11 +35,16 @@ def write_whole(path: str | Path, content: bytes | str) -> None:
             os.fsync(stream.fileno())
         partial.replace(path)
     except OSError as error:
-        advice = "free some space" if error.errno == errno.ENOSPC else "check the path"
-        raise Prune2OnnxError(
-            f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
-            f"{advice}, or choose another place"
-        ) from error
+        raise unwritten(path, len(content), error) from error
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def unwritten(path: Path, nbytes: int, error: OSError) -> Prune2OnnxError:
+    """The error for a file that the system does not let us write."""
+    advice = "free some space" if error.errno == errno.ENOSPC else "check the path"
+    return Prune2OnnxError(
+        f"{path}: cannot write {nbytes:,} bytes: {error.strerror or error}; "
+        f"{advice}, or choose another place"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from onnx import (
@@ -147,6 +147,23 @@ class Names:
         name = next(n for n in self._short if n not in self._defined and n not in self._used)
         self._defined[name] = 1
         return name
+
+
+def used_in(nodes: Iterable[NodeProto]) -> set[str]:
+    """Every name that nodes take, at any depth, or that their subgraphs give out."""
+    used: set[str] = set()
+    for node in nodes_in(nodes):
+        used.update(node.input)
+        used.update(value.name for body in bodies(node) for value in body.output)
+    return used
+
+
+def keep(repeated: Any, wanted: Callable[[Any], bool]) -> None:
+    """Leaves in a repeated field what is wanted."""
+    kept = [item for item in repeated if wanted(item)]
+    if len(kept) < len(repeated):
+        del repeated[:]
+        repeated.extend(kept)
 
 
 def copy_but(target: Any, source: Any, *fields: str) -> None:

@@ -6,7 +6,7 @@ Runs nothing in onnxruntime: what a load costs is an estimate here, `validate` m
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -124,16 +124,12 @@ def constant_nodes(model: ModelProto) -> int:
 def _row(
     name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str, *, measured: bool
 ) -> WeightRow:
-    measured = measured and array.dtype.kind not in "Oc"
-    return WeightRow(
-        name,
-        tuple(array.shape),
-        str(array.dtype),
-        int(np.count_nonzero(array)) if array.dtype.kind != "O" else array.size,
-        codec,
-        nbytes,
-        reason,
-        entropy_nbytes(array) if measured else None,
-        sparse_nbytes(array, name) if measured else None,
-        len(zlib.compress(np.ascontiguousarray(array).tobytes())) if measured else None,
+    row = WeightRow.of(name, array, codec, nbytes, reason)
+    if not measured or array.dtype.kind in "Oc":
+        return row
+    return replace(
+        row,
+        entropy_nbytes=entropy_nbytes(array),
+        sparse_nbytes=sparse_nbytes(array, name),
+        zipped_nbytes=len(zlib.compress(np.ascontiguousarray(array).tobytes())),
     )

@@ -23,7 +23,7 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graphs import Names, bodies, in_model, opset
 from prune2onnx.hoist import Hoist
 from prune2onnx.opset import TARGET, upgrade
-from prune2onnx.tensors import declared_nbytes, densified, external, kind
+from prune2onnx.tensors import check_loaded, declared_nbytes, densified, kind
 
 CONSTANT_IR = 4
 """The first IR version in which an initializer need not be an input of the graph."""
@@ -64,10 +64,7 @@ def plain(model: ModelProto, max_bytes: int | None = None) -> Intake:
             equivalent in opset 13; a sparse tensor is damaged or too large.
     """
     for tensor in in_model(model):
-        if external(tensor):
-            raise Prune2OnnxError(
-                f"{tensor.name}: its external data is not loaded; read the model with load()"
-            )
+        check_loaded(tensor)
     if model.ir_version < OLDEST_IR:
         raise Prune2OnnxError(
             f"the model has IR version {model.ir_version}, which names no operator set; "

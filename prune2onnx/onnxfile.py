@@ -8,7 +8,6 @@ not at all. What the graph means, and how its weights are coded, is other rooms'
 from __future__ import annotations
 
 import contextlib
-import errno
 import itertools
 import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -19,9 +18,9 @@ from onnx import GraphProto, ModelProto, TensorProto, numpy_helper
 
 from prune2onnx.codecs import DOMAIN, framed
 from prune2onnx.errors import Prune2OnnxError, one_line
-from prune2onnx.files import write_whole
+from prune2onnx.files import unwritten, write_whole
 from prune2onnx.graphs import copy_but, in_model, nodes_in, without_weights
-from prune2onnx.tensors import MAX_NBYTES, check, declared_nbytes, external
+from prune2onnx.tensors import MAX_NBYTES, check, check_loaded, declared_nbytes, external
 
 EXTERNAL_NBYTES = 1024
 """A smaller tensor stays in the model when a data file is written, as it does in onnx's own."""
@@ -245,10 +244,7 @@ def save(model: ModelProto, path: str | Path, external: str | None = None) -> tu
     """
     path = Path(path)
     for tensor in in_model(model):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            raise Prune2OnnxError(
-                f"{tensor.name}: its external data is not loaded; read the model with load()"
-            )
+        check_loaded(tensor)
     total = nbytes(model)
     if external is None and total <= MAX_NBYTES:
         write_whole(path, model.SerializeToString())
@@ -335,11 +331,7 @@ def _write_pair(
         for previous in old:
             previous.unlink(missing_ok=True)
     except OSError as error:
-        advice = "free some space" if error.errno == errno.ENOSPC else "check the path"
-        raise Prune2OnnxError(
-            f"{path}: cannot write {total:,} bytes: {error.strerror or error}; "
-            f"{advice}, or choose another place"
-        ) from error
+        raise unwritten(path, total, error) from error
     finally:
         for partial in new:
             with contextlib.suppress(OSError):

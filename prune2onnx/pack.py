@@ -10,7 +10,7 @@ Works on `ModelProto`; how weights are written is the codecs' business.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -38,9 +38,9 @@ from prune2onnx.codecs import (
     framed,
     plan,
 )
-from prune2onnx.codecs.evaluate import stored
+from prune2onnx.codecs.evaluate import stored, weights_of
 from prune2onnx.errors import Prune2OnnxError, one_line
-from prune2onnx.graphs import Names, bodies, copy_but
+from prune2onnx.graphs import Names, copy_but, keep, used_in
 from prune2onnx.graphs import opset as opset_of
 from prune2onnx.intake import plain
 from prune2onnx.onnxfile import nbytes as nbytes_of
@@ -119,13 +119,12 @@ def pack(
     rows = []
     arrays = {weight.name: weight.array for weight in weights}
     for tensor in tensors:
-        array = arrays.get(tensor.name)
-        array = numpy_helper.to_array(tensor) if array is None else array
-        if tensor.name in made.methods:
-            codec = made.methods[tensor.name].name
-            rows.append(_row(tensor.name, array, codec, nbytes[tensor.name], ""))
+        name = tensor.name
+        array = arrays[name] if name in arrays else numpy_helper.to_array(tensor)
+        if name in made.methods:
+            rows.append(WeightRow.of(name, array, made.methods[name].name, nbytes[name]))
         else:
-            rows.append(_row(tensor.name, array, "dense", dense[tensor.name], reasons[tensor.name]))
+            rows.append(WeightRow.of(name, array, "dense", dense[name], reasons[name]))
     return Packed(result, tuple(rows), intake.notes)
 
 
@@ -173,8 +172,8 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES) -> ModelProto:
                     tensor.metadata_props.add(key=key.removeprefix("."), value=value)
             place += 1
     result.graph.node.extend(node for node in model.graph.node if node.domain != DOMAIN)
-    _keep(result.functions, lambda function: function.domain != DOMAIN)
-    _keep(result.opset_import, lambda entry: entry.domain != DOMAIN)
+    keep(result.functions, lambda function: function.domain != DOMAIN)
+    keep(result.opset_import, lambda entry: entry.domain != DOMAIN)
     if _IR_KEY in props:
         version = props[_IR_KEY]
         if version not in map(str, range(1, FUNCTIONS_IR)):
@@ -183,7 +182,7 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES) -> ModelProto:
                 "the file is damaged"
             )
         result.ir_version = int(version)
-    _keep(result.metadata_props, lambda entry: entry.key not in _KEYS)
+    keep(result.metadata_props, lambda entry: entry.key not in _KEYS)
     return result
 
 
@@ -232,14 +231,19 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
     return Coded(arrays, how, budget.nodes, budget.nbytes)
 
 
-def decode_graph(model: ModelProto) -> ModelProto:
-    """A model of nothing but the decode calls and their streams; its outputs are the weights."""
+def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = None) -> ModelProto:
+    """A model of nothing but the decode calls and their streams; its outputs are the weights.
+
+    Args:
+        model: a packed model.
+        arrays: its decoded weights (`coded`), if they are at hand.
+    """
     calls = _calls(model)
     streams = {source for node in calls for source in node.input}
     graph = GraphProto(name="decode", node=calls)
     graph.initializer.extend(t for t in model.graph.initializer if t.name in streams)
     kinds = _declared_kinds(model)
-    for name, array in coded(model).arrays.items():
+    for name, array in (coded(model).arrays if arrays is None else arrays).items():
         number = kinds.get(name) or helper.np_dtype_to_tensor_dtype(array.dtype)
         graph.output.append(helper.make_tensor_value_info(name, number, array.shape))
     result = ModelProto(ir_version=model.ir_version, graph=graph)
@@ -272,7 +276,7 @@ def _obstacles(model: ModelProto) -> dict[str, str]:
     graph = model.graph
     inputs = {value.name for value in graph.input}
     outputs = {value.name for value in graph.output}
-    used = set(_inputs(graph))
+    used = used_in(graph.node)
     reasons = {}
     for tensor in graph.initializer:
         nbytes = declared_nbytes(tensor) or 0
@@ -287,16 +291,6 @@ def _obstacles(model: ModelProto) -> dict[str, str]:
         elif nbytes < WEIGHT_NBYTES:
             reasons[tensor.name] = f"{nbytes} bytes are too few to gain from"
     return reasons
-
-
-def _inputs(graph: GraphProto) -> list[str]:
-    """Every name that a node of a graph or of its subgraphs takes, or a subgraph gives."""
-    names: list[str] = []
-    for node in graph.node:
-        names += node.input
-        for body in bodies(node):
-            names += [*_inputs(body), *(value.name for value in body.output)]
-    return names
 
 
 def _written(model: ModelProto, made: Plan) -> tuple[ModelProto, dict[str, int]]:
@@ -375,19 +369,15 @@ def _decodings(
                 continue
             if name not in stored_as:
                 raise Prune2OnnxError(
-                    f"{_named(node)}: the stream {name!r} is missing; the file is damaged"
+                    f"{weights_of(node)}: the stream {name!r} is missing; the file is damaged"
                 )
             try:
                 arrays[name] = stored(stored_as[name], budget)
             except (Prune2OnnxError, ValueError, TypeError, KeyError, OverflowError) as error:
                 raise Prune2OnnxError(
-                    f"{_named(node)}: the stream {name!r} is damaged: {one_line(error)[:300]}"
+                    f"{weights_of(node)}: the stream {name!r} is damaged: {one_line(error)[:300]}"
                 ) from error
         yield node, decode(node, [arrays[name] for name in node.input], functions, budget)
-
-
-def _named(node: NodeProto) -> str:
-    return ", ".join(node.output[:3]) + (", ..." if len(node.output) > 3 else "")
 
 
 def _notes(props: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -430,14 +420,3 @@ def _fill(
             "the file is damaged"
         )
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
-
-
-def _row(name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str) -> WeightRow:
-    nnz = int(np.count_nonzero(array)) if array.dtype.kind != "O" else array.size
-    return WeightRow(name, tuple(array.shape), str(array.dtype), nnz, codec, nbytes, reason)
-
-
-def _keep(repeated: Any, wanted: Callable[[Any], bool]) -> None:
-    kept = [item for item in repeated if wanted(item)]
-    del repeated[:]
-    repeated.extend(kept)

@@ -102,11 +102,12 @@ def pack_file(
         raise RecipeError("--data is for --max-rel-error: the error of the outputs on these data")
     given = load(source)
     before = nbytes(given)
-    intake = plain(unpack(given))
+    unpacked = unpack(given)
+    intake = plain(unpacked)
     notes = list(intake.notes)
     if opset(given.opset_import) != opset(intake.model.opset_import):
         try:
-            check_same(source.name, intake.model, unpack(given))
+            check_same(source.name, intake.model, unpacked)
             notes.append("onnxruntime gives equal outputs before and after")
         except UnrunnableError as error:
             notes.append(f"not run in onnxruntime: {error}")

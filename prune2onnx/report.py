@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 
@@ -48,6 +50,14 @@ class WeightRow:
     entropy_nbytes: float | None = None
     sparse_nbytes: int | None = None
     zipped_nbytes: int | None = None
+
+    @classmethod
+    def of(
+        cls, name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str = ""
+    ) -> WeightRow:
+        """The row of a weight with these values; strings all count as nonzeros."""
+        nnz = array.size if array.dtype.kind == "O" else int(np.count_nonzero(array))
+        return cls(name, tuple(array.shape), str(array.dtype), nnz, codec, nbytes, reason)
 
     @property
     def size(self) -> int:

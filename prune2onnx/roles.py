@@ -7,15 +7,14 @@ is done to a weight of which role is `lossy`'s business.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from prune2onnx.graphs import DEFAULT_DOMAINS, bodies
+from prune2onnx.graphs import DEFAULT_DOMAINS, bodies, nodes_in
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _BYTES = (TensorProto.INT8, TensorProto.UINT8)
@@ -117,14 +116,14 @@ class _Reader:
         self._outputs = {value.name for value in graph.output}
         self._readers: dict[str, list[tuple[NodeProto, int]]] = defaultdict(list)
         self._makers: dict[str, NodeProto] = {}
-        for node in _nodes(graph):
+        for node in nodes_in(graph.node):
             for index, name in enumerate(node.input):
                 if name:
                     self._readers[name].append((node, index))
             self._makers.update(dict.fromkeys(node.output, node))
         # what a body returns is read by the node it belongs to
         self._outputs |= {
-            v.name for node in _nodes(graph) for body in bodies(node) for v in body.output
+            v.name for node in nodes_in(graph.node) for body in bodies(node) for v in body.output
         }
 
     def role(self, tensor: TensorProto) -> Role:
@@ -284,11 +283,3 @@ def _attribute(node: NodeProto, name: str, default: Any) -> Any:
         if attribute.name == name:
             return helper.get_attribute_value(attribute)
     return default
-
-
-def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
-    """All nodes at any depth: bodies read the initializers of the graph around them."""
-    for node in graph.node:
-        yield node
-        for body in bodies(node):
-            yield from _nodes(body)

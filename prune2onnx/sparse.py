@@ -33,9 +33,9 @@ from onnx import (
 )
 from scipy.sparse import coo_array
 
-from prune2onnx.codecs import framed
+from prune2onnx.codecs import bits_of, framed
 from prune2onnx.errors import Prune2OnnxError
-from prune2onnx.graphs import bodies
+from prune2onnx.graphs import bodies, keep
 from prune2onnx.report import WeightRow
 from prune2onnx.tensors import MAX_NBYTES, array_of, declared_nbytes, densified, name_of
 
@@ -152,7 +152,7 @@ def sparse_nbytes(array: NDArray[Any], name: str = "") -> int | None:
     """
     if _refusal(array):
         return None
-    bits = _bits(array)
+    bits = bits_of(array.reshape(-1))
     nnz = int(np.count_nonzero(bits))
     # An index takes one byte, and one more for each multiple of 7 bits that it goes beyond.
     indices, bound = nnz, 1 << 7
@@ -187,14 +187,12 @@ def within(left: int, sparse: SparseTensorProto) -> int:
 def _written(tensor: TensorProto) -> tuple[SparseTensorProto | None, WeightRow]:
     """An initializer as a sparse one, or None where it stays dense, and its row."""
     array = array_of(tensor)
-    nnz = array.size if array.dtype.kind == "O" else int(np.count_nonzero(array))
-    about = (tensor.name, tuple(array.shape), str(array.dtype), nnz)
     dense_nbytes = framed(tensor.ByteSize())
     reason = _refusal(array)
     if not reason:
         frame = _frame(array, 0, tensor.name)
         # Not the values' own sparse matrix: that would drop -0.0.
-        entries = coo_array(_bits(array).reshape(1, -1))
+        entries = coo_array(bits_of(array.reshape(-1)).reshape(1, -1))
         frame.values.dims[:] = frame.indices.dims[:] = [entries.nnz]
         frame.values.raw_data = entries.data.tobytes()
         frame.indices.int64_data.extend(entries.col.tolist())
@@ -203,9 +201,9 @@ def _written(tensor: TensorProto) -> tuple[SparseTensorProto | None, WeightRow]:
         frame.values.metadata_props.extend(tensor.metadata_props)
         nbytes = framed(frame.ByteSize())
         if nbytes < dense_nbytes:
-            return frame, WeightRow(*about, CODEC, nbytes)
+            return frame, WeightRow.of(tensor.name, array, CODEC, nbytes)
         reason = f"{CODEC} takes {nbytes:,} bytes, dense {dense_nbytes:,}"
-    return None, WeightRow(*about, "dense", dense_nbytes, reason)
+    return None, WeightRow.of(tensor.name, array, "dense", dense_nbytes, reason)
 
 
 def _refusal(array: NDArray[Any]) -> str:
@@ -217,11 +215,6 @@ def _refusal(array: NDArray[Any]) -> str:
     if helper.np_dtype_to_tensor_dtype(array.dtype) not in WRITTEN:
         return f"onnxruntime reads no sparse tensor of {array.dtype}"
     return ""
-
-
-def _bits(array: NDArray[Any]) -> NDArray[Any]:
-    """The elements' bit patterns in row-major order, unsigned integers [n]."""
-    return np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")
 
 
 def _frame(array: NDArray[Any], nnz: int, name: str) -> SparseTensorProto:
@@ -253,6 +246,4 @@ def _drop_inputs(graph: GraphProto) -> None:
     """Removes the inputs that initializers stand for: before IR version 4 each had to be one."""
     inside = {tensor.name for tensor in graph.initializer}
     inside |= {sparse.values.name for sparse in graph.sparse_initializer}
-    kept = [value for value in graph.input if value.name not in inside]
-    graph.ClearField("input")
-    graph.input.extend(kept)
+    keep(graph.input, lambda value: value.name not in inside)

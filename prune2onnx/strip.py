@@ -16,7 +16,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper
 
 from prune2onnx.codecs import DOMAIN
-from prune2onnx.graphs import DEFAULT_DOMAINS, Names, bodies, nodes_in, opset, rename
+from prune2onnx.graphs import DEFAULT_DOMAINS, Names, bodies, keep, nodes_in, opset, rename, used_in
 
 _MODEL_NOTES = ("producer_name", "producer_version", "doc_string", "domain", "model_version")
 
@@ -56,9 +56,7 @@ def strip(model: ModelProto) -> ModelProto:
     for field in _MODEL_NOTES:
         result.ClearField(field)
     # Ours say that a file is packed, and what unpacking restores.
-    kept = [entry for entry in result.metadata_props if entry.key.split(".")[0] == DOMAIN]
-    del result.metadata_props[:]
-    result.metadata_props.extend(kept)
+    keep(result.metadata_props, lambda entry: entry.key.split(".")[0] == DOMAIN)
     _notes(result.graph)
     result.graph.name = "g"
     version = opset(result.opset_import) or 0
@@ -82,16 +80,11 @@ def _notes(graph: GraphProto) -> None:
 
 
 def _unused(graph: GraphProto) -> None:
-    used = {name for node in nodes_in(graph.node) for name in node.input}
+    used = used_in(graph.node)
     used.update(value.name for value in (*graph.input, *graph.output))
-    for node in nodes_in(graph.node):
-        used.update(value.name for body in bodies(node) for value in body.output)
     for note in graph.quantization_annotation:
         used.update(entry.value for entry in note.quant_parameter_tensor_names)
-    kept = [tensor for tensor in graph.initializer if tensor.name in used]
-    if len(kept) < len(graph.initializer):
-        del graph.initializer[:]
-        graph.initializer.extend(kept)
+    keep(graph.initializer, lambda tensor: tensor.name in used)
 
 
 def _attributes(node: NodeProto, version: int) -> None:
@@ -104,21 +97,14 @@ def _attributes(node: NodeProto, version: int) -> None:
     implied = _IMPLIED.get(node.op_type, {})
     # With auto_pad a kernel shape or stride is read, not inferred.
     padded = any(a.name == "auto_pad" and a.s not in (b"NOTSET", b"") for a in node.attribute)
-    kept = []
-    for attribute in node.attribute:
+
+    def needed(attribute: AttributeProto) -> bool:
         known = schema.attributes.get(attribute.name)
-        if (
-            known is not None
-            and not attribute.ref_attr_name
-            and _is(known.default_value, attribute)
-        ):
-            continue
-        if attribute.name in implied and not padded and implied[attribute.name](attribute):
-            continue
-        kept.append(attribute)
-    if len(kept) < len(node.attribute):
-        del node.attribute[:]
-        node.attribute.extend(kept)
+        if known and not attribute.ref_attr_name and _is(known.default_value, attribute):
+            return False
+        return padded or attribute.name not in implied or not implied[attribute.name](attribute)
+
+    keep(node.attribute, needed)
 
 
 def _is(default: AttributeProto, attribute: AttributeProto) -> bool:

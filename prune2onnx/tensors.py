@@ -59,6 +59,18 @@ def external(tensor: TensorProto) -> bool:
     return bool(tensor.data_location == TensorProto.EXTERNAL)
 
 
+def check_loaded(tensor: TensorProto) -> None:
+    """Asks for the data to be in the model.
+
+    Raises:
+        Prune2OnnxError: they lie in a file beside it.
+    """
+    if external(tensor):
+        raise Prune2OnnxError(
+            f"{tensor.name}: its external data is not loaded; read the model with load()"
+        )
+
+
 def kind(tensor: TensorProto) -> str:
     """The element type in words: `float16`."""
     try:
@@ -148,10 +160,7 @@ def array_of(tensor: TensorProto) -> NDArray[Any]:
     Raises:
         Prune2OnnxError: its data are not loaded, of another size than its shape says, or damaged.
     """
-    if external(tensor):
-        raise Prune2OnnxError(
-            f"{tensor.name}: its external data is not loaded; read the model with load()"
-        )
+    check_loaded(tensor)
     check(tensor)
     try:
         return np.asarray(numpy_helper.to_array(tensor))

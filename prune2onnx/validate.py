@@ -115,7 +115,7 @@ def check_weights(packed: onnx.ModelProto) -> int:
     if not expected:
         return 0
     names = list(expected)
-    got = session(decode_graph(packed)).run(names, {})
+    got = session(decode_graph(packed, expected)).run(names, {})
     for name, value in zip(names, got, strict=True):
         want = expected[name]
         if value.shape != want.shape or value.tobytes() != want.tobytes():
@@ -135,13 +135,17 @@ def operators(model: onnx.ModelProto, level: ort.GraphOptimizationLevel) -> list
     return [f"{node.domain}:{node.op_type}" for node in optimised.graph.node]
 
 
-def folds(packed: onnx.ModelProto) -> bool:
+def folds(packed: onnx.ModelProto, plain: onnx.ModelProto | None = None) -> bool:
     """Whether onnxruntime folds every decoder away when it creates the session.
 
     True when the optimised graph has the operators of the unpacked model's, as many of each, at
     the basic and at the full level of optimisation.
+
+    Args:
+        packed: the model.
+        plain: what it unpacks to, if that is at hand.
     """
-    plain = unpack(packed)
+    plain = unpack(packed) if plain is None else plain
     levels = (
         ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
         ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -415,19 +419,21 @@ def validate(
     difference = None
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "unpacked.onnx"
-        save(unpack(packed), plain)
+        unpacked = unpack(packed)
+        save(unpacked, plain)
         beside = plain if reference is None else reference
         try:
-            session(plain)
+            opened = session(plain)
         except UnrunnableError as error:
             skipped = str(error).removeprefix(f"{plain}: ")
             dense, compressed = (Measured(file_nbytes(path)) for path in (beside, file))
         else:
+            taken = None if batches is None else list(batches)
             difference, (dense, compressed) = _run_and_measured(
-                file, plain, beside, None if batches is None else list(batches), expected, seed
+                file, (plain, opened), beside, taken, expected, seed
             )
     if not skipped:
-        folded = folds(packed)
+        folded = folds(packed, unpacked)
     elif is_packed(packed):
         folded = folds(decode_graph(packed))
     else:  # nothing to fold
@@ -448,26 +454,30 @@ def validate(
 
 def _run_and_measured(
     file: Path,
-    plain: Path,
+    unpacked: tuple[Path, ort.InferenceSession],
     beside: Path,
     batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
     expected: NDArray[Any] | None,
     seed: int,
 ) -> tuple[float, list[Measured]]:
     """The largest difference of an output of `file`, and `beside` and `file` measured."""
-    opened, against = session(file), session(beside)
+    plain, reference = unpacked
+    opened = session(file)
+    against = reference if beside == plain else session(beside)
     error: float | None = None
     reference_error: float | None = None
     if batches is not None:
         outputs, labels = scores(opened, batches)
         error = error_percent(outputs, labels)
-        reference_error = error_percent(*scores(against, batches))
-        want = expected if expected is not None else scores(session(plain), batches)[0]
-        difference = check_outputs(file.name, outputs, want)
+        dense_outputs, _ = scores(against, batches)
+        reference_error = error_percent(dense_outputs, labels)
+        if expected is None:
+            expected = dense_outputs if beside == plain else scores(reference, batches)[0]
+        difference = check_outputs(file.name, outputs, expected)
         inputs = {opened.get_inputs()[0].name: batches[0][0][:1]}
     else:
         inputs = random_inputs(opened, seed)
-        wanted = _run(session(plain), inputs, plain)
+        wanted = _run(reference, inputs, plain)
         pairs = zip(_run(opened, inputs, file), wanted, strict=True)
         difference = max(check_outputs(file.name, got, want) for got, want in pairs)
     renamed = [i.name for i in against.get_inputs()]

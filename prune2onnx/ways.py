@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -316,8 +317,8 @@ def _power(values: NDArray[Any]) -> float:
 
 def _bfloat16(values: NDArray[Any]) -> NDArray[np.float32]:
     """Finite float32 values rounded to the nearest with 8 bits of significand, ties to even."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000).view(np.float32)
+    with np.errstate(over="ignore"):
+        return values.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
 def _float16(values: NDArray[Any]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from prune2onnx.codecs.evaluate import Budget
 from prune2onnx.codecs.function import DOMAIN, DOMAIN_VERSION, framed
 from prune2onnx.codecs.groups import METHODS, Method
 from prune2onnx.codecs.plan import Plan, entropy_nbytes, plan
-from prune2onnx.codecs.weight import WORKING, Weight
+from prune2onnx.codecs.weight import WORKING, Weight, bits_of
 
 __all__ = [
     "DOMAIN",
@@ -25,6 +25,7 @@ __all__ = [
     "Method",
     "Plan",
     "Weight",
+    "bits_of",
     "decode",
     "described",
     "encode",

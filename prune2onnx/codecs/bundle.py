@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
-from prune2onnx.codecs.evaluate import Budget, evaluate
+from prune2onnx.codecs.evaluate import Budget, evaluate, weights_of
 from prune2onnx.codecs.function import DOMAIN, Body, framed
 from prune2onnx.codecs.groups import METHODS, Group, Method, family_key, write
-from prune2onnx.codecs.streams import Streams
+from prune2onnx.codecs.streams import Streams, runs_within
 from prune2onnx.codecs.weight import Weight
 from prune2onnx.errors import Prune2OnnxError
 
@@ -132,22 +132,11 @@ def grouped(weights: Sequence[Weight], methods: Mapping[str, Method]) -> list[Gr
             for family in families.values()
             for weight in sorted(family, key=lambda one: one.nonzero.size / one.array.size)
         ]
-        groups += [Group(METHODS[number], tuple(part), storage) for part in _in_groups(ordered)]
+        groups += [
+            Group(METHODS[number], tuple(part), storage)
+            for part in runs_within(ordered, lambda one: one.values.nbytes, GROUP_LIMIT)
+        ]
     return groups
-
-
-def _in_groups(weights: list[Weight]) -> list[list[Weight]]:
-    """Cuts weights into runs whose joined vectors onnxruntime folds: one, but for huge models."""
-    parts: list[list[Weight]] = [[]]
-    room = GROUP_LIMIT
-    for weight in weights:
-        nbytes = weight.values.nbytes
-        if parts[-1] and nbytes > room:
-            parts.append([])
-            room = GROUP_LIMIT
-        parts[-1].append(weight)
-        room -= nbytes
-    return parts
 
 
 def decode(
@@ -163,7 +152,7 @@ def decode(
             than the budget.
     """
     arrays = evaluate(node, streams, functions, budget)
-    names = ", ".join(node.output[:3]) + (", ..." if len(node.output) > 3 else "")
+    names = weights_of(node)
     decoded = dict(zip(node.output, arrays, strict=False))
     if not len(arrays) == len(node.output) == len(decoded):
         raise Prune2OnnxError(

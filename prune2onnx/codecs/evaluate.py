@@ -168,14 +168,18 @@ def evaluate(
             budget.spend(4 * array.nbytes)
         return arrays
     except Exception as error:  # a stranger's program: whatever it does to us, it is at fault
-        more = ", ..." if len(node.output) > _NAMED else ""
-        names = ", ".join(str(name) for name in node.output[:_NAMED]) + more
         reason = one_line(error) or type(error).__name__
         if len(reason) > _MOST_TEXT:
             reason = f"{reason[:_MOST_TEXT]} ..."
         what = "decoding needs" if isinstance(error, Prune2OnnxError) else "cannot be decoded:"
         advice = "" if "--max-bytes" in reason else "; the file is damaged, copy or pack it again"
-        raise Prune2OnnxError(f"{names}: {what} {reason}{advice}") from error
+        raise Prune2OnnxError(f"{weights_of(node)}: {what} {reason}{advice}") from error
+
+
+def weights_of(node: NodeProto) -> str:
+    """The first weights of a decode call, for an error."""
+    more = ", ..." if len(node.output) > _NAMED else ""
+    return ", ".join(str(name) for name in node.output[:_NAMED]) + more
 
 
 def stored(tensor: TensorProto, budget: Budget) -> Array:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from onnx import FunctionProto, TensorProto, helper
 
@@ -32,7 +31,7 @@ class Body:
     Args:
         op: the function's name.
         inputs: how many inputs it takes; they are called a, b, c, ... More come with `input`.
-        attributes: names of its attributes, one letter each, all lists of integers.
+        attributes: names of its attributes, one letter each.
     """
 
     def __init__(self, op: str, inputs: int = 0, attributes: str = "") -> None:
@@ -104,34 +103,10 @@ class Body:
             self._constants[values] = name
         return self._constants[values]
 
-    def integers(self, attribute: str) -> str:
-        """Adds an int64 vector that holds the call's attribute of this name."""
-        (name,) = self.nodes("Constant")
-        self._proto.node[-1].attribute.append(_reference("value_ints", attribute))
-        return name
-
-    def call(
-        self,
-        op: str,
-        *inputs: str,
-        outputs: int = 1,
-        passed: dict[str, str] | None = None,
-        **given: Sequence[int],
-    ) -> list[str]:
-        """Calls another function of this domain.
-
-        Args:
-            op: the function's name.
-            inputs: its inputs.
-            outputs: how many outputs it has.
-            passed: its attribute -> the attribute of this function that is handed on.
-            given: its attributes that are constant here.
-        """
+    def call(self, op: str, *inputs: str, outputs: int = 1) -> list[str]:
+        """Calls another function of this domain."""
         self._calls = True
-        names = self.nodes(op, *inputs, outputs=outputs, domain=DOMAIN, **given)
-        for name, attribute in (passed or {}).items():
-            self._proto.node[-1].attribute.append(_reference(name, attribute))
-        return names
+        return self.nodes(op, *inputs, outputs=outputs, domain=DOMAIN)
 
     def function(self, *outputs: str, opset: int) -> FunctionProto:
         """Ends the body.
@@ -154,10 +129,6 @@ def _short_names() -> Iterator[str]:
     """a, b, ..., Z, aa, ab, ..."""
     for length in itertools.count(1):
         yield from map("".join, itertools.product(string.ascii_letters, repeat=length))
-
-
-def _reference(name: str, attribute: str) -> onnx.AttributeProto:
-    return onnx.AttributeProto(name=name, type=onnx.AttributeProto.INTS, ref_attr_name=attribute)
 
 
 def tensor(name: str, array: NDArray[Any], data_type: int) -> TensorProto:

@@ -25,7 +25,7 @@ from prune2onnx.codecs.function import tensor
 from prune2onnx.codecs.huffman import about_bits, coded_bits
 from prune2onnx.codecs.planes import PLANES, planes_of, tables_of
 from prune2onnx.codecs.streams import Streams
-from prune2onnx.codecs.weight import Weight, bits_of, narrowest, numpy_type, shared
+from prune2onnx.codecs.weight import Weight, bits_of, narrowest, numpy_type, ranked, shared
 
 Positions = Literal["all", "gap", "mask"]
 Values = Literal["raw", "planes", "codebook", "levels"]
@@ -204,16 +204,12 @@ def _gap(group: Group, streams: Streams) -> tuple[str, list[float]]:
         entry = np.zeros(part.size, weight.values.dtype)
         entry[places] = weight.values[weight.nonzero] if weight.nonzero.size else 0
         entries.append(entry)
-    present = [part for part in symbols if part.size]
-    gaps, gap_bits = streams.joined(present, base=way.longest - 1 if way.fillers_first else 1)
+    gaps, gap_bits = streams.joined(symbols, base=way.longest - 1 if way.fillers_first else 1)
     if way.fillers_first:  # 0 becomes the longest, the others stay
         turned = body.node("Mod", gaps, body.constant(way.longest))
         gaps = body.node("Add", turned, body.constant(1))
     values, bits = _values(group, streams, entries)
-    of_present = iter(gap_bits)
-    bits = [
-        b + (next(of_present) if part.size else 0.0) for b, part in zip(bits, symbols, strict=True)
-    ]
+    bits = [a + b for a, b in zip(bits, gap_bits, strict=True)]
     dtype = numpy_type(group.working)
     zero: dict[str, Any] = {}
     if group.working != TensorProto.FLOAT:
@@ -272,16 +268,12 @@ def masks_of(values: NDArray[Any]) -> NDArray[np.uint8]:
 def _mask(group: Group, streams: Streams) -> tuple[str, list[float]]:
     body = streams.body
     every = np.concatenate([weight.values for weight in group.weights])
-    masks = masks_of(every)
-    order = np.argsort(-np.bincount(masks, minlength=256), kind="stable").astype(np.uint8)
-    order = order[: np.unique(masks).size]
-    rank = np.zeros(256, np.uint8)
-    rank[order] = np.arange(order.size)
-    name, mask_bits = streams.joined([rank[masks]])
+    codes, patterns = ranked(masks_of(every))
+    name, mask_bits = streams.joined([codes])
     values, bits = _values(
         group, streams, [weight.values[weight.nonzero] for weight in group.weights]
     )
-    pattern = streams.raw(order, TensorProto.UINT8)
+    pattern = streams.raw(patterns, TensorProto.UINT8)
     byte = body.node("Cast", body.node("Gather", pattern, name), to=TensorProto.INT32)
     byte = body.node("Reshape", byte, body.indices(-1, 1))
     bit = body.node("Div", byte, body.constant([128 >> place for place in range(8)]))
@@ -330,16 +322,14 @@ def _codebook(
     names, bits, books = [], [], []
     base = 0
     for part in entries:
-        if not part.size:
-            bits.append(0.0)
-            continue
         found = shared(part)
         assert found is not None  # the planner asked
         codes, book = found
-        names.append(streams.symbols(codes, base))
         books.append(book)
+        bits.append(streams.bits(codes) if codes.size else 0.0)
+        if codes.size:
+            names.append(streams.symbols(codes, base))
         base += book.size
-        bits.append(streams.bits(codes))
     every = np.concatenate(books)
     if every.dtype == np.float32:
         kind = narrowest(every)
@@ -347,18 +337,9 @@ def _codebook(
     else:
         kind = group.working
         table = streams.raw(every, kind)
-    bits = _with_books(bits, entries, books, numpy_type(kind).itemsize)
+    item = 8.0 * numpy_type(kind).itemsize
+    bits = [b + item * book.size for b, book in zip(bits, books, strict=True)]
     return _looked_up(group, streams, table, streams.concatenated(names)), bits
-
-
-def _with_books(
-    bits: list[float], entries: list[NDArray[Any]], books: list[NDArray[Any]], itemsize: int
-) -> list[float]:
-    of_present = iter(books)
-    return [
-        b + (8.0 * itemsize * next(of_present).size if part.size else 0.0)
-        for b, part in zip(bits, entries, strict=True)
-    ]
 
 
 def level_codes(values: NDArray[Any], fills: bool) -> NDArray[np.uint8] | None:
@@ -388,10 +369,7 @@ def _levels(group: Group, streams: Streams, entries: list[NDArray[Any]]) -> tupl
     codes = level_codes(np.concatenate(entries), fills)
     assert codes is not None  # the planner asked
     parts = np.split(codes, np.cumsum([part.size for part in entries])[:-1])
-    present = [part for part in parts if part.size]
-    name, of_present = streams.joined(present)
-    found = iter(of_present)
-    bits = [next(found) if part.size else 0.0 for part in parts]
+    name, bits = streams.joined(parts)
     book = LEVELS[: int(codes.max()) + 1]
     if fills:
         highest = int(codes.max()) + (0 if _has_zero(entries) else 1)
@@ -420,15 +398,11 @@ def _planes(group: Group, streams: Streams, entries: list[NDArray[Any]]) -> tupl
     plan = PLANES[group.storage]
     split = [planes_of(part, group.storage) for part in entries]
     symbols = np.concatenate([symbol for symbol, _ in split])
-    counts = np.bincount(symbols, minlength=256)
-    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].astype(np.uint8)
-    rank = np.zeros(256, np.uint8)
-    rank[order] = np.arange(order.size)
-    present = [rank[symbol] for symbol, _ in split if symbol.size]
-    code, of_present = streams.joined(present)
-    found = iter(of_present)
-    bits = [(next(found) if part.size else 0.0) + plan.width * part.size for part in entries]
-    table = streams.table(tables_of(order, group.storage))
+    codes, present = ranked(symbols)
+    parts = np.split(codes, np.cumsum([part.size for part in entries])[:-1])
+    code, bits = streams.joined(parts)
+    bits = [b + plan.width * part.size for b, part in zip(bits, entries, strict=True)]
+    table = streams.table(tables_of(present, group.storage))
     both = body.node("Gather", table, code, axis=1)
     first, unit = body.nodes("Split", both, body.indices(1, 1), outputs=2, axis=0)
     rest = np.concatenate([part for _, part in split])

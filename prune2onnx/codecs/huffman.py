@@ -251,9 +251,12 @@ class Stream:
         return np.cumsum(steps)
 
 
-def limit_for(segments: Sequence[NDArray[np.uint8]]) -> int:
-    """The longest codeword to allow: the lower limit where that costs next to nothing."""
-    counts = [np.bincount(symbols) for symbols in segments]
+def limit_for(counts: Sequence[NDArray[np.integer[Any]]]) -> int:
+    """The longest codeword to allow: the lower limit where that costs next to nothing.
+
+    Args:
+        counts: of each segment, how often each symbol occurs.
+    """
     low, high = (sum(coded_bits(count, limit) for count in counts) for limit in LIMITS)
     return LIMITS[low > _WORTH_TIME * high]
 
@@ -263,14 +266,14 @@ def encode(segments: Sequence[NDArray[np.uint8]], limit: int | None = None) -> S
 
     Args:
         segments: the symbols of each.
-        limit: longest codeword; by default `limit_for(segments)`.
+        limit: longest codeword; by default that of `limit_for`.
 
     Raises:
         Prune2OnnxError: the stream would be longer than bit positions can tell.
     """
     data, codes, begins_of, words = [], [], [], []
     total = 0
-    limit = limit or limit_for(segments)
+    limit = limit or limit_for([np.bincount(symbols) for symbols in segments])
     for symbols in segments:
         code = code_of(symbols, limit)
         length_of = np.array(code.lengths, np.uint8)

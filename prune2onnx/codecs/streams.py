@@ -6,9 +6,10 @@ the decode function; how the sequence is written is decided here, by bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,9 +19,10 @@ from prune2onnx.codecs import huffman
 from prune2onnx.codecs.function import Body, tensor
 from prune2onnx.codecs.weight import entropy_bits, narrowest, numpy_type
 
+_T = TypeVar("_T")
+
 SEGMENT_NBYTES = 30
 """What a Huffman segment adds: its code, a lane start, half a word, its part of constants."""
-
 
 STREAM_BITS = 3 * (huffman.MAX_BITS >> 2)
 """Bits of codewords in a stream; beyond, another one is begun."""
@@ -39,6 +41,21 @@ class Symbols:
     name: str
     symbols: NDArray[np.uint8]
     base: int
+
+    @cached_property
+    def counts(self) -> NDArray[np.int64]:
+        """How often each symbol occurs."""
+        return np.bincount(self.symbols)
+
+    @cached_property
+    def bits(self) -> int:
+        """Bits of its codewords."""
+        return huffman.coded_bits(self.counts)
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether a Huffman code takes less than a byte a symbol, and a stream has room for it."""
+        return self.bits / 8 + SEGMENT_NBYTES < self.symbols.size and self.bits <= STREAM_BITS
 
 
 @dataclass
@@ -82,16 +99,22 @@ class Streams:
 
         Neighbours share a code where that takes fewer bytes.
 
+        Args:
+            parts: uint8 [n] each; some may be empty, not all.
+            base: added to each symbol.
+
         Returns:
             The value's name, and the bits each part takes.
         """
-        runs = partition([np.bincount(part, minlength=256) for part in parts])
-        names, bits = [], []
-        for begin, end in runs:
-            run = np.concatenate(parts[begin:end])
+        present = [part for part in parts if part.size]
+        names: list[str] = []
+        bits: list[float] = []
+        for begin, end in partition([np.bincount(part, minlength=256) for part in present]):
+            run = np.concatenate(present[begin:end])
             names.append(self.symbols(run, base))
-            bits += self._bits(run, parts[begin:end])
-        return self.concatenated(names), bits
+            bits += self._bits(run, present[begin:end])
+        of_present = iter(bits)
+        return self.concatenated(names), [next(of_present) if part.size else 0.0 for part in parts]
 
     def bits(self, symbols: NDArray[np.uint8]) -> float:
         """The bits a sequence takes by itself."""
@@ -115,13 +138,13 @@ class Streams:
             The functions they call.
         """
         before = len(self.body)
-        coded = [one for one in self.sequences if self.coded and _is_coded(one.symbols)]
+        coded = [one for one in self.sequences if self.coded and one.is_coded]
         plain = [one for one in self.sequences if one not in coded]
         halves = [one for one in plain if not self.coded and one.symbols.max() < 16]
         functions: dict[str, FunctionProto] = {}
         if coded:
-            limit = huffman.limit_for([one.symbols for one in coded])
-            for part in _in_streams(coded):
+            limit = huffman.limit_for([one.counts for one in coded])
+            for part in runs_within(coded, lambda one: one.bits, STREAM_BITS):
                 for function in self._huffman(part, opset, limit):
                     functions[function.name] = function
         if halves:
@@ -186,24 +209,17 @@ class Streams:
                 body.named("Add", [name, body.constant(one.base)], [one.name])
 
 
-def _is_coded(symbols: NDArray[np.uint8]) -> bool:
-    """Whether a Huffman code takes less than a byte a symbol, and a stream has room for it."""
-    bits = huffman.coded_bits(np.bincount(symbols))
-    return bits / 8 + SEGMENT_NBYTES < symbols.size and bits <= STREAM_BITS
-
-
-def _in_streams(sequences: list[Symbols]) -> list[list[Symbols]]:
-    """Cuts sequences into runs of which each makes one stream: all, but for huge models."""
-    parts: list[list[Symbols]] = [[]]
-    room = STREAM_BITS
-    for one in sequences:
-        bits = huffman.coded_bits(np.bincount(one.symbols))
-        if parts[-1] and bits > room:
-            parts.append([])
-            room = STREAM_BITS
-        parts[-1].append(one)
-        room -= bits
-    return parts
+def runs_within(items: Sequence[_T], size: Callable[[_T], int], limit: int) -> list[list[_T]]:
+    """Cuts a row of items into runs of no more than `limit` in all; a larger one stands alone."""
+    runs: list[list[_T]] = [[]]
+    room = limit
+    for item in items:
+        if runs[-1] and size(item) > room:
+            runs.append([])
+            room = limit
+        runs[-1].append(item)
+        room -= size(item)
+    return runs
 
 
 def partition(counts: list[NDArray[np.integer[Any]]]) -> list[tuple[int, int]]:

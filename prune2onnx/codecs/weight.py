@@ -133,11 +133,8 @@ def shared(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any]] | Non
     """
     bits = bits_of(values)
     if bits.dtype == np.uint8:
-        counts = np.bincount(bits, minlength=256)
-        by_count = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].astype(np.uint8)
-        code_of = np.zeros(256, np.uint8)
-        code_of[by_count] = np.arange(by_count.size)
-        return code_of[bits], by_count.view(values.dtype)
+        codes, found = ranked(bits)
+        return codes, found.view(values.dtype)
     found = bits[:0]
     # A weight that was never shared shows it in its first few thousand values.
     for begin in (0, *range(4096, bits.size, _CHUNK)):
@@ -151,6 +148,20 @@ def shared(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any]] | Non
     rank = np.empty(found.size, np.uint8)
     rank[order] = np.arange(found.size)
     return rank[codes], found[order].view(values.dtype)
+
+
+def ranked(values: Bits) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Codes of bytes, and the bytes that occur, the most frequent first: `found[codes]` is them.
+
+    >>> codes, found = ranked(np.array([7, 9, 9], np.uint8))
+    >>> codes.tolist(), found.tolist()
+    ([1, 0, 0], [9, 7])
+    """
+    counts = np.bincount(values, minlength=256)
+    found = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)].astype(np.uint8)
+    code_of = np.zeros(256, np.uint8)
+    code_of[found] = np.arange(found.size)
+    return code_of[values], found
 
 
 def bits_of(values: NDArray[Any]) -> Bits:

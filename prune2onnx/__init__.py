@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 # Imported at once: these functions bear their module's name, and a lazy import would bind the
 # module to it.
-from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
+from prune2onnx.errors import BudgetError, MismatchError, Prune2OnnxError, RecipeError
 from prune2onnx.inspection import inspect
 from prune2onnx.pack import pack, unpack
 from prune2onnx.recipe import Recipe, read_recipe, resolve
@@ -21,37 +21,41 @@ from prune2onnx.validate import validate
 if TYPE_CHECKING:
     from prune2onnx.data import load_data
     from prune2onnx.exporter import export
-    from prune2onnx.fold import fold_batch_norm
     from prune2onnx.pipeline import compress
     from prune2onnx.pruning import bake, density, hold_zeros, penalty, prune
-    from prune2onnx.sharing import bake_codebooks, share
-    from prune2onnx.train import evaluate, fit
+    from prune2onnx.sweeping import sweep, sweep_of
+    from prune2onnx.training import fit
+    from prune2onnx.training.fold import fold_batch_norm
+    from prune2onnx.training.levels import bake_levels, put_on_levels
 
 __version__ = importlib.metadata.version("prune2onnx")
 
 _LAZY = {
     "bake": "pruning",
-    "bake_codebooks": "sharing",
+    "bake_levels": "training.levels",
     "compress": "pipeline",
     "density": "pruning",
-    "evaluate": "train",
+    "evaluate": "training",
     "export": "exporter",
-    "fit": "train",
-    "fold_batch_norm": "fold",
+    "fit": "training",
+    "fold_batch_norm": "training.fold",
     "hold_zeros": "pruning",
     "load_data": "data",
     "penalty": "pruning",
     "prune": "pruning",
-    "share": "sharing",
+    "put_on_levels": "training.levels",
+    "sweep": "sweeping",
+    "sweep_of": "sweeping",
 }
 
 __all__ = [
+    "BudgetError",
     "MismatchError",
     "Prune2OnnxError",
     "Recipe",
     "RecipeError",
     "bake",
-    "bake_codebooks",
+    "bake_levels",
     "compress",
     "density",
     "evaluate",
@@ -64,9 +68,11 @@ __all__ = [
     "pack",
     "penalty",
     "prune",
+    "put_on_levels",
     "read_recipe",
     "resolve",
-    "share",
+    "sweep",
+    "sweep_of",
     "unpack",
     "validate",
 ]

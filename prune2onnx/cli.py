@@ -2,28 +2,30 @@
 
 Options of `compress` come from the recipe's fields (`prune.epochs` is `--prune-epochs`). People
 read tables and progress on stderr; with --json the report goes, alone, to stdout. Exit status:
-0 done, 1 failed, 2 wrong usage, 4 onnxruntime disagrees with the reference, 130 interrupted.
+0 done, 1 failed, 2 wrong usage, 3 a budget was missed, 4 onnxruntime disagrees with the reference,
+130 interrupted.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from pydantic import ByteSize, TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import prune2onnx
-from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
+from prune2onnx.errors import BudgetError, MismatchError, Prune2OnnxError, RecipeError
 from prune2onnx.inspection import inspect as inspect_model
 from prune2onnx.onnxfile import load as load_model
 from prune2onnx.onnxfile import save
@@ -35,7 +37,7 @@ from prune2onnx.validate import file_nbytes
 from prune2onnx.validate import validate as validate_file
 
 if TYPE_CHECKING:
-    from prune2onnx.train import Epoch, Step
+    from prune2onnx.training import Epoch, Step
 
 _console = Console(stderr=True)
 if not _console.is_terminal:  # a log has no width: let no column be cut
@@ -67,10 +69,27 @@ def main() -> None:
     """Make a network small: pruned, shared and coded in one ONNX file any onnxruntime opens."""
 
 
-def _recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+class _Size(click.ParamType[int]):
+    """A number of bytes: 5000000, 5MB, 2GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            return int(_BYTES.validate_python(value))
+        except ValidationError:
+            self.fail(f"{value!r} is not a size, such as 5000000, 5MB or 2GiB", param, ctx)
+
+
+_BYTES = TypeAdapter(ByteSize)
+
+
+def _recipe_options(
+    command: Callable[..., None], without: tuple[str, ...] = ("model",)
+) -> Callable[..., None]:
     """Adds one option per setting of the recipe, but for the model, which is the argument."""
     for dotted, field in reversed(settings().items()):
-        if dotted == "model":
+        if dotted in without:
             continue
         kind, repeated = _click_type(field.annotation)
         default = field.get_default(call_default_factory=True)
@@ -91,6 +110,8 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
     inner = [a for a in typing.get_args(annotation) if a is not type(None)]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return _click_type(inner[0])
+    if annotation is ByteSize:
+        return _Size(), False
     if typing.get_origin(annotation) is typing.Literal:
         return click.Choice(inner), False
     if typing.get_origin(annotation) is tuple:
@@ -149,11 +170,7 @@ def compress(
     from prune2onnx.pipeline import compress as run
     from prune2onnx.pipeline import recipe_of
 
-    overrides = {
-        name.replace("__", "."): dict(value) if name == "prune__importance" else value
-        for name, value in options.items()
-        if value not in (None, ())
-    }
+    overrides = _overrides(options)
     if resume is not None:
         if model or output or recipe or overwrite or overrides:
             raise RecipeError(
@@ -191,17 +208,139 @@ def compress(
         return
     _console.print(weights_table(report.weights, report.compressed.nbytes))
     _console.print(report.table())
-    wanted = resolved.prune.density
-    if resolved.first_phase != "tune" and report.density > 1.3 * wanted:
-        text = (
-            f"prune2onnx: the density came down to {report.density:.1%}, not to {wanted:.1%}; "
-            "prune longer (--prune-epochs) or harder (--prune-pressure, --prune-threshold-lr)"
-        )
-        _console.print(text, markup=False, highlight=False, soft_wrap=True)
     _console.print(f"{directory / 'model.onnx'}", markup=False, soft_wrap=True)
     if as_json:
         click.echo(report.to_json(), nl=False)
     _must_fold(report, directory / "model.onnx")
+    if report.missed:
+        told = "; ".join(map(str, report.missed))
+        raise BudgetError(
+            f"{directory / 'model.onnx'}: {told}; prune longer (--prune-epochs), give the last "
+            "phases more time (--tune-epochs, --share-epochs), or ask for less"
+        )
+
+
+def _overrides(options: dict[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value, of the recipe's options that were given."""
+    return {
+        name.replace("__", "."): dict(value) if name == "prune__importance" else value
+        for name, value in options.items()
+        if value not in (None, ())
+    }
+
+
+_SWEPT = ("target_size", "target_density", "max_drop", "seed")
+"""What a sweep sets itself, run by run."""
+
+
+@main.command()
+@click.argument("model", required=False)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="folder for the sweep")
+@click.option("--sizes", metavar="6KB,10KB", help="budgets: bytes of the whole file")
+@click.option("--densities", metavar="0.01,0.03", help="budgets: surviving part, 0-1")
+@click.option("--drops", metavar="0.1,0.3", help="budgets: points of validation error")
+@click.option("--seeds", metavar="0,1,2", help="each budget is run with each  [default: recipe's]")
+@click.option(
+    "--storage",
+    metavar="URL",
+    envvar="PRUNE2ONNX_STORAGE",
+    help="database that many machines share, as optuna takes it  [default: sweep.db in the folder]",
+)
+@click.option("--study", help="name of the sweep in that database  [default: prune2onnx]")
+@click.option("--recipe", type=click.Path(path_type=Path), help="YAML file; options override it")
+@click.option("--resume", type=click.Path(path_type=Path), help="continue, or join, this sweep")
+@click.option("--cpu", is_flag=True, help="do not use a GPU")
+@click.option("--json", "as_json", is_flag=True, help="print the front as JSON on stdout")
+@partial(_recipe_options, without=("model", *_SWEPT))
+def sweep(
+    model: str | None,
+    output: Path | None,
+    sizes: str | None,
+    densities: str | None,
+    drops: str | None,
+    seeds: str | None,
+    storage: str | None,
+    study: str | None,
+    recipe: Path | None,
+    resume: Path | None,
+    cpu: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compress MODEL to a list of budgets: what size costs in error.
+
+    MODEL and the options are those of compress. Killed, or to be run by several processes at once:
+    --resume.
+
+    \b
+    prune2onnx sweep models/lenet.py:lenet_300_100 -o runs/front --sizes 6KB,10KB --seeds 0,1
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.sweeping import sweep as run
+    from prune2onnx.sweeping import sweep_of
+
+    overrides = _overrides(options)
+    lists = {"sizes": sizes, "densities": densities, "drops": drops, "seeds": seeds}
+    given: dict[str, Any] = {k: v for k, v in lists.items() if v is not None}
+    if resume is not None:
+        if model or output or recipe or study or given or overrides:
+            raise RecipeError(
+                "--resume takes every setting from the sweep's own sweep.yaml; "
+                "give it alone, with --storage, --cpu or --json at most"
+            )
+        given, directory = sweep_of(resume, storage), resume
+    else:
+        content = {} if recipe is None else read_recipe(recipe)
+        if model is not None:
+            overrides["model"] = model
+        if "model" not in content and model is None:
+            raise click.UsageError("Missing argument 'MODEL', and no recipe names one")
+        if output is None:
+            raise click.UsageError("Missing option '-o': the folder for the sweep")
+        if left := [name for name in _SWEPT[:3] if content.pop(name, None) is not None]:
+            _say(f"{recipe}: {', '.join(left)} is left out, for each run has a budget of its own")
+        given["recipe"] = resolve(content, overrides, source=str(recipe or "options"))
+        given |= {"storage": storage, "study": study or "prune2onnx"}
+        directory = output
+    told: list[Callable[[Any], None]] = []
+    with ExitStack() as bars:
+
+        def on_note(text: str) -> None:
+            bars.close()
+            _say(text)
+            told[:] = bars.enter_context(_progress())
+
+        try:
+            front = run(
+                **given,
+                directory=directory,
+                resume=resume is not None,
+                cpu=cpu,
+                on_note=on_note,
+                on_step=lambda step: told[0](step),
+                on_epoch=lambda epoch: told[1](epoch),
+            )
+        except KeyboardInterrupt:
+            if (directory / "sweep.yaml").exists():
+                bars.close()
+                _say(f"continue with: prune2onnx sweep --resume {directory}")
+            raise
+    _console.print(front.table())
+    for name in ("front.json", "front.svg"):
+        _say(f"{directory / name}")
+    if as_json:
+        click.echo(front.to_json(), nl=False)
+    if front.failed:
+        told_of = "; ".join(f"{point.name}: {point.message}" for point in front.failed)
+        raise Prune2OnnxError(
+            f"{directory}: {len(front.failed)} of {len(front.points)} runs failed: {told_of}; "
+            f"try them again with --resume {directory}"
+        )
+    if front.missed:
+        names = ", ".join(point.name for point in front.missed)
+        raise BudgetError(
+            f"{directory}: {len(front.missed)} of {len(front.points)} runs missed their budget: "
+            f"{names}; prune longer (--prune-epochs), or ask for less"
+        )
 
 
 def _must_fold(report: Report, file: Path) -> None:
@@ -262,21 +401,6 @@ def _milestones(epochs: int) -> set[int]:
     return {1, epochs, *range(max(1, epochs // 10), epochs, max(1, epochs // 10))}
 
 
-class _Size(click.ParamType[int]):
-    """A number of bytes: 5000000, 5MB, 2GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)(i?)B?", str(value).strip())
-        if found is None:
-            self.fail(f"{value!r} is not a size, such as 5000000, 5MB or 2GiB", param, ctx)
-        number, unit, binary = found.groups()
-        return int(float(number) * (1024 if binary else 1000) ** " kMGT".index(unit or " "))
-
-
 _max_bytes = click.option(
     "--max-bytes",
     type=_Size(),
@@ -305,6 +429,7 @@ _max_bytes = click.option(
     help="packed: coded weights; sparse-initializer: ONNX's own sparse tensors, far larger",
 )
 @click.option("--strip", is_flag=True, help="leave out notes, default attributes, inner names")
+@click.option("--anonymize", is_flag=True, help="give weights the shortest names")
 @click.option("--bits", type=float, help="lossy: bits a weight on average, about, 1 to 8")
 @click.option("--prune", type=float, help="lossy: share of the weights to make zero, 0 to 1")
 @click.option(
@@ -321,6 +446,7 @@ def pack(
     load: str,
     form: str,
     strip: bool,
+    anonymize: bool,
     bits: float | None,
     prune: float | None,
     max_rel_error: float | None,
@@ -338,7 +464,7 @@ def pack(
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
     from prune2onnx.packing import Wish, pack_file
 
-    wish = Wish(load, form, strip, bits, prune, max_rel_error, data, external)
+    wish = Wish(load, form, strip, bits, prune, max_rel_error, data, external, anonymize)
     done = pack_file(source, target, wish)
     for note in done.notes:
         _say(note)

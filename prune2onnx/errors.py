@@ -23,6 +23,12 @@ class RecipeError(Prune2OnnxError):
     exit_status = 2
 
 
+class BudgetError(Prune2OnnxError):
+    """A size, density or drop that was asked for was missed (exit status 3)."""
+
+    exit_status = 3
+
+
 class MismatchError(Prune2OnnxError):
     """onnxruntime's answer differs from the reference (exit status 4)."""
 

@@ -12,11 +12,13 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import nn
 
@@ -76,6 +78,73 @@ def export(model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> 
             f"{type(model).__name__}: the exported graph is not valid ONNX: {reason}"
         ) from error
     return proto
+
+
+class Template:
+    """The exported graph of a network, to be filled with other values: exporting takes seconds.
+
+    Args:
+        model: as for `export`; its graph is made once.
+        input_shape: of one example.
+        opset: ONNX operator set, 18 or newer.
+    """
+
+    def __init__(self, model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> None:
+        self._shape, self._opset = tuple(input_shape), opset
+        self._graph = export(model, input_shape, opset=opset)
+        self._transposed: dict[str, bool] = {}
+        state = _arrays(model)
+        for tensor in self._graph.graph.initializer:
+            if tensor.name in state:
+                array, own = numpy_helper.to_array(tensor), state[tensor.name]
+                if not np.array_equal(array, own):
+                    self._transposed[tensor.name] = np.array_equal(array, own.T)
+                else:
+                    self._transposed[tensor.name] = False
+        stored = {
+            name
+            for name, turned in self._transposed.items()
+            if np.array_equal(_turned(state[name], turned), _initializer(self._graph, name))
+        }
+        # A parameter that the exporter folded or merged with another cannot be filled in.
+        self.exact = stored >= {name for name, _ in model.named_parameters()}
+
+    def filled(self, model: nn.Module) -> onnx.ModelProto:
+        """The graph with the values of a model of the same structure."""
+        if not self.exact:
+            return export(model, self._shape, opset=self._opset)
+        graph = onnx.ModelProto()
+        graph.CopyFrom(self._graph)
+        state = _arrays(model)
+        for tensor in graph.graph.initializer:
+            if tensor.name in self._transposed:
+                array = _turned(state[tensor.name], self._transposed[tensor.name])
+                tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+        return graph
+
+    def take(self, model: nn.Module, values: Mapping[str, NDArray[Any]]) -> None:
+        """Writes values of initializers into a model's parameters, in place.
+
+        Nothing is written where a value is no parameter's: half of a change would change outputs.
+        """
+        if not self.exact or not values.keys() <= self._transposed.keys():
+            return
+        with torch.no_grad():
+            for name, array in values.items():
+                turned = _turned(array, self._transposed[name])
+                model.state_dict()[name].copy_(torch.from_numpy(turned.copy()))
+
+
+def _arrays(model: nn.Module) -> dict[str, NDArray[Any]]:
+    return {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
+
+
+def _turned(array: NDArray[Any], turned: bool) -> NDArray[Any]:
+    return np.ascontiguousarray(array.T if turned else array)
+
+
+def _initializer(model: onnx.ModelProto, name: str) -> NDArray[Any]:
+    return numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == name))
 
 
 @contextlib.contextmanager

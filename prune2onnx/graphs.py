@@ -101,7 +101,7 @@ class Names:
     def __init__(self, model: ModelProto) -> None:
         self._defined: Counter[str] = Counter()
         self._used: set[str] = set()
-        letters = string.ascii_lowercase + string.digits
+        letters = string.ascii_letters + string.digits
         self._short = (
             "".join(parts)
             for length in itertools.count(1)

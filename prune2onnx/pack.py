@@ -44,15 +44,19 @@ from prune2onnx.graphs import Names, copy_but, keep, used_in
 from prune2onnx.graphs import opset as opset_of
 from prune2onnx.intake import plain
 from prune2onnx.onnxfile import nbytes as nbytes_of
-from prune2onnx.quantize import Quantized
+from prune2onnx.quantize import Quantized, step_of
 from prune2onnx.report import WeightRow
-from prune2onnx.tensors import WEIGHT_NBYTES, declared_nbytes, kind
+from prune2onnx.strip import anonymous
+from prune2onnx.tensors import declared_nbytes, kind
 
 FUNCTIONS_IR = 8
 """The first IR version with model-local functions; onnxruntime 1.17 reads up to IR 9."""
 
 MAX_BYTES = 1 << 31
 """Largest array that decoding a file may make, unless told otherwise."""
+
+LEAST_NBYTES = 16
+"""Smaller tensors stay as they are: their place in the decode call would take as much."""
 
 _IR_KEY = "prune2onnx.ir_version"
 _NOTES_KEY = "prune2onnx.tensors"
@@ -82,6 +86,7 @@ def pack(
     *,
     load: str = "small",
     quantized: Mapping[str, Quantized] | None = None,
+    anonymize: bool = False,
 ) -> Packed:
     """Writes each weight in the fewest bytes that decode to it, bit for bit.
 
@@ -91,6 +96,8 @@ def pack(
         load: "small", the fewest bytes; "fast", no entropy code, so that sessions open quickly.
         quantized: codes, codebook and scale of weights for which they are known; they rebuild the
             model's weights bit for bit.
+        anonymize: whether weights get the shortest names in the file. They are not found by their
+            own names then, in it or in what is unpacked from it; the rows still have these.
 
     Raises:
         Prune2OnnxError: the model cannot be made plain (`intake.plain`), is packed and damaged, or
@@ -98,15 +105,24 @@ def pack(
     """
     intake = plain(unpack(model))
     model = intake.model
+    reasons, quantized = dict(intake.reasons), quantized or {}
+    own_name: dict[str, str] = {}
+    if anonymize:
+        model, renamed = anonymous(model)
+        own_name = {new: old for old, new in renamed.items()}
+        reasons = {renamed.get(name, name): reason for name, reason in reasons.items()}
+        quantized = {renamed.get(name, name): known for name, known in quantized.items()}
     opset = opset_of(model.opset_import)
     assert opset is not None  # plain() sees to it
-    reasons = _obstacles(model) | dict(intake.reasons)
+    reasons = _obstacles(model) | reasons
     tensors = model.graph.initializer
-    weights = [
-        _weight(tensor, (quantized or {}).get(tensor.name))
-        for tensor in tensors
-        if tensor.name not in reasons
-    ]
+    weights = _levelled(
+        [
+            _weight(tensor, quantized.get(tensor.name))
+            for tensor in tensors
+            if tensor.name not in reasons
+        ]
+    )
     dense = {tensor.name: framed(tensor.ByteSize()) for tensor in tensors}
     gained = {tensor.name: dense[tensor.name] - _notes_nbytes(tensor) for tensor in tensors}
     made = plan(weights, gained, opset, load=load)
@@ -120,11 +136,12 @@ def pack(
     arrays = {weight.name: weight.array for weight in weights}
     for tensor in tensors:
         name = tensor.name
+        known_as = own_name.get(name, name)
         array = arrays[name] if name in arrays else numpy_helper.to_array(tensor)
         if name in made.methods:
-            rows.append(WeightRow.of(name, array, made.methods[name].name, nbytes[name]))
+            rows.append(WeightRow.of(known_as, array, made.methods[name].name, nbytes[name]))
         else:
-            rows.append(WeightRow.of(name, array, "dense", dense[name], reasons[name]))
+            rows.append(WeightRow.of(known_as, array, "dense", dense[name], reasons[name]))
     return Packed(result, tuple(rows), intake.notes)
 
 
@@ -265,6 +282,34 @@ def _weight(tensor: TensorProto, known: Quantized | None) -> Weight:
     return Weight(tensor.name, array, tensor.data_type, known.scale, levels)
 
 
+def _levelled(weights: list[Weight]) -> list[Weight]:
+    """The same weights; those that are multiples of a step have it as their scale.
+
+    Whole numbers need none, unless others have: all that are alike are written together.
+    """
+    steps: list[np.float32 | None] = []
+    for weight in weights:
+        found = None
+        if weight.kind == TensorProto.FLOAT and weight.scale is None:
+            found = weight.shared_nonzero
+        steps.append(None if found is None else step_of(found[1]))
+    if all(step is None or step % 1 == 0 for step in steps):
+        return weights
+    common = next(step for step in steps if step is not None)
+    return [_multiple(weight, step, common) for weight, step in zip(weights, steps, strict=True)]
+
+
+def _multiple(weight: Weight, step: np.float32 | None, common: np.float32) -> Weight:
+    """A weight with a step as its scale; if nothing in it is nonzero, with the `common` one."""
+    if step is None:
+        nothing = not weight.nonzero.size and weight.kind == TensorProto.FLOAT
+        if not nothing or weight.scale is not None:
+            return weight
+        step = common
+    levels = np.rint(weight.array / step) + np.float32(0)  # no -0
+    return Weight(weight.name, weight.array, weight.kind, np.full(1, step), levels)
+
+
 def _notes_nbytes(tensor: TensorProto) -> int:
     """Bytes of what is said about a tensor, which a packed file keeps elsewhere."""
     noted = framed(len(tensor.doc_string.encode())) if tensor.doc_string else 0
@@ -288,7 +333,7 @@ def _obstacles(model: ModelProto) -> dict[str, str]:
             reasons[tensor.name] = "used by no node"
         elif tensor.data_type not in WORKING:
             reasons[tensor.name] = f"no codec stores {kind(tensor)}"
-        elif nbytes < WEIGHT_NBYTES:
+        elif nbytes < LEAST_NBYTES:
             reasons[tensor.name] = f"{nbytes} bytes are too few to gain from"
     return reasons
 

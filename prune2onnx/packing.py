@@ -41,6 +41,7 @@ class Wish:
         max_rel_error: lossy: largest relative error of each weight, or, with `data`, of outputs.
         data: where inputs come from, as for `load_data`; "random" for made-up ones.
         external: name of a data file for large weights.
+        anonymize: whether weights get the shortest names.
     """
 
     load: str = "small"
@@ -51,6 +52,7 @@ class Wish:
     max_rel_error: float | None = None
     data: str | None = None
     external: str | None = None
+    anonymize: bool = False
 
     @property
     def lossy(self) -> bool:
@@ -125,7 +127,7 @@ def pack_file(
 
         result, rows = to_sparse(model)
     else:
-        packed = pack(model, load=wish.load, quantized=quantized)
+        packed = pack(model, load=wish.load, quantized=quantized, anonymize=wish.anonymize)
         result, rows = packed.model, packed.rows
         if not is_packed(result):
             notes.append("nothing made it smaller; the file is written plain")

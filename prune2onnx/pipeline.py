@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,24 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from prune2onnx.budget import Search, Trial, goals
 from prune2onnx.callables import call_with, load_callable
 from prune2onnx.data import Data, collate, load_data
+from prune2onnx.deployment import Deployment
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
 from prune2onnx.exporter import export
 from prune2onnx.files import write_whole
-from prune2onnx.pack import pack
 from prune2onnx.recipe import Recipe, read_recipe, resolve
 from prune2onnx.report import Report
-from prune2onnx.train import Epoch, Step, check_output, fit, make_accelerator, with_epochs
+from prune2onnx.training import (
+    Epoch,
+    Fitted,
+    Step,
+    check_output,
+    fit,
+    make_accelerator,
+    with_epochs,
+)
 from prune2onnx.validate import validate
 
 RECIPE, DENSE, MODEL, REPORT = "recipe.yaml", "dense.onnx", "model.onnx", "report.json"
@@ -83,46 +93,130 @@ def compress(
         outdated = [directory / name for name in (DENSE, MODEL, REPORT)]
         if not resume:
             # the recipe first: a kill must leave no old checkpoint beside a new recipe
-            outdated = [directory / RECIPE, *checkpoints.glob("*.safetensors"), *outdated]
+            outdated = [directory / RECIPE, *checkpoints.rglob("*.safetensors"), *outdated]
         for path in outdated:
             path.unlink(missing_ok=True)
         write_whole(directory / RECIPE, recipe.to_yaml())
     accelerator.wait_for_everyone()
-    fitted = fit(
-        model,
-        data,
-        recipe,
-        accelerator=accelerator,
-        checkpoints=checkpoints,
-        resume=resume,
-        start=recipe.first_phase,
-        on_step=on_step,
-        on_epoch=on_epoch,
-    )
+    deployment = Deployment(data.input_shape, recipe.opset, anonymize=recipe.anonymize)
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = make_model(recipe.model_copy(update={"weights": recipe.teacher}), data)
+
+    def run(model: nn.Module, recipe: Recipe, folder: Path, start: str, stop: str) -> Fitted:
+        return fit(
+            model,
+            data,
+            recipe,
+            accelerator=accelerator,
+            checkpoints=folder,
+            resume=resume,
+            start=start,
+            stop=stop,
+            teacher=teacher,
+            deployment=deployment,
+            on_step=on_step,
+            on_epoch=on_epoch,
+        )
+
+    searching = recipe.max_drop is not None and not (recipe.target_size or recipe.target_density)
+    if searching and recipe.first_phase != "tune":
+        fitted = _search(model, recipe, checkpoints, run, deployment)
+    else:
+        fitted = run(model, recipe, checkpoints, recipe.first_phase, "share")
     if not accelerator.is_main_process:
         return None
 
-    dense = make_model(recipe, data)
-    dense.load_state_dict(fitted.dense)
+    dense = teacher or make_model(recipe, data)
+    if teacher is None:
+        dense.load_state_dict(fitted.dense)
     dense_graph = export(dense, data.input_shape, opset=recipe.opset)
     write_whole(directory / DENSE, dense_graph.SerializeToString())
-    packed = pack(export(fitted.model, data.input_shape, opset=recipe.opset))
+    packed = deployment.pack(fitted.model)
     write_whole(directory / MODEL, packed.model.SerializeToString())
 
     expected = _scores(fitted.model, data.test, recipe.batch_size)
-    left = sum(int(torch.count_nonzero(fitted.model.get_parameter(n))) for n in fitted.pruned)
-    size = sum(fitted.model.get_parameter(name).numel() for name in fitted.pruned)
+    density = fitted.density
     report = validate(
         directory / MODEL,
         directory / DENSE,
         batches=batches(data.test, recipe.batch_size),
         rows=packed.rows,
         expected=expected,
-        density=left / size,
+        density=density,
         seed=recipe.seed,
+    )
+    nbytes = packed.model.ByteSize()
+    drop = fitted.error - fitted.dense_error
+    report = replace(
+        report,
+        budget=goals(recipe, nbytes=nbytes, density=density, drop=drop),
+        validation={"dense_error": fitted.dense_error, "error": fitted.error},
     )
     write_whole(directory / REPORT, report.to_json())
     return report
+
+
+def _search(
+    model: nn.Module,
+    recipe: Recipe,
+    checkpoints: Path,
+    run: Callable[[nn.Module, Recipe, Path, str, str], Fitted],
+    deployment: Deployment,
+) -> Fitted:
+    """The smallest network within the allowed drop: prunings of the same dense one, by turns."""
+    assert recipe.max_drop is not None
+    if recipe.first_phase == "dense":
+        model = run(model, recipe, checkpoints, "dense", "dense").model
+    search = Search(recipe.max_drop, recipe.goal, recipe.trials)
+    best: Fitted | None = None
+    while (density := search.next()) is not None:
+        wish = recipe.model_copy(update={"target_density": density})
+        folder = checkpoints / f"trial-{1 + len(search.trials)}"
+        fitted = run(copy.deepcopy(model), wish, folder, "prune", "share")
+        nbytes = deployment.nbytes(fitted.model)
+        drop = fitted.error - fitted.dense_error
+        search.trials.append(Trial(density, drop, nbytes))
+        if search.best == len(search.trials) - 1:
+            best = fitted
+    assert best is not None  # there is at least one trial
+    return best
+
+
+def train_dense(
+    recipe: Recipe,
+    directory: str | Path,
+    *,
+    cpu: bool = False,
+    on_step: Callable[[Step], None] = lambda _: None,
+    on_epoch: Callable[[Epoch], None] = lambda _: None,
+) -> Path:
+    """The dense phase alone, or what is left of it: where several prunings can start.
+
+    Args:
+        recipe: the settings.
+        directory: checkpoints are kept there, and looked for.
+        cpu: do not use a GPU.
+        on_step: told every few steps.
+        on_epoch: told after each epoch.
+
+    Returns:
+        The file of weights, a `Recipe.weights`.
+    """
+    directory = Path(directory)
+    data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
+    fit(
+        make_model(recipe, data),
+        data,
+        recipe,
+        accelerator=make_accelerator(recipe, cpu=cpu),
+        checkpoints=directory,
+        resume=True,
+        stop="dense",
+        on_step=on_step,
+        on_epoch=on_epoch,
+    )
+    return directory / "dense.safetensors"
 
 
 def recipe_of(directory: str | Path) -> Recipe:

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 
 from prune2onnx.errors import Prune2OnnxError
 
+_LEAST_STEP = np.float32(1e-30)
+"""Smaller values are left alone: their quotients may be denormal, which some runtimes flush."""
+
 MOST_STEPS = 127
 """Largest multiple of a step: a codebook of 255 levels and the zero is what a byte can count."""
 
@@ -106,6 +109,33 @@ def share_values(
     middles = (codebook[1:].astype(np.float64) + codebook[:-1]) / 2
     codes[member] = 1 + np.searchsorted(middles, flat[member])
     return Quantized(codes.reshape(w.shape), codebook)
+
+
+def step_of(values: NDArray[np.float32]) -> np.float32 | None:
+    """The largest step s of which all values are multiples: value = k * s, rounded once.
+
+    Args:
+        values: float32, few and none zero: a codebook.
+
+    Returns:
+        A step with |k| <= 127; None where there is none, or nothing to tell it by.
+
+    >>> step_of(np.float32([0.75, -0.5])), step_of(np.float32([0.75, 0.001]))
+    (np.float32(0.25), None)
+    """
+    magnitudes = np.unique(np.abs(values))
+    if not magnitudes.size or not np.isfinite(magnitudes).all() or magnitudes[0] < _LEAST_STEP:
+        return None
+    near = magnitudes[-1] / np.arange(1, MOST_STEPS + 1, dtype=np.float32)
+    # The largest value was rounded, and so is the quotient: the step is this one or a neighbour.
+    steps = np.stack(
+        [near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf))]
+    )
+    steps = steps.T.reshape(-1, 1)
+    with np.errstate(over="ignore"):
+        equal = np.rint(magnitudes / steps) * steps == magnitudes
+    found = np.flatnonzero(equal.all(axis=1))
+    return steps[found[0], 0] if found.size else None
 
 
 def to_half(w: NDArray[np.floating]) -> NDArray[np.floating] | None:

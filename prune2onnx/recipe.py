@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from prune2onnx.errors import RecipeError
+
+GOAL = 0.07
+"""Density of the pruned weights where no budget is given."""
 
 
 class _Section(BaseModel):
@@ -29,6 +32,7 @@ class Dense(_Section):
         None, ge=1, description="epochs of dense training; default: 1,500 steps, at least 5 epochs"
     )
     lr: float = Field(2e-3, gt=0, description="peak learning rate (Adam)")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
 
 
 class Prune(_Section):
@@ -40,10 +44,11 @@ class Prune(_Section):
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the weights (Adam)")
     threshold_lr: float = Field(1e-2, gt=0, description="peak learning rate of the thresholds")
     pressure: float = Field(
-        5.0, ge=0, description="lambda: loss added per unit of (weighted) density, 0-1"
+        2.0, ge=0, description="first lambda: loss added per unit of (weighted) density, 0-1"
     )
-    ramp: float = Field(0.3, ge=0, le=1, description="part of the phase over which lambda grows")
-    density: float = Field(0.07, gt=0, le=1, description="density (0-1) at which the pressure ends")
+    ramp: float = Field(
+        0.75, ge=0, le=1, description="part of the phase over which the density falls to its goal"
+    )
     function: Literal["threshold-linear", "soft-threshold", "sigmoid-gate"] = Field(
         "threshold-linear", description="pruning function"
     )
@@ -53,8 +58,12 @@ class Prune(_Section):
     thresholds: Literal["layer", "channel"] = Field("layer", description="one threshold per ...")
     beta: float = Field(10.0, gt=0, description="sharpness, in 1 / rms of the weight")
     start: float = Field(0.05, gt=0, description="first threshold, in rms of the weight")
+    weigh: Literal["bytes", "count"] = Field(
+        "bytes",
+        description="what a survivor counts in the penalty: what it takes in the file, or 1",
+    )
     balance: float = Field(
-        0.5, ge=0, description="press a layer by (size / largest size) ** balance"
+        0.0, ge=0, description="press a layer by (size / largest size) ** balance"
     )
     importance: dict[str, float] = Field(
         default_factory=dict, description="further factor on the pressure, by name pattern"
@@ -74,17 +83,30 @@ class Tune(_Section):
 
 
 class Share(_Section):
-    """Phase 4: surviving values are shared, and the shared values fine-tuned."""
+    """Phase 4: surviving values become few levels, and are trained on as such."""
 
     epochs: int | None = Field(
-        None, ge=1, description="epochs of codebook tuning; default: 800 steps, at least 2 epochs"
+        None, ge=1, description="epochs on levels; default: 800 steps, at least 2 epochs"
     )
-    lr: float = Field(3e-4, gt=0, description="peak learning rate (Adam)")
-    levels: int = Field(32, ge=2, le=256, description="values a weight's survivors share")
-    small_levels: int = Field(16, ge=2, le=256, description="values a bias shares")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate (Adam)")
+    scale_lr: float = Field(1e-3, gt=0, description="peak learning rate of the levels' scales")
+    levels: int = Field(
+        7, ge=1, le=127, description="largest level of a weight: it is -k ... k times one scale"
+    )
+    step: Literal["weight", "network"] = Field(
+        "weight", description="one scale for each weight and bias, or one for all: fewer bytes"
+    )
+    small_levels: int = Field(15, ge=1, le=127, description="largest level of a bias")
     slack: float = Field(
         0.05, ge=0, description="validation error (points) that coarser biases may cost"
     )
+
+
+class Augment(_Section):
+    """What is done to training images, in every phase."""
+
+    shift: int = Field(0, ge=0, description="pixels by which images are moved at random, at most")
+    flip: bool = Field(False, description="mirror half of the images, left to right")
 
 
 class Recipe(_Section):
@@ -107,12 +129,38 @@ class Recipe(_Section):
         "default: prune with weights, else dense",
     )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, order and split")
+    target_size: ByteSize | None = Field(
+        None, gt=0, description="budget: bytes of the whole file, such as 12KB; never exceeded"
+    )
+    target_density: float | None = Field(
+        None, gt=0, le=1, description="budget: surviving part of the pruned weights, 0-1"
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        description="budget: points of validation error that may be added; alone: the "
+        "smallest file within it is searched for",
+    )
+    trials: int = Field(6, ge=1, description="prunings that a search for max_drop may take")
+    distill: float = Field(
+        0.0, ge=0, le=1, description="how much the dense network's answers count beside the labels"
+    )
+    temperature: float = Field(2.0, gt=0, description="of those answers, when they are compared")
+    anonymize: bool = Field(
+        False,
+        description="give weights the shortest names; inputs and outputs keep theirs",
+    )
+    teacher: str | None = Field(
+        None,
+        description="weights of the network to learn from; default: the network before pruning",
+    )
     batch_size: int = Field(64, ge=1, description="examples per step, over all processes")
     validation: float = Field(
         0.1, gt=0, lt=1, description="part of the training set held out for choices"
     )
     precision: Literal["no", "fp16", "bf16"] = Field("no", description="mixed precision")
     opset: int = Field(18, ge=18, description="ONNX operator set of the result")
+    augment: Augment = Augment()
     dense: Dense = Dense()
     prune: Prune = Prune()
     tune: Tune = Tune()
@@ -122,6 +170,11 @@ class Recipe(_Section):
     def first_phase(self) -> str:
         """Where training starts."""
         return self.start or ("prune" if self.weights else "dense")
+
+    @property
+    def goal(self) -> float:
+        """Density at which pruning aims where no size is asked for."""
+        return self.target_density or GOAL
 
     @model_validator(mode="after")
     def _starts_with_weights(self) -> Self:

@@ -121,6 +121,42 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """A budget and what became of it.
+
+    Attributes:
+        what: "size" in bytes, "density" of the pruned weights, 0-1, or "drop" in points of
+            validation error.
+        limit: what was asked for.
+        reached: what came out.
+    """
+
+    what: str
+    limit: float
+    reached: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the limit was kept; a density to one part in a thousand."""
+        return self.reached <= self.limit * (1.001 if self.what == "density" else 1)
+
+    def __str__(self) -> str:
+        """In words: 'size 11,980 B of 12,000 B'."""
+        reached, limit = self._shown(self.reached), self._shown(self.limit)
+        verdict = "met" if self.met else f"missed by {self._shown(self.reached - self.limit)}"
+        return f"{self.what} {reached} of {limit} ({verdict})"
+
+    def _shown(self, value: float) -> str:
+        if self.what == "size":
+            return f"{value:,.0f} bytes"
+        return f"{100 * value:.3g} %" if self.what == "density" else f"{value:.3g} points"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The goal as it stands in report.json."""
+        return asdict(self) | {"met": self.met}
+
+
+@dataclass(frozen=True)
 class Report:
     """A packed file beside its dense reference; `to_json` gives report.json (schema 1).
 
@@ -136,6 +172,9 @@ class Report:
         density: nonzeros over elements of the pruned weights, 0-1.
         weights: one row per initializer.
         skipped: why the network was not run, only its decoder; "" where it was.
+        budget: what was asked for, and what became of it.
+        validation: "dense_error" and "error", percent of the validation split, on which all
+            choices were made; None where nothing was chosen.
     """
 
     version: str
@@ -148,6 +187,13 @@ class Report:
     density: float
     weights: tuple[WeightRow, ...]
     skipped: str = ""
+    budget: tuple[Goal, ...] = ()
+    validation: dict[str, float] | None = None
+
+    @property
+    def missed(self) -> tuple[Goal, ...]:
+        """The budgets that were not kept."""
+        return tuple(goal for goal in self.budget if not goal.met)
 
     @property
     def ratio(self) -> float:
@@ -176,6 +222,8 @@ class Report:
             "folded": self.folded,
             "max_abs_diff": self.max_abs_diff,
             "skipped": self.skipped,
+            "budget": [goal.to_dict() for goal in self.budget],
+            "validation": self.validation,
             "weights": [row.to_dict() for row in self.weights],
         }
 
@@ -201,13 +249,17 @@ class Report:
             for name in ("p50", "p95"):
                 x, y = a.latency_ms[name], b.latency_ms[name]
                 table.add_row(f"latency {name}", f"{x:.3f} ms", f"{y:.3f} ms", f"{y / x:.2f}x")
+        if self.validation is not None:
+            c, d = self.validation["dense_error"], self.validation["error"]
+            table.add_row("validation error", f"{c:.2f} %", f"{d:.2f} %", f"{d - c:+.2f}")
         folded = "folded away on load" if self.folded else "NOT folded: decoded at every run"
         table.add_row("density", "100 %", f"{100 * self.density:.2f} %", "")
         if self.max_abs_diff is None:
             told = f"the network was not run: {self.skipped}"
         else:
             told = f"outputs within {self.max_abs_diff:.1e} of the reference's"
-        table.caption = f"decoders {folded}; {told}"
+        asked = "".join(f"\n{goal}" for goal in self.budget)
+        table.caption = f"decoders {folded}; {told}{asked}"
         return table
 
 

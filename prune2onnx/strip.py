@@ -2,21 +2,34 @@
 
 1. Notes: doc strings, metadata, the producer, names of nodes, inferred types of inner values.
 2. Attributes that say what holds without them, and weights that nothing uses.
-3. Long names of inner values. Weights, inputs and outputs keep theirs: others know them.
+3. Shapes that are stored to flatten a value: Flatten needs none.
+4. Long names of inner values. Inputs and outputs keep theirs, for others know them; so do weights,
+   unless `anonymous` is asked for.
 
 The graph computes what it did before; values of weights are not looked at.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
 from prune2onnx.codecs import DOMAIN
-from prune2onnx.graphs import DEFAULT_DOMAINS, Names, bodies, keep, nodes_in, opset, rename, used_in
+from prune2onnx.graphs import (
+    DEFAULT_DOMAINS,
+    Names,
+    bodies,
+    keep,
+    nodes_in,
+    opset,
+    rename,
+    used_in,
+    without_weights,
+)
 
 _MODEL_NOTES = ("producer_name", "producer_version", "doc_string", "domain", "model_version")
 
@@ -62,9 +75,32 @@ def strip(model: ModelProto) -> ModelProto:
     version = opset(result.opset_import) or 0
     for node in nodes_in(result.graph.node):
         _attributes(node, version)
+    _flatten(result)
     _unused(result.graph)
     _names(result)
     return result
+
+
+def anonymous(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
+    """A copy with the shortest names for its initializers, and old name -> new name.
+
+    Those that callers know, as inputs or outputs of the graph, keep their names; all do where
+    something is stored for training, which calls them by name.
+
+    Args:
+        model: any; not modified.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    known = {value.name for value in (*graph.input, *graph.output)}
+    names = Names(result)
+    renamed: dict[str, str] = {}
+    for tensor in () if result.training_info else graph.initializer:
+        if tensor.name not in known:
+            renamed[tensor.name] = tensor.name = names.shortest()
+    rename(graph, renamed)
+    return result, renamed
 
 
 def _notes(graph: GraphProto) -> None:
@@ -77,6 +113,31 @@ def _notes(graph: GraphProto) -> None:
         node.ClearField("name")
         for body in bodies(node):
             _notes(body)
+
+
+def _flatten(model: ModelProto) -> None:
+    """Reshapes to [-1, n] that only join all axes but the first become Flatten."""
+    shapes = {t.name: t for t in model.graph.initializer if list(t.dims) == [2]}
+    found = [
+        node
+        for node in model.graph.node
+        if node.op_type == "Reshape" and node.domain in DEFAULT_DOMAINS and node.input[1] in shapes
+    ]
+    if not found:
+        return
+    known = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    extents = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*known.value_info, *known.input)
+        if value.type.tensor_type.HasField("shape")
+    }
+    for node in found:
+        inner = extents.get(node.input[0], [])[1:]
+        shape = numpy_helper.to_array(shapes[node.input[1]]).tolist()
+        # An extent that is not known is 0.
+        if shape == [-1, math.prod(inner)] and min(inner, default=0) > 0:
+            node.op_type = "Flatten"
+            del node.input[1], node.attribute[:]
 
 
 def _unused(graph: GraphProto) -> None:

@@ -67,5 +67,10 @@ def tiny_conv() -> nn.Sequential:
 def tiny_recipe(**overrides: object) -> Recipe:
     """Two or three epochs a phase."""
     epochs = {"dense.epochs": 3, "prune.epochs": 3, "tune.epochs": 2, "share.epochs": 2}
-    settings = {"model": "unused:unused", "batch_size": 40, "prune.density": 0.2, "share.levels": 8}
+    settings = {
+        "model": "unused:unused",
+        "batch_size": 40,
+        "target_density": 0.2,
+        "share.levels": 8,
+    }
     return resolve({}, {**settings, **epochs, "prune.threshold_lr": 0.3, **overrides})

@@ -65,7 +65,7 @@ def weight(name: str, dtype: Any, shape: tuple[int, ...], density: float, levels
     return Weight(name, array, helper.np_dtype_to_tensor_dtype(array.dtype))
 
 
-def packed(weights: list[Weight], method: Method, coded: bool = True) -> ModelProto:
+def packed(weights: list[Weight], method: Method, coder: str = "huffman") -> ModelProto:
     """A model of nothing but these weights, written by one method, whether or not that pays."""
     graph = helper.make_graph([], "g", [], [])
     for one in weights:
@@ -75,7 +75,7 @@ def packed(weights: list[Weight], method: Method, coded: bool = True) -> ModelPr
         graph.output.append(value)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     methods = {one.name: method for one in weights}
-    bundle = encode(weights, methods, 17, coded=coded)
+    bundle = encode(weights, methods, 17, coder=coder)
     return _written(model, Plan(bundle, methods, {}))[0]
 
 
@@ -88,17 +88,17 @@ def seeds() -> Iterator[tuple[str, ModelProto]]:
     """Honest packed files: name, model."""
     kinds = (np.float32, np.float16, np.float64, np.int8, np.uint8)
     kinds += (ml_dtypes.bfloat16, ml_dtypes.int4, ml_dtypes.uint4)
-    for dtype, (density, levels), coded in itertools.product(
-        kinds, ((1.0, 0), (1.0, 12), (0.1, 5)), (True, False)
+    for dtype, (density, levels), coder in itertools.product(
+        kinds, ((1.0, 0), (1.0, 12), (0.1, 5)), ("huffman", "rice", "none")
     ):
         weights = [
             weight("a", dtype, (12, 10), density, levels),
             weight("bb", dtype, (7, 10), density, levels),
         ]
-        fitting = [estimates(one, coded=coded) for one in weights]
+        fitting = [estimates(one, coder=coder) for one in weights]
         for method in fitting[0].keys() & fitting[1].keys():
-            name = f"{np.dtype(dtype).name}-{density}-{levels}-{method.name}-{coded}"
-            yield name, packed(weights, method, coded)
+            name = f"{np.dtype(dtype).name}-{density}-{levels}-{method.name}-{coder}"
+            yield name, packed(weights, method, coder)
     jump_bits, huffman.JUMP_BITS = huffman.JUMP_BITS, 0  # the coder for long streams
     try:
         weights = [weight("a", np.float32, (12, 10), 0.2, 9)]

@@ -91,6 +91,8 @@ def test_pack_has_options_for_what_a_file_is_for(tmp_path):
         back = load(tmp_path / "back.onnx")
         assert networks.weights(back) == networks.weights(networks.mlp())
     run("pack", source, tmp_path / "e.onnx", "--load", "slow", status=2)
+    run("pack", source, tmp_path / "f.onnx", "--anonymize")
+    assert sizes(tmp_path / "f.onnx") < sizes(small)
 
 
 def test_pack_loses_what_it_is_told_to(tmp_path):
@@ -193,23 +195,31 @@ def test_compress_tells_people_on_stderr_and_programs_on_stdout(finished):
     assert json.loads(result.stdout) == json.loads((folder / "report.json").read_text())
     for part in ("validation error", "fc1.weight", "smaller", "folded away on load", "model.onnx"):
         assert part in result.stderr
-    assert "the density came down to" in result.stderr  # two epochs of pruning do not reach 7 %
     data = run("validate", folder / "model.onnx", "--data", "digits", "--json")
     assert json.loads(data.stdout)["compressed"]["error"] is not None
     result = run("compress", LENET, "-o", folder, *EPOCHS, status=2)
     assert "holds a run already" in result.stderr
 
 
+def test_a_missed_budget_has_status_3_and_leaves_the_file(tmp_path):
+    folder = tmp_path / "run"
+    result = run("compress", LENET, "-o", folder, "--target-size=300", *EPOCHS, "--cpu", status=3)
+    last = result.stderr.splitlines()[-1]
+    assert "of 300 bytes (missed by" in last and "ask for less" in last
+    report = json.loads((folder / "report.json").read_text())
+    assert report["budget"][0]["met"] is False and (folder / "model.onnx").exists()
+
+
 def test_flags_override_the_recipe(tmp_path):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"model: {LENET}\nprune: {{density: 0.2}}\nshare: {{levels: 300}}\n")
+    recipe.write_text(f"model: {LENET}\nprune: {{ramp: 0.2}}\nshare: {{levels: 300}}\n")
     says = run("compress", "--recipe", recipe, "-o", tmp_path / "x", status=2).stderr
     assert "share.levels is 300" in says and not (tmp_path / "x").exists()
     importance = ["--prune-importance", "fc1=2", "--prune-importance", "fc2*=0.5"]
     run("compress", "--recipe", recipe, "-o", tmp_path / "y", "--share-levels=4", *importance,
         "--cpu", *EPOCHS)  # fmt: skip
     text = (tmp_path / "y" / "recipe.yaml").read_text()
-    for part in ("density: 0.2", "levels: 4", "fc1: 2.0", "fc2*: 0.5"):
+    for part in ("ramp: 0.2", "levels: 4", "fc1: 2.0", "fc2*: 0.5"):
         assert part in text
 
 
@@ -320,9 +330,9 @@ def test_files_that_are_no_onnx_are_named(dense, tmp_path):
 
 def test_wrong_usage_has_status_2(tmp_path):
     recipe = tmp_path / "r.yaml"
-    recipe.write_text(f"model: {LENET}\nprune: {{densty: 0.2}}\n")
+    recipe.write_text(f"model: {LENET}\nprune: {{rmap: 0.2}}\n")
     said = refused("compress", "--recipe", recipe, "-o", tmp_path / "x", status=2)
-    assert "unknown key 'prune.densty'; did you mean 'prune.density'?" in said
+    assert "unknown key 'prune.rmap'; did you mean 'prune.ramp'?" in said
     assert "digits" in refused("compress", LENET, "--data", "digit", "-o", tmp_path, status=2)
     assert "Missing argument 'MODEL'" in run("compress", "-o", tmp_path, status=2).stderr
     assert "Missing option '-o'" in run("compress", LENET, status=2).stderr
@@ -380,7 +390,7 @@ def test_a_runtime_that_does_not_fold_has_status_4(dense, tmp_path, monkeypatch)
     packed = tmp_path / "packed.onnx"
     run("pack", dense, packed)
     room = importlib.import_module("prune2onnx.validate")
-    monkeypatch.setattr(room, "folds", lambda model: False)
+    monkeypatch.setattr(room, "folds", lambda *_: False)
     assert "does not fold the decoders" in run("validate", packed, status=4).stderr
 
 

@@ -31,12 +31,15 @@ from prune2onnx.codecs import (
     framed,
     huffman,
     plan,
+    rice,
     streams,
 )
-from prune2onnx.codecs.groups import FILLED_GAPS, LEVELS, gaps_of, level_codes, masks_of
+from prune2onnx.codecs.function import Body
+from prune2onnx.codecs.groups import FILLED_GAPS, gaps_of, masks_of
 from prune2onnx.codecs.plan import CODER_NBYTES, estimates, refusal
 from prune2onnx.codecs.planes import planes_of
 from prune2onnx.codecs.streams import SEGMENT_NBYTES, partition
+from prune2onnx.codecs.values import LEVELS, level_codes
 from prune2onnx.codecs.weight import MAX_LEVELS, bits_of, entropy_bits, narrowest, shared
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.tensors import WEIGHT_NBYTES
@@ -55,7 +58,8 @@ BY_NAME = {method.name: method for method in METHODS}
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 each_kind = pytest.mark.parametrize("kind", KINDS)
-either_way = pytest.mark.parametrize("coded", [True, False], ids=["coded", "plain"])
+CODERS = ("huffman", "rice", "none")
+each_coder = pytest.mark.parametrize("coder", CODERS)
 
 
 each_op = pytest.mark.parametrize("op", huffman.LANES)
@@ -175,16 +179,16 @@ def cases(kind: str) -> dict[str, Weight]:
 
 
 @functools.cache
-def fitting(kind: str, coded: bool) -> dict[str, dict[Method, float]]:
+def fitting(kind: str, coder: str) -> dict[str, dict[Method, float]]:
     """Case -> the methods that take it, and the bytes they are said to take."""
     return {
-        name: {} if refusal(weight) else estimates(weight, coded=coded)
+        name: {} if refusal(weight) else estimates(weight, coder=coder)
         for name, weight in cases(kind).items()
     }
 
 
-def taken(kind: str, method: Method, coded: bool) -> list[Weight]:
-    return [cases(kind)[name] for name, fit in fitting(kind, coded).items() if method in fit]
+def taken(kind: str, method: Method, coder: str) -> list[Weight]:
+    return [cases(kind)[name] for name, fit in fitting(kind, coder).items() if method in fit]
 
 
 SCALES = {
@@ -251,32 +255,32 @@ def assert_same(found: dict[str, np.ndarray], weights: list[Weight]) -> None:
         assert got.tobytes() == want.tobytes(), weight.name
 
 
-def written(weights: list[Weight], method, coded: bool = True, opset: int = 21) -> Bundle:
-    return encode(weights, {w.name: method for w in weights}, opset, coded=coded)
+def written(weights: list[Weight], method, coder: str = "huffman", opset: int = 21) -> Bundle:
+    return encode(weights, {w.name: method for w in weights}, opset, coder=coder)
 
 
-@either_way
+@each_coder
 @each_kind
 @each_method
-def test_what_is_written_comes_back(method, kind, coded):
-    weights = taken(kind, method, coded)
+def test_what_is_written_comes_back(method, kind, coder):
+    weights = taken(kind, method, coder)
     for index, weight in enumerate(weights):  # each in a group of its own
-        made = written([weight], method, coded)
+        made = written([weight], method, coder)
         assert_same(in_numpy(made), [weight])
         if weight.array.size < 10_000 and (kind == "float32" or index % 4 == 0):
             assert_same(folded(made, [weight]), [weight])
     if not weights:
         assert method.values in ("planes", "levels")
         return
-    together = written(weights, method, coded)
+    together = written(weights, method, coder)
     assert_same(in_numpy(together), weights)
     assert_same(folded(together, weights), weights)
     onnx.checker.check_model(model_of(together, weights), full_check=True)
 
 
 def test_which_method_takes_which_weight():
-    def who(kind: str, name: str, coded: bool = True) -> set[str]:
-        return {method.name for method in estimates(cases(kind)[name], coded=coded)}
+    def who(kind: str, name: str, coder: str = "huffman") -> set[str]:
+        return {method.name for method in estimates(cases(kind)[name], coder=coder)}
 
     planes = {"planes", "gap-planes", "mask-planes"}
     assert who("float32", "15 levels") == set(BY_NAME) - planes
@@ -290,7 +294,7 @@ def test_which_method_takes_which_weight():
     assert who("float32", "denormals") >= {"planes"} <= who("float16", "full precision")
     assert not planes & (who("float32", "infinities") | who("float32", "NaN"))
     # Exponents without an entropy code would only be moved about.
-    assert not planes & who("float32", "full precision", coded=False)
+    assert not planes & who("float32", "full precision", coder="none")
     assert not planes & who("float64", "full precision")
     # Bytes are looked up as they are: a table of all 256 would say nothing.
     assert who("int8", "256 levels") >= {"gap-raw", "levels", "mask-levels"}
@@ -320,21 +324,21 @@ def test_a_weight_that_onnxruntime_would_not_fold_stays_dense(monkeypatch):
     assert "12,000 bytes are more than onnxruntime folds (1,000)" in refusal(weight)
 
 
-@either_way
+@each_coder
 @pytest.mark.parametrize("opset", [13, 14, 16, 18, 21, 23])
-def test_the_functions_mean_the_same_in_every_opset(opset, coded):
+def test_the_functions_mean_the_same_in_every_opset(opset, coder):
     weights, methods = [], {}
     for kind in KINDS if opset >= 21 else [kind for kind in KINDS if "int4" not in kind]:
         known = cases(kind)
         for name, method in itertools.product(("15 levels", "full precision", "2:4"), METHODS):
-            if name in known and method in estimates(known[name], coded=coded):
+            if name in known and method in estimates(known[name], coder=coder):
                 moved = np.roll(known[name].array, len(weights))
                 weights.append(Weight(f"{kind} {name} {method.name}", moved, known[name].kind))
                 methods[weights[-1].name] = method
     weights += [scaled(name, scale, levels(9, 600, 0.4).reshape(20, 30))
                 for name, scale in SCALES.items()]  # fmt: skip
     methods |= dict.fromkeys(SCALES, BY_NAME["gap-levels"])
-    made = encode(weights, methods, opset, coded=coded)
+    made = encode(weights, methods, opset, coder=coder)
     for function in made.functions:
         assert [e.version for e in function.opset_import if not e.domain] == [opset]
     onnx.checker.check_model(model_of(made, weights, opset), full_check=True)
@@ -342,20 +346,20 @@ def test_the_functions_mean_the_same_in_every_opset(opset, coded):
     assert_same(folded(made, weights, opset), weights)
 
 
-@either_way
+@each_coder
 @pytest.mark.parametrize("method", ["levels", "gap-levels", "mask-levels", "codebook", "raw"])
-def test_scales_multiply_the_levels(method, coded):
+def test_scales_multiply_the_levels(method, coder):
     dense = levels(9, 600, 0.4).reshape(20, 30)
     weights = [scaled(name, scale, dense) for name, scale in SCALES.items()]
     weights.append(scaled("narrow", SCALES["rows"], levels(5, 20, 0.5).reshape(20, 1)))
     weights.append(scaled("vector", np.float32([0.1, 0.2] * 10), levels(5, 20, 0.5)))
     if method == "codebook":
         weights.append(scaled("deep", SCALES["rows"].reshape(20, 1, 1), dense.reshape(20, 6, 5)))
-    every = written(weights, BY_NAME[method], coded)
+    every = written(weights, BY_NAME[method], coder)
     assert_same(in_numpy(every), weights)
     assert_same(folded(every, weights), weights)
     for weight in weights:
-        alone = written([weight], BY_NAME[method], coded)
+        alone = written([weight], BY_NAME[method], coder)
         assert_same(in_numpy(alone), [weight])
         assert_same(folded(alone, [weight]), [weight])
 
@@ -412,8 +416,8 @@ def test_equal_weights_are_stored_once():
 
 def test_a_bundle_counts_all_its_bytes():
     for weights in (
-        taken("float32", BY_NAME["gap-codebook"], True),
-        taken("int8", BY_NAME["raw"], True),
+        taken("float32", BY_NAME["gap-codebook"], "huffman"),
+        taken("int8", BY_NAME["raw"], "huffman"),
         [cases("float16")["full precision"]],
     ):
         made = written(weights, BY_NAME["raw"])
@@ -458,10 +462,66 @@ def test_the_functions_stay_small():
                 sum(framed(f.ByteSize(), tag=2) for f in huffman.functions(op, opset, limit))
                 for op in huffman.LANES
             )
-            assert 0.9 * CODER_NBYTES < jumps < 1.1 * CODER_NBYTES
+            assert 0.9 * CODER_NBYTES["huffman"] < jumps < 1.1 * CODER_NBYTES["huffman"]
             assert steps < 2 * jumps  # and stands in files of 100 kB or more
     made = written([cases("float32")["15 levels"]], BY_NAME["gap-codebook"])
     assert made.functions[-1].ByteSize() < 1000
+
+
+# --- Rice codes ------------------------------------------------------------------------------
+
+
+def rice_decoded(runs: list[rice.Run]) -> list[np.ndarray]:
+    """What the nodes for these sequences make of their stream."""
+    body = Body("w", once=True)
+    rice.write(body, runs)
+    function = body.function(*(run.name for run in runs), opset=13)
+    call = helper.make_node("w", [], [run.name for run in runs], domain=DOMAIN)
+    streams = [numpy_helper.to_array(tensor) for tensor in body.given]
+    return evaluate.evaluate(call, streams, {"w": function}, Budget(1 << 30, 1 << 20))
+
+
+@given(
+    rising=st.lists(st.sets(st.integers(0, 5000), min_size=1, max_size=60), max_size=2),
+    symbols=st.lists(
+        st.tuples(st.lists(st.integers(0, 300), min_size=1, max_size=60), st.integers(0, 9)),
+        max_size=3,
+    ),
+)
+@settings(deadline=None, max_examples=100)
+def test_any_sequences_survive_rice(rising, symbols):
+    runs = [rice.Run(f"x{n}", np.array(sorted(each)), rising=True) for n, each in enumerate(rising)]
+    runs += [rice.Run(f"s{n}", np.array(each), base=base) for n, (each, base) in enumerate(symbols)]
+    if runs:
+        for run, got in zip(runs, rice_decoded(runs), strict=True):
+            want = run.integers if run.rising else run.integers + 1 + run.base
+            assert got.tolist() == want.tolist()
+
+
+def test_the_rice_code_of_the_format_page(monkeypatch):
+    monkeypatch.setattr(rice, "_NODES_BITS", 0)
+    runs = [rice.Run("x", np.array([5, 30]), rising=True), rice.Run("s", np.array([0, 2]))]
+    assert [run.code for run in runs] == [rice.Code(3), rice.Code(0)]
+    stream = [f"{byte:08b}" for byte in rice.encode(runs).ravel()]
+    assert "".join(stream) == "011111" + "010001" + "1001"
+    assert [got.tolist() for got in rice_decoded(runs)] == [[5, 30], [1, 3]]
+
+
+def test_rice_codes_are_near_the_entropy_of_random_positions():
+    rng = np.random.default_rng(0)
+    for density in (0.3, 0.1, 0.03, 0.003):
+        places = np.flatnonzero(rng.random(200_000) < density)
+        entropy = entropy_bits(np.array([places.size, 200_000 - places.size]))
+        run = rice.Run("x", places, rising=True)
+        assert entropy < 1.01 * run.bits < 1.07 * entropy
+
+
+def test_a_rice_code_is_chosen_with_its_nodes():
+    assert rice.code_of(np.array([9000, 10]))[0] == rice.Code(0)
+    assert rice.code_of(np.full(15, 100_000))[0] == rice.Code(4, flat=True)
+    # Remainders of seven bits would be a few bytes shorter, but take more nodes.
+    assert rice.rising_code(np.cumsum(np.full(300, 100))) == rice.Code(8)
+    assert rice.rising_code(np.cumsum(np.full(30_000, 100))) == rice.Code(6)
 
 
 # --- properties ------------------------------------------------------------------------------
@@ -491,28 +551,28 @@ def any_weight(draw, kinds=tuple(KINDS), name="w"):
     return Weight(name, array[: array.size // columns * columns].reshape(-1, columns), number)
 
 
-@given(weight=any_weight(), coded=st.booleans())
+@given(weight=any_weight(), coder=st.sampled_from(CODERS))
 @settings(deadline=None, max_examples=100)
-def test_any_weight_survives_numpy_in_every_method_that_takes_it(weight, coded):
+def test_any_weight_survives_numpy_in_every_method_that_takes_it(weight, coder):
     if refusal(weight):
         return
-    for method in estimates(weight, coded=coded):
-        assert_same(in_numpy(written([weight], method, coded)), [weight])
+    for method in estimates(weight, coder=coder):
+        assert_same(in_numpy(written([weight], method, coder)), [weight])
 
 
 @given(st.data())
 @settings(deadline=None, max_examples=25)
 def test_any_weights_survive_onnxruntime_together(data):
     weights, methods = [], {}
-    coded = data.draw(st.booleans())
+    coder = data.draw(st.sampled_from(CODERS))
     for index in range(data.draw(st.integers(1, 6))):
         weight = data.draw(any_weight(name=f"w{index}"))
         if not refusal(weight):
             weights.append(weight)
-            fit = list(estimates(weight, coded=coded))
+            fit = list(estimates(weight, coder=coder))
             methods[weight.name] = data.draw(st.sampled_from(fit))
     if weights:
-        made = encode(weights, methods, 21, coded=coded)
+        made = encode(weights, methods, 21, coder=coder)
         assert_same(in_numpy(made), weights)
         assert_same(folded(made, weights), weights)
 
@@ -802,7 +862,7 @@ def test_whole_bundles_decode_alike_node_by_node(op, monkeypatch):
     monkeypatch.setattr(huffman, "JUMP_BITS", 1 << 20 if op == "m" else 0)
     weights, methods = [], {}
     for kind, method in itertools.product(("float32", "int8"), METHODS):
-        fit = taken(kind, method, True)
+        fit = taken(kind, method, "huffman")
         for weight in [w for w in fit if w.array.size < 10_000][::4]:
             name = f"{kind} {method.name} {weight.name}"
             weights.append(Weight(name, np.roll(weight.array, len(weights)), weight.kind))
@@ -856,13 +916,13 @@ def test_no_partition_takes_fewer_bytes(table):
     assert nbytes(found) == pytest.approx(min(trials))
 
 
-@either_way
+@each_coder
 @each_kind
-def test_estimates_are_close_to_what_is_written(kind, coded):
+def test_estimates_are_close_to_what_is_written(kind, coder):
     """Of what a weight adds to a group and family that are there anyway."""
 
     def nbytes(weights: list[Weight], method) -> int:
-        made = written(weights, method, coded)
+        made = written(weights, method, coder)
         return made.nbytes - sum(framed(f.ByteSize(), tag=2) for f in made.functions[:-1])
 
     for weight in cases(kind).values():
@@ -873,8 +933,8 @@ def test_estimates_are_close_to_what_is_written(kind, coded):
             alike = alike.copy()
             alike.reshape(-1)[-1] = 2
         there = Weight("there", alike, weight.kind)
-        also = estimates(there, coded=coded)
-        for method, about in fitting(kind, coded)[weight.name].items():
+        also = estimates(there, coder=coder)
+        for method, about in fitting(kind, coder)[weight.name].items():
             if method in also:
                 truth = nbytes([there, weight], method) - nbytes([there], method)
                 told = (weight.name, method.name, truth, about)
@@ -887,22 +947,22 @@ def test_the_plan_is_hardly_larger_than_any_other():
     names = ("15 levels", "255 levels", "2:4", "long gaps", "full precision", "17 levels")
     weights = [known[name] for name in names]
     dense = {weight.name: weight.nbytes + 20 for weight in weights}
-    for load, coded in (("small", True), ("fast", False)):
+    for load, coder in (("small", "huffman"), ("small", "rice"), ("fast", "none")):
         made = plan(weights, dense, 18, load=load)
         assert made.bundle is not None
         rest = sum(dense[name] for name in names if name not in made.methods)
         least = made.bundle.nbytes + rest
         for method in METHODS:
-            fit = [w for w in taken("float32", method, coded) if w.name in names]
+            fit = [w for w in taken("float32", method, coder) if w.name in names]
             others = sum(dense[w.name] for w in weights if w not in fit)
             if fit:
-                assert least <= written(fit, method, coded, 18).nbytes + others + 300
-        each = {w.name: min(e := estimates(w, coded=coded), key=lambda m: e[m]) for w in weights}
-        assert least <= encode(weights, each, 18, coded=coded).nbytes + 300
+                assert least <= written(fit, method, coder, 18).nbytes + others + 300
+        each = {w.name: min(e := estimates(w, coder=coder), key=lambda m: e[m]) for w in weights}
+        assert least <= encode(weights, each, 18, coder=coder).nbytes + 300
 
 
 def test_a_plan_names_every_weight_once():
-    weights = [*cases("float32").values(), *taken("int8", BY_NAME["raw"], True)]
+    weights = [*cases("float32").values(), *taken("int8", BY_NAME["raw"], "huffman")]
     weights = [Weight(f"w{i}", w.array, w.kind) for i, w in enumerate(weights)]
     dense = {"before": 30, **{w.name: w.nbytes + 20 for w in weights}, "after": 30}
     made = plan(weights, dense, 18)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from prune2onnx.fold import fold_batch_norm
+from prune2onnx.training.fold import fold_batch_norm
 
 
 def warmed(model: nn.Module, x: torch.Tensor) -> nn.Module:

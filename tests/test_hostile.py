@@ -291,6 +291,22 @@ DAMAGED = {
     "a negative axis": ([ints("i", -2), node("CumSum", "s i", "y")], "CumSum: axis -2"),
     "several axes": ([ints("i", 0, 0), node("CumSum", "s i", "y")], "CumSum: "),
     "an axis twice": ([ints("i", 0, -1), node("ReduceSum", "s i", "y")], "ReduceSum: "),
+    "more ones than there are": ([ints("k", 1000), node("TopK", "s k", "v y")], "TopK: the 1000 l"),
+    "fewer than none": ([ints("k", -1), node("TopK", "s k", "v y")], "TopK: the -1 largest"),
+    "the largest of floats": ([ONE, ints("k", 1), node("TopK", "one k", "v y")], "TopK: .*float32"),
+    "the largest of rows": (
+        [ints("k", 1), array("m", np.eye(2, dtype=np.int64)), node("TopK", "m k", "v y")],
+        r"TopK: the 1 largest of int64 \[2, 2\]",
+    ),
+    "a product of floats": (
+        [array("m", np.eye(2)), array("v", np.ones(2)), node("MatMul", "m v", "y")],
+        "MatMul: float64 .* no matrix and vector",
+    ),
+    "a product of matrices": (
+        [array("m", np.eye(2, dtype=np.int64)), node("MatMul", "m m", "y")],
+        "MatMul: .* no matrix and vector",
+    ),
+    "the larger of two": ([node("Max", "s s", "y")], "Max: 2 operands, 1 expected"),
     "no permutation": ([node("Transpose", "s", "y", perm=[0, 0])], "Transpose: "),
     "a division by zero": ([node("Div", "s s", "y")], "Div: a division"),
     "a remainder of zero": ([node("Mod", "s s", "y")], "Mod: a division"),
@@ -600,7 +616,7 @@ NO_TEXT = b"\xff\xfe\xfa\xfb"
 
 def with_names() -> ModelProto:
     """A packed file in which every kind of text is "TEXT"."""
-    model = packed([weight("TEXT", np.int8, (8, 9), 1, 5)], METHOD["levels"], coded=False)
+    model = packed([weight("TEXT", np.int8, (8, 9), 1, 5)], METHOD["levels"], coder="none")
     model.producer_name = model.doc_string = model.graph.name = model.graph.doc_string = "TEXT"
     model.metadata_props.add(key="TEXT", value="TEXT")
     model.graph.initializer.add(name="TEXT", data_type=3, dims=[99], raw_data=bytes(99))
@@ -684,8 +700,8 @@ def small_files() -> dict[str, ModelProto]:
     two = [weight("a", np.int8, (6, 5), 1, 0), weight("b", np.int8, (3, 5), 1, 0)]
     few = [weight("a", np.float32, (6, 5), 1, 3)]
     return {
-        "raw": packed(two, METHOD["raw"], coded=False),
-        "levels": packed(few, METHOD["levels"], coded=False),
+        "raw": packed(two, METHOD["raw"], coder="none"),
+        "levels": packed(few, METHOD["levels"], coder="none"),
     }
 
 

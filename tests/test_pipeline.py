@@ -185,7 +185,7 @@ def test_a_network_with_batch_norm_goes_the_whole_way(tmp_path):
     recipe = resolve({**QUICK, "model": f"{tmp_path / 'net.py'}:net"})
     report = compress(recipe, tmp_path / "run", cpu=True)
     assert report.folded and report.max_abs_diff < 1e-2
-    coded = [row for row in report.weights if "codebook" in row.codec]
+    coded = [row for row in report.weights if "levels" in row.codec or "codebook" in row.codec]
     assert {"0.weight", "3.weight", "7.weight"} <= {row.name for row in coded}
 
 
@@ -225,3 +225,57 @@ def test_every_public_verb_is_there():
         assert callable(getattr(prune2onnx, name)), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         prune2onnx.nothing  # noqa: B018
+
+
+def test_a_size_is_met_within_two_percent_and_never_exceeded(tmp_path):
+    recipe = resolve({**QUICK, "target_size": "9KB", "distill": 1, "prune": {"epochs": 8}})
+    report = compress(recipe, tmp_path / "run", cpu=True)
+    assert 0.98 * 9000 < report.compressed.nbytes <= 9000
+    (goal,) = report.budget
+    assert goal.met and goal.reached == report.compressed.nbytes and not report.missed
+
+
+def test_a_size_that_cannot_be_reached_is_reported_with_the_best_file(tmp_path):
+    recipe = resolve({**QUICK, "target_size": 300})
+    report = compress(recipe, tmp_path / "run", cpu=True)
+    assert [goal.what for goal in report.missed] == ["size"]
+    assert 300 < report.compressed.nbytes < 6000
+    ort.InferenceSession(tmp_path / "run" / "model.onnx")
+
+
+def test_the_smallest_file_within_a_drop_is_searched_for_and_a_killed_search_goes_on(tmp_path):
+    recipe = resolve({**QUICK, "max_drop": 40.0, "trials": 3})
+    folder, epochs = tmp_path / "run", []
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(epoch):
+        epochs.append(epoch)
+        if len(epochs) == 4 + 10 + 5:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        compress(recipe, folder, cpu=True, on_epoch=stop)
+    rest: list[object] = []
+    report = compress(recipe_of(folder), folder, cpu=True, resume=True, on_epoch=rest.append)
+    assert len(epochs) + len(rest) == 4 + 3 * 10
+    assert report.density < 0.07 * 0.6  # 40 points leave room for a halving at least
+    assert report.validation["error"] - report.validation["dense_error"] == pytest.approx(
+        report.budget[0].reached
+    )
+
+
+def test_the_teacher_may_be_another_file_than_the_weights(finished, tmp_path):
+    folder, report = finished
+    content = {
+        **QUICK,
+        "start": "tune",
+        "weights": str(folder / "checkpoints" / "tune.safetensors"),
+        "teacher": str(folder / "checkpoints" / "dense.safetensors"),
+        "distill": 1.0,
+        "target_density": 0.4,
+    }
+    again = compress(resolve(content), tmp_path / "run", cpu=True)
+    assert again.dense.error == report.dense.error
+    assert (tmp_path / "run" / "dense.onnx").read_bytes() == (folder / "dense.onnx").read_bytes()

@@ -15,9 +15,12 @@ from prune2onnx.pruning import (
     hold_zeros,
     penalty,
     prune,
+    scale_thresholds,
     thresholds_of,
+    weigh_by_bits,
 )
 from prune2onnx.pruning.functions import differentiable, survivor_gate
+from prune2onnx.pruning.rate import VALUE_BITS, survivor_bits
 
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 
@@ -252,3 +255,40 @@ def test_weights_that_cannot_be_pruned_are_named_and_nothing_is_changed():
         bake(nn.Linear(2, 2))
     with pytest.raises(Prune2OnnxError, match="lazy layer"):
         prune(nn.Sequential(nn.LazyLinear(3)))
+
+
+def test_a_survivor_costs_less_where_others_are():
+    alive = torch.zeros(8, 8, dtype=torch.bool)
+    alive[0], alive[:, 0] = True, True
+    bits = survivor_bits(alive)
+    assert bits[0, 0] < bits[0, 5] < bits[5, 5]
+    assert torch.allclose(bits, bits.T)
+    even = survivor_bits(torch.ones(4, 4, 3, 3, dtype=torch.bool))
+    assert even.shape == (4, 4, 1, 1)
+    assert torch.allclose(even, torch.tensor(VALUE_BITS), atol=0.6)
+    assert survivor_bits(torch.zeros(5, dtype=torch.bool)).shape == (5,)
+
+
+@pytest.mark.parametrize("granularity", ["weight", "channel"])
+def test_the_penalty_counts_bytes_once_it_is_told_to(granularity):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 30))
+    prune(model, granularity=granularity, beta=1e4)
+    count = penalty(model)
+    weigh_by_bits(model)
+    nbytes = penalty(model)
+    # nearly all survive, so a position costs next to nothing and a value its bits
+    assert float(nbytes.detach()) == pytest.approx(float(count.detach()) * VALUE_BITS / 8, rel=0.2)
+    nbytes.backward()
+    assert model[0].parametrizations.weight[0].rho.grad is not None
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 40.0])
+def test_thresholds_are_multiplied_by_one_factor(factor):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    prune(model, thresholds="channel", start=0.3)
+    before = [layer.threshold for layer in density(model).layers]
+    scale_thresholds(model, factor)
+    after = [layer.threshold for layer in density(model).layers]
+    assert after == pytest.approx([factor * t for t in before], rel=1e-5)

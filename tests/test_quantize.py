@@ -15,6 +15,7 @@ from prune2onnx.quantize import (
     entropy_bits,
     grid_codes,
     share_values,
+    step_of,
     to_half,
 )
 
@@ -163,3 +164,22 @@ def test_entropy_of_known_sequences():
     assert entropy_bits(np.array([3, 3, 3])) == 0
     assert entropy_bits(np.arange(8)) == 24
     assert entropy_bits(np.zeros(0, np.int64)) == 0
+
+
+@given(
+    step=st.floats(2.0**-60, 2.0**100, width=32),
+    levels=st.sets(st.integers(-127, 127).filter(bool), min_size=1, max_size=30),
+)
+def test_a_step_is_found_of_which_all_values_are_multiples(step, levels):
+    values = np.array(sorted(levels), np.float32) * np.float32(step)
+    found = step_of(values)
+    assert found is not None and found >= np.float32(step) * np.float32(1 - 1e-6)
+    multiples = np.rint(values / found)
+    assert np.abs(multiples).max() <= 127
+    assert (multiples * found).tobytes() == values.tobytes()
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -0.0, 1e-40, 3.4e38, 0.1234567])
+def test_no_step_is_no_error(odd):
+    assert step_of(np.float32([0.3, 0.7, odd])) is None
+    assert step_of(np.zeros(0, np.float32)) is None

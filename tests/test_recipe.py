@@ -3,6 +3,7 @@
 import typing
 
 import pytest
+import yaml
 
 from prune2onnx.errors import RecipeError
 from prune2onnx.pruning import FUNCTIONS, GRANULARITIES
@@ -11,9 +12,9 @@ from prune2onnx.recipe import Prune, Recipe, read_recipe, resolve, settings
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("model: a.py:b\nprune: {lr: 1e-2, density: 0.1}\n")
-    recipe = resolve(read_recipe(path), {"prune.density": 0.3, "seed": 4})
-    assert (recipe.prune.lr, recipe.prune.density, recipe.seed) == (1e-2, 0.3, 4)
+    path.write_text("model: a.py:b\nprune: {lr: 1e-2, ramp: 0.1}\n")
+    recipe = resolve(read_recipe(path), {"prune.ramp": 0.3, "seed": 4})
+    assert (recipe.prune.lr, recipe.prune.ramp, recipe.seed) == (1e-2, 0.3, 4)
     assert recipe.prune.beta == Recipe(model="x").prune.beta
 
 
@@ -50,6 +51,8 @@ def test_every_setting_says_what_it_means():
         ({"model": "m", "share": {"levels": 300}}, "share.levels is 300"),
         ({"model": "m", "prune": {"function": "hard"}}, "prune.function is 'hard'"),
         ({"model": "m", "start": "tune"}, "start is 'tune', which needs weights"),
+        ({"model": "m", "target_size": "12 apples"}, "target_size is '12 apples'"),
+        ({"model": "m", "target_density": 1.5}, "target_density is 1.5"),
         ({}, "model is missing"),
     ],
 )
@@ -74,3 +77,12 @@ def test_files_that_are_no_recipe_are_refused(tmp_path, text, says):
         path.write_text(text)
     with pytest.raises(RecipeError, match=says):
         read_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("12KB", 12_000), ("12kB", 12_000), ("2KiB", 2048), (900, 900)]
+)
+def test_a_size_may_carry_a_unit(text, nbytes):
+    recipe = resolve({"model": "m", "target_size": text})
+    assert recipe.target_size == nbytes
+    assert resolve(yaml.safe_load(recipe.to_yaml())) == recipe

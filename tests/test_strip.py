@@ -10,7 +10,7 @@ from prune2onnx.codecs import DOMAIN
 from prune2onnx.graphs import rename
 from prune2onnx.intake import plain
 from prune2onnx.pack import MARK, is_packed, pack, unpack
-from prune2onnx.strip import strip
+from prune2onnx.strip import anonymous, strip
 
 each_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
 
@@ -219,3 +219,43 @@ def test_weights_that_nothing_uses_go():
                       else_branch = e () => (float[2] z) { z = Identity(given) }> }"""
     )
     assert [tensor.name for tensor in strip(m).graph.initializer] == ["w", "inside", "given"]
+
+
+@pytest.mark.parametrize(
+    ("inner", "shape", "becomes"),
+    [
+        ([2, 3, 4], [-1, 24], "Flatten"),
+        ([24], [-1, 24], "Flatten"),
+        ([2, 3, 4], [-1, 12], "Reshape"),
+        ([2, "C", 4], [-1, 24], "Reshape"),
+        ([2, 3, 4], [2, -1], "Reshape"),
+    ],
+)
+def test_a_reshape_that_only_flattens_is_flatten(inner, shape, becomes):
+    dense = model(
+        [
+            helper.make_node("Relu", ["x"], ["h"]),
+            helper.make_node("Reshape", ["h", "shape"], ["y"], allowzero=1),
+        ],
+        {"shape": np.array(shape, np.int64)},
+        {"x": ["N", *inner]},
+        {"y": ["M", "K"]},
+    )
+    small = strip(dense)
+    assert [node.op_type for node in small.graph.node] == ["Relu", becomes]
+    assert len(small.graph.initializer) == (becomes == "Reshape")
+    onnx.checker.check_model(small, full_check=True)
+    assert_equal(small, dense)
+
+
+@each_model
+def test_anonymous_weights_are_the_same_weights(build):
+    dense = plain(build()).model
+    made, renamed = anonymous(dense)
+    onnx.checker.check_model(made, full_check=True)
+    assert list(made.graph.input) == list(dense.graph.input)
+    assert list(made.graph.output) == list(dense.graph.output)
+    for one, other in zip(made.graph.initializer, dense.graph.initializer, strict=True):
+        assert one.name == renamed.get(other.name, other.name)
+        assert one.raw_data == other.raw_data
+    assert_equal(made, dense)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError
-from prune2onnx.train import PHASES, evaluate, fit, with_epochs
+from prune2onnx.training import PHASES, evaluate, fit, with_epochs
 
 
 def states(model: nn.Module) -> dict[str, bytes]:
@@ -34,34 +34,38 @@ def test_the_four_phases_learn_prune_and_share(network, tiny_data):
     for name in fitted.pruned:
         weight = fitted.model.get_parameter(name)
         nnz, size = nnz + int(weight.count_nonzero()), size + weight.numel()
-        assert weight[weight != 0].unique().numel() <= 8
-    assert nnz / size == pytest.approx(epochs[-1].density)
+        assert weight[weight != 0].unique().numel() <= 16
+    assert nnz / size == pytest.approx(fitted.density)
+    assert fitted.density <= epochs[-1].density
     assert 0.05 < nnz / size < 0.5
     # the dense network is kept as it was before pruning
     dense = network()
     dense.load_state_dict(fitted.dense)
     assert evaluate(dense, tiny_data.test)[0] < 15
-    # masks hold from the end of pruning on
-    assert len({e.density for e in epochs[-4:]}) == 1
+    # masks hold while tuning; the last phase may make zeros of a few more
+    tuned, ended = [e.density for e in epochs[-4:-2]], [e.density for e in epochs[-2:]]
+    assert len(set(tuned)) == 1 and max(ended) <= tuned[0]
 
 
 def test_batch_norm_is_folded_before_values_are_shared(tiny_data):
     fitted = fit(tiny_conv(), tiny_data, tiny_recipe())
     assert isinstance(fitted.model[1], nn.Identity)
-    assert fitted.model[0].weight.unique().numel() <= 9
+    assert fitted.model[0].weight.unique().numel() <= 17
 
 
-def test_the_brake_holds_the_density_near_its_goal(tiny_data):
-    recipe = tiny_recipe(**{"prune.epochs": 30, "prune.pressure": 100.0, "prune.density": 0.3})
-    fitted = fit(tiny_mlp(), tiny_data, recipe)
-    assert 0.2 < fitted.history[-1].density < 0.4
+@pytest.mark.parametrize("goal", [0.3, 0.1])
+def test_a_wanted_density_is_met_within_two_percent(goal, tiny_data):
+    recipe = tiny_recipe(**{"prune.epochs": 20, "target_density": goal})
+    assert 0.98 * goal < fit(tiny_mlp(), tiny_data, recipe).density <= goal
 
 
-def test_biases_become_codebooks_or_half_precision_where_accuracy_allows(tiny_data):
+def test_biases_become_levels_or_half_precision_where_accuracy_allows(tiny_data):
     recipe = tiny_recipe(**{"share.small_levels": 4, "share.slack": 100.0})
     model = fit(tiny_mlp(), tiny_data, recipe).model
-    assert model[1].bias.unique().numel() <= 4
-    assert torch.equal(model[3].bias, model[3].bias.half().float())
+    assert all(model[i].bias.unique().numel() <= 9 for i in (1, 3))
+    exact = fit(tiny_mlp(), tiny_data, tiny_recipe(**{"share.small_levels": 1, "share.slack": 0.0}))
+    for bias in (exact.model[1].bias, exact.model[3].bias):
+        assert bias.unique().numel() <= 3 or torch.equal(bias, bias.half().float())
 
 
 def test_a_run_repeats_itself_and_a_seed_changes_it(tiny_data):
@@ -149,7 +153,7 @@ def test_frozen_excluded_and_normalised_layers_are_left_as_they_are(tiny_data):
     assert fitted.pruned == ("1.weight", "6.weight")
     kept = fitted.model[1].weight != 0
     assert not fitted.model[1].weight.requires_grad
-    # 8 levels stand for the frozen values, which did not move otherwise
+    # levels stand for the frozen values, which did not move otherwise
     assert torch.corrcoef(torch.stack([frozen[kept], fitted.model[1].weight[kept]]))[0, 1] > 0.9
     assert fitted.model[5].weight.unique().numel() > 1000
 
@@ -192,7 +196,8 @@ def test_training_may_start_from_trained_or_pruned_weights(tiny_data):
     zeros = model[1].weight == 0
     tuned = fit(model, tiny_data, tiny_recipe(), start="tune")
     assert tuned.pruned == ("1.weight", "3.weight")
-    assert torch.equal(tuned.model[1].weight == 0, zeros)
+    assert not tuned.model[1].weight[zeros].any()
+    assert not tuned.model[1].weight[zeros].signbit().any()  # -0 would have to be coded
     with pytest.raises(Prune2OnnxError, match="no Linear or convolution weight has a zero"):
         fit(tiny_mlp(), tiny_data, tiny_recipe(), start="tune")
 
@@ -247,7 +252,7 @@ import torch
 from accelerate import Accelerator
 from conftest import *
 from prune2onnx.pruning import density
-from prune2onnx.train import fit
+from prune2onnx.training import fit
 data = Data("blobs", blobs(240, 1), blobs(60, 2), blobs(90, 3), (1, 6, 6), 3)
 accelerator = Accelerator(cpu=True)
 fitted = fit(tiny_conv(), data, tiny_recipe(), accelerator=accelerator)

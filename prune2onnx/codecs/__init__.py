@@ -10,7 +10,7 @@ from __future__ import annotations
 from prune2onnx.codecs.bundle import Bundle, Described, decode, described, encode
 from prune2onnx.codecs.evaluate import Budget
 from prune2onnx.codecs.function import DOMAIN, DOMAIN_VERSION, framed
-from prune2onnx.codecs.groups import METHODS, Method
+from prune2onnx.codecs.methods import METHODS, Method
 from prune2onnx.codecs.plan import Plan, entropy_nbytes, plan
 from prune2onnx.codecs.weight import WORKING, Weight, bits_of
 

@@ -19,8 +19,9 @@ from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper
 
 from prune2onnx.codecs.evaluate import Budget, evaluate, weights_of
 from prune2onnx.codecs.function import DOMAIN, Body, framed
-from prune2onnx.codecs.groups import METHODS, Group, Method, family_key, write
-from prune2onnx.codecs.streams import Streams, runs_within
+from prune2onnx.codecs.groups import family_key, write
+from prune2onnx.codecs.methods import METHODS, Group, Method
+from prune2onnx.codecs.streams import Coder, Streams, runs_within
 from prune2onnx.codecs.weight import Weight
 from prune2onnx.errors import Prune2OnnxError
 
@@ -61,7 +62,7 @@ def encode(
     methods: Mapping[str, Method],
     opset: int,
     *,
-    coded: bool = True,
+    coder: Coder = "huffman",
     skips: Sequence[int] | None = None,
 ) -> Bundle:
     """Writes weights.
@@ -70,18 +71,19 @@ def encode(
         weights: all of `methods`, in the order of the outputs.
         methods: weight name -> how it is written; the planner knows which one fits.
         opset: of the model the function will stand in.
-        coded: whether streams may be Huffman coded.
+        coder: the entropy code of the streams.
         skips: initializers that stand before each weight, after the weight before it.
     """
-    body = Body(OP, attributes=_FACTS)
-    streams = Streams(body, coded)
+    body = Body(OP, attributes=_FACTS, once=True)
+    streams = Streams(body, coder)
     found: dict[str, tuple[str, float]] = {}
     first, repeated = _without_repetition(weights)
     for group in grouped(first, methods):
         found |= write(group, streams)
     for name, original in repeated.items():
         # A copy, and an operator that copies: an output may not be another's alias.
-        found[name] = (body.node("Concat", found[original][0], axis=0), 0.0)
+        kind = next(weight.working for weight in first if weight.name == original)
+        found[name] = (body.copy(found[original][0], kind), 0.0)
     functions = streams.finish(opset)
     outputs = [found[weight.name][0] for weight in weights]
     facts = [_checksum([(weight.name, weight.array) for weight in weights])]
@@ -91,7 +93,7 @@ def encode(
     packed = TensorProto(dims=[len(facts)], data_type=TensorProto.INT64, int64_data=facts)
     node.attribute.append(AttributeProto(name=_FACTS, type=AttributeProto.TENSOR, t=packed))
     function = body.function(*outputs, opset=opset)
-    return Bundle(node, (*functions, function), tuple(streams.tensors))
+    return Bundle(node, (*functions, function), tuple(body.given))
 
 
 def _without_repetition(

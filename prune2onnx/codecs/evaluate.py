@@ -551,6 +551,24 @@ def _reduce_sum(budget: Budget, x: Array, axes: Array, keepdims: int = 1) -> Arr
     return np.asarray(x.sum(axis=along, keepdims=bool(keepdims), dtype=x.dtype))
 
 
+def _matmul(budget: Budget, a: Array, b: Array) -> Array:
+    dtype = _same_type(a, b)
+    if dtype.kind not in "iu" or a.ndim != 2 or b.shape != a.shape[1:]:
+        raise ValueError(f"{dtype} {list(a.shape)} times {list(b.shape)}, no matrix and vector")
+    budget.take(a.shape[:1], dtype)
+    budget.spend(6 * a.size)
+    return np.asarray(a @ b)
+
+
+def _top_k(budget: Budget, x: Array, count: Array) -> list[Array]:
+    (wanted,) = _integers(count)
+    if x.dtype.kind not in "iu" or x.ndim != 1 or not 0 <= wanted <= x.size:
+        raise ValueError(f"the {wanted} largest of {x.dtype} {list(x.shape)}")
+    budget.take(x.shape, np.dtype(np.int64), 100)
+    order = np.argsort(~x, kind="stable")[:wanted].copy()  # of equal ones the first comes first
+    return [x[order], order]
+
+
 def _concat(budget: Budget, *inputs: Array, axis: int) -> Array:
     dtype = _same_type(*inputs)
     budget.take((sum(x.size for x in inputs),), dtype, 2)
@@ -617,6 +635,8 @@ _OPERATORS: Mapping[str, Callable[..., Array | list[Array]]] = {
     "GatherElements": _gather_elements,
     "Identity": _identity,
     "Less": _elementwise(np.less),
+    "MatMul": _matmul,
+    "Max": _elementwise(np.copy, 1),
     "Mod": _elementwise(_remainder, steps=8),
     "Mul": _elementwise(np.multiply),
     "Neg": _elementwise(np.negative, 1),
@@ -629,6 +649,7 @@ _OPERATORS: Mapping[str, Callable[..., Array | list[Array]]] = {
     "Slice": _slice,
     "Split": _split,
     "Sub": _elementwise(np.subtract),
+    "TopK": _top_k,
     "Transpose": _transpose,
     "Where": _where,
 }

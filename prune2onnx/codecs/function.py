@@ -1,7 +1,8 @@
 """Writes the body of a model-local function, node by node, in few bytes.
 
-A small network counts every byte, so internal names are single letters, 32-bit constants are
-stored as varints and nothing carries a name or a doc string that the decoding does not need.
+A small network counts every byte, so internal names are single letters, constants are stored as
+varints and nothing carries a name or a doc string that the decoding does not need. Constants of a
+function that is called once are initializers which the call passes in: half the bytes of a node.
 Knows ONNX, knows nothing of codecs.
 """
 
@@ -20,9 +21,11 @@ DOMAIN = "prune2onnx"
 DOMAIN_VERSION = 2
 
 
-def int32_constant(values: Sequence[int], shape: tuple[int, ...]) -> TensorProto:
-    """An int32 tensor in its varint form, which is shorter than raw bytes for small values."""
-    return TensorProto(dims=shape, data_type=TensorProto.INT32, int32_data=values)
+def varints(values: Sequence[int], shape: tuple[int, ...], kind: int) -> TensorProto:
+    """An int32 or int64 tensor in its varint form, shorter than raw bytes for small values."""
+    if kind == TensorProto.INT64:
+        return TensorProto(name="", dims=shape, data_type=kind, int64_data=values)
+    return TensorProto(name="", dims=shape, data_type=kind, int32_data=values)
 
 
 class Body:
@@ -32,11 +35,21 @@ class Body:
         op: the function's name.
         inputs: how many inputs it takes; they are called a, b, c, ... More come with `input`.
         attributes: names of its attributes, one letter each.
+        once: whether it is called once. Its constants are inputs then, too.
+
+    Attributes:
+        given: what the only call passes in: the tensors of the inputs that `give` made.
     """
 
-    def __init__(self, op: str, inputs: int = 0, attributes: str = "") -> None:
+    def __init__(
+        self, op: str, inputs: int = 0, attributes: str = "", *, once: bool = False
+    ) -> None:
+        self.given: list[TensorProto] = []
+        self._once = once
         self._proto = FunctionProto(name=op, domain=DOMAIN, attribute=list(attributes))
-        self._names = _short_names()
+        # Functions that are called more than once keep the names they had in earlier versions:
+        # `evaluate` knows them by their bytes.
+        self._names = _short_names(string.ascii_letters + string.digits * once)
         self._constants: dict[tuple[object, ...], str] = {}
         self._proto.input.extend(self.fresh() for _ in range(inputs))
         self._calls = False
@@ -50,8 +63,9 @@ class Body:
         """A name that is used nowhere yet."""
         return next(self._names)
 
-    def input(self) -> str:
-        """Adds an input."""
+    def give(self, tensor: TensorProto) -> str:
+        """Adds an input that holds this tensor."""
+        self.given.append(tensor)
         self._proto.input.append(self.fresh())
         return self._proto.input[-1]
 
@@ -67,6 +81,29 @@ class Body:
         """Adds a node whose outputs have these names."""
         self._proto.node.append(helper.make_node(op, inputs, names, **attributes))
 
+    def copy(self, value: str, kind: int) -> str:
+        """The same value, of this element type, by an operator that copies, in fewest bytes."""
+        if kind == TensorProto.FLOAT:
+            return self.node("Max", value)
+        return self.node("Concat", value, axis=0)
+
+    def split(self, vector: str, *sizes: int) -> list[str]:
+        """Names of the parts of a vector; that of an empty part is ""."""
+        present = [size for size in sizes if size]
+        parts = [vector]
+        if len(present) > 1:
+            parts = self.nodes("Split", vector, self.indices(*present), outputs=len(present))
+        names = iter(parts)
+        return [next(names) if size else "" for size in sizes]
+
+    def rename(self, old: str, new: str) -> None:
+        """Gives a value another name, wherever it is."""
+        for node in self._proto.node:
+            for names in (node.input, node.output):
+                for index, name in enumerate(names):
+                    if name == old:
+                        names[index] = new
+
     def move_to_front(self, count: int) -> None:
         """Puts the nodes after the first `count` before them."""
         nodes = list(self._proto.node)
@@ -81,27 +118,31 @@ class Body:
         """Adds a node with one output."""
         return self.nodes(op, *inputs, **attributes)[0]
 
-    def constant(self, values: int | Sequence[int], shape: tuple[int, ...] | None = None) -> str:
-        """Adds an int32 constant: a scalar, a vector, or `values` in `shape`."""
+    def constant(
+        self,
+        values: int | Sequence[int],
+        shape: tuple[int, ...] | None = None,
+        kind: int = TensorProto.INT32,
+    ) -> str:
+        """Adds a constant, int32 or int64: a scalar, a vector, or `values` in `shape`."""
         flat = [values] if isinstance(values, int) else list(values)
         shape = shape or (() if isinstance(values, int) else (len(flat),))
-        key = (*flat, shape)
+        key = (*flat, shape, kind)
         if key not in self._constants:
-            self._constants[key] = self.node("Constant", value=int32_constant(flat, shape))
+            tensor = varints(flat, shape, kind)
+            if self._once:
+                name = self.give(tensor)
+            elif kind == TensorProto.INT64 and len(shape) == 1 and len(flat) < 5:
+                name = self.node("Constant", value_ints=flat)  # a tensor is longer
+            else:
+                tensor.ClearField("name")
+                name = self.node("Constant", value=tensor)
+            self._constants[key] = name
         return self._constants[key]
 
     def indices(self, *values: int) -> str:
         """Adds a constant int64 vector: shapes, axes and slice bounds have to be int64."""
-        if values not in self._constants:
-            if len(values) < 5:
-                name = self.node("Constant", value_ints=values)
-            else:  # a tensor packs its integers, which from five on is shorter
-                packed = TensorProto(
-                    dims=[len(values)], data_type=TensorProto.INT64, int64_data=values
-                )
-                name = self.node("Constant", value=packed)
-            self._constants[values] = name
-        return self._constants[values]
+        return self.constant(values, kind=TensorProto.INT64)
 
     def call(self, op: str, *inputs: str, outputs: int = 1) -> list[str]:
         """Calls another function of this domain."""
@@ -125,10 +166,10 @@ class Body:
         return self._proto
 
 
-def _short_names() -> Iterator[str]:
-    """a, b, ..., Z, aa, ab, ..."""
+def _short_names(letters: str) -> Iterator[str]:
+    """a, b, ..., aa, ab, ..."""
     for length in itertools.count(1):
-        yield from map("".join, itertools.product(string.ascii_letters, repeat=length))
+        yield from map("".join, itertools.product(letters, repeat=length))
 
 
 def tensor(name: str, array: NDArray[Any], data_type: int) -> TensorProto:

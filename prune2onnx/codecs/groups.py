@@ -1,12 +1,12 @@
 """Groups: weights that are written alike, joined to one vector, coded, and parted again.
 
-A **method** is two choices, how the positions and how the values of a weight's elements are
-written. Weights with the same method form a group; the members of a group that have the same shape
-but for the first axis form a family. In the decode function a group is one vector until its end:
-each family is cut off, gets its shape, and Split along the first axis gives the weights. So a
+Weights with the same method (`methods`) form a group; the members of a group that have the same
+shape but for the first axis form a family. In the decode function a group is one vector until its
+end: each family is cut off, gets its shape, and Split along the first axis gives the weights. So a
 network of sixty weights takes hardly more nodes than one of three.
 
-This file writes the nodes and the streams; which weight takes which method is `plan`'s business.
+This file writes the nodes and streams of positions, and parts the weights; `values` writes those of
+values. Which weight takes which method is `plan`'s business.
 """
 
 from __future__ import annotations
@@ -15,49 +15,19 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from prune2onnx.codecs import rice
 from prune2onnx.codecs.function import tensor
 from prune2onnx.codecs.huffman import about_bits, coded_bits
-from prune2onnx.codecs.planes import PLANES, planes_of, tables_of
+from prune2onnx.codecs.methods import Group
 from prune2onnx.codecs.streams import Streams
-from prune2onnx.codecs.weight import Weight, bits_of, narrowest, numpy_type, ranked, shared
-
-Positions = Literal["all", "gap", "mask"]
-Values = Literal["raw", "planes", "codebook", "levels"]
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a weight is written.
-
-    Attributes:
-        positions: "all" elements; "gap", the steps from one nonzero to the next; "mask", a bit an
-            element, eight of them a symbol (n:m sparsity is a mask of few symbols).
-        values: "raw", as they are, in the narrowest type that holds them exactly; "planes", the
-            exponents coded, the other bits as they are; "codebook", codes into one codebook a
-            weight; "levels", the same with one codebook of small integers for all.
-    """
-
-    positions: Positions
-    values: Values
-
-    @property
-    def name(self) -> str:
-        """As it stands in reports."""
-        return self.values if self.positions == "all" else f"{self.positions}-{self.values}"
-
-
-METHODS = tuple(
-    Method(positions, values)
-    for positions in ("all", "gap", "mask")
-    for values in ("raw", "planes", "codebook", "levels")
-)
-"""Every method, the numbers by which a file names them. Append only."""
+from prune2onnx.codecs.values import behind, level_codes, level_table, write_values
+from prune2onnx.codecs.weight import Weight, bits_of, narrowest, numpy_type, ranked
 
 FILLED_GAPS = (256, 128, 64, 32)
 """Longest steps that may be chosen; longer ones are bridged by entries of value +0."""
@@ -90,35 +60,8 @@ class Steps:
 STEPS = tuple(Steps(longest - first, bool(first)) for longest in FILLED_GAPS for first in (0, 1))
 """Every way to write steps; the best is taken for a group."""
 
-LEVELS = np.array([0, *itertools.chain.from_iterable((k, -k) for k in range(1, 128)), -128])
-"""The codebook of "levels": a code's integer is LEVELS[code], near ones first."""
-
-_LEVEL_CODES = np.argsort(LEVELS.astype(np.int8).view(np.uint8)).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Weights written by one method, families together.
-
-    Attributes:
-        method: the method.
-        weights: members, of one working type; all have a scale or none has.
-        storage: the type raw values and planes are stored in.
-    """
-
-    method: Method
-    weights: tuple[Weight, ...]
-    storage: int
-
-    @property
-    def working(self) -> int:
-        """The type in which the graph rebuilds it."""
-        return self.weights[0].working
-
-    @property
-    def size(self) -> int:
-        """Elements of all weights."""
-        return sum(weight.array.size for weight in self.weights)
+_SYMBOLS_NBYTES = 170
+"""What the nodes for a sequence of symbols with a Rice code take, about."""
 
 
 def family_key(weight: Weight) -> tuple[Any, ...]:
@@ -144,7 +87,7 @@ def write(group: Group, streams: Streams) -> dict[str, tuple[str, float]]:
     """
     if group.method.positions == "all":
         entries = [weight.values for weight in group.weights]
-        flat, bits = _values(group, streams, entries)
+        flat, bits = write_values(group, streams, entries)
     elif group.method.positions == "gap":
         flat, bits = _gap(group, streams)
     else:
@@ -198,24 +141,17 @@ def _gap(group: Group, streams: Streams) -> tuple[str, list[float]]:
     ]
     if not any(index.size for index in indices):
         indices[0] = np.zeros(1, np.int64)
-    way, symbols, real = _best_steps(group, indices)
-    entries = []
-    for weight, part, places in zip(group.weights, symbols, real, strict=True):
-        entry = np.zeros(part.size, weight.values.dtype)
-        entry[places] = weight.values[weight.nonzero] if weight.nonzero.size else 0
-        entries.append(entry)
-    gaps, gap_bits = streams.joined(symbols, base=way.longest - 1 if way.fillers_first else 1)
-    if way.fillers_first:  # 0 becomes the longest, the others stay
-        turned = body.node("Mod", gaps, body.constant(way.longest))
-        gaps = body.node("Add", turned, body.constant(1))
-    values, bits = _values(group, streams, entries)
-    bits = [a + b for a, b in zip(bits, gap_bits, strict=True)]
+    if streams.coder == "rice":
+        index, values, bits = _scanned(group, streams, indices)
+    else:
+        index, gap_bits, entries = _stepped(group, streams, indices)
+        values, bits = write_values(group, streams, entries)
+        bits = [a + b for a, b in zip(bits, gap_bits, strict=True)]
     dtype = numpy_type(group.working)
     zero: dict[str, Any] = {}
     if group.working != TensorProto.FLOAT:
         zero["value"] = tensor("", np.zeros(1, dtype), group.working)
-    index = body.node("Sub", body.node("CumSum", gaps, body.constant(0)), body.constant(1))
-    if _is_single(group) and len(group.weights[0].shape) > 1:
+    if streams.coder != "rice" and group.is_single and len(group.weights[0].shape) > 1:
         # Straight into the weight's own shape: a Reshape of the result would be another copy.
         shape = group.weights[0].shape
         wide = body.node("Reshape", index, body.indices(-1, 1))
@@ -226,6 +162,56 @@ def _gap(group: Group, streams: Streams) -> tuple[str, list[float]]:
         return body.node("ScatterND", zeros, place, values), bits
     zeros = body.node("ConstantOfShape", body.indices(group.size), **zero)
     return body.node("ScatterElements", zeros, index, values), bits
+
+
+def _scanned(
+    group: Group, streams: Streams, indices: list[NDArray[np.int64]]
+) -> tuple[str, str, list[float]]:
+    """Values that hold the indices and the values of entries, with Rice codes; bits of weights.
+
+    Levels need no sequence of their own if the entries are sorted by level, then by index: with
+    N elements in the group, the index of an entry becomes index + N * number of its level.
+    """
+    entries = [weight.values[weight.nonzero] for weight in group.weights]
+    every, places = np.concatenate(entries), np.concatenate(indices)
+    if group.method.values == "levels" and every.size:
+        book, row = np.unique(every, return_inverse=True)
+        both = np.sort(row * np.int64(group.size) + places)
+        apart = rice.Run("", places, rising=True).bits
+        codes = level_codes(every, True)
+        assert codes is not None  # the planner asked
+        apart += rice.code_of(np.bincount(codes))[1]
+        together = rice.Run("", both, rising=True).bits
+        if together / 8 < apart / 8 + _SYMBOLS_NBYTES:
+            body = streams.body
+            name, _ = streams.indices([both])
+            size = body.constant(group.size, kind=TensorProto.INT64)
+            table = level_table(group, streams, book)
+            values = body.node("Gather", table, body.node("Div", name, size))
+            bits = [together * part.size / every.size for part in entries]
+            return body.node("Mod", name, size), values, bits
+    index, gap_bits = streams.indices(indices)
+    values, bits = write_values(group, streams, entries)
+    return index, values, [a + b for a, b in zip(bits, gap_bits, strict=True)]
+
+
+def _stepped(
+    group: Group, streams: Streams, indices: list[NDArray[np.int64]]
+) -> tuple[str, list[float], list[NDArray[Any]]]:
+    """A value that holds the indices of entries; their bits, and the entries, of each weight."""
+    body = streams.body
+    way, symbols, real = _best_steps(group, indices)
+    entries = []
+    for weight, part, places in zip(group.weights, symbols, real, strict=True):
+        entry = np.zeros(part.size, weight.values.dtype)
+        entry[places] = weight.values[weight.nonzero] if weight.nonzero.size else 0
+        entries.append(entry)
+    gaps, bits = streams.joined(symbols, base=way.longest - 1 if way.fillers_first else 1)
+    if way.fillers_first:  # 0 becomes the longest, the others stay
+        turned = body.node("Mod", gaps, body.constant(way.longest))
+        gaps = body.node("Add", turned, body.constant(1))
+    index = body.node("Sub", body.node("CumSum", gaps, body.constant(0)), body.constant(1))
+    return index, bits, entries
 
 
 def _best_steps(
@@ -270,10 +256,10 @@ def _mask(group: Group, streams: Streams) -> tuple[str, list[float]]:
     every = np.concatenate([weight.values for weight in group.weights])
     codes, patterns = ranked(masks_of(every))
     name, mask_bits = streams.joined([codes])
-    values, bits = _values(
+    values, bits = write_values(
         group, streams, [weight.values[weight.nonzero] for weight in group.weights]
     )
-    pattern = streams.raw(patterns, TensorProto.UINT8)
+    pattern = streams.raw(behind(streams, patterns), TensorProto.UINT8)
     byte = body.node("Cast", body.node("Gather", pattern, name), to=TensorProto.INT32)
     byte = body.node("Reshape", byte, body.indices(-1, 1))
     bit = body.node("Div", byte, body.constant([128 >> place for place in range(8)]))
@@ -282,198 +268,78 @@ def _mask(group: Group, streams: Streams) -> tuple[str, list[float]]:
     if group.size % 8:
         bit = body.node("Slice", bit, body.indices(0), body.indices(group.size))
     # Zero stands before the values. (Where would do, were it not that onnxruntime's loses -0.0.)
-    zero = tensor("", np.zeros(1, numpy_type(group.working)), group.working)
-    values = body.node("Concat", body.node("Constant", value=zero), values, axis=0)
+    zero = streams.raw(np.zeros(1, numpy_type(group.working)), group.working)
+    values = body.node("Concat", zero, values, axis=0)
     which = body.node("Mul", body.node("CumSum", bit, body.constant(0)), bit)
     share = [mask_bits[0] * weight.array.size / every.size for weight in group.weights]
     found = body.node("GatherElements", values, which)
     return found, [a + b for a, b in zip(bits, share, strict=True)]
 
 
-# --- values ---
-
-
-def _values(group: Group, streams: Streams, entries: list[NDArray[Any]]) -> tuple[str, list[float]]:
-    """A value that holds the entries of all weights in a row, and the bits each weight takes."""
-    if not any(part.size for part in entries):  # a mask without a nonzero
-        entries = [np.zeros(1, entries[0].dtype), *entries[1:]]
-    write_values = {
-        "raw": _raw,
-        "planes": _planes,
-        "codebook": _codebook,
-        "levels": _levels,
-    }[group.method.values]
-    flat, bits = write_values(group, streams, entries)
-    return flat, bits
-
-
-def _raw(group: Group, streams: Streams, entries: list[NDArray[Any]]) -> tuple[str, list[float]]:
-    dtype = numpy_type(group.storage)
-    flat = np.concatenate(entries).astype(dtype)
-    name = streams.raw(flat, group.storage)
-    if group.storage != group.working:
-        name = streams.body.node("Cast", name, to=group.working)
-    return name, [8.0 * dtype.itemsize * part.size for part in entries]
-
-
-def _codebook(
-    group: Group, streams: Streams, entries: list[NDArray[Any]]
-) -> tuple[str, list[float]]:
-    names, bits, books = [], [], []
-    base = 0
-    for part in entries:
-        found = shared(part)
-        assert found is not None  # the planner asked
-        codes, book = found
-        books.append(book)
-        bits.append(streams.bits(codes) if codes.size else 0.0)
-        if codes.size:
-            names.append(streams.symbols(codes, base))
-        base += book.size
-    every = np.concatenate(books)
-    if every.dtype == np.float32:
-        kind = narrowest(every)
-        table = streams.table(every)
-    else:
-        kind = group.working
-        table = streams.raw(every, kind)
-    item = 8.0 * numpy_type(kind).itemsize
-    bits = [b + item * book.size for b, book in zip(bits, books, strict=True)]
-    return _looked_up(group, streams, table, streams.concatenated(names)), bits
-
-
-def level_codes(values: NDArray[Any], fills: bool) -> NDArray[np.uint8] | None:
-    """Codes into LEVELS; None where a value is no integer it has, or is -0.0.
-
-    Args:
-        values: any numbers.
-        fills: whether +0 only fills gaps; its code is then the last instead of the first.
-    """
-    if values.dtype.kind == "f":
-        with np.errstate(invalid="ignore"):
-            whole = values == np.rint(values)
-        if not whole.all() or (np.signbit(values) & (values == 0)).any():
-            return None
-    if values.size and not -128 <= float(values.min()) <= float(values.max()) <= 127:
-        return None
-    codes: NDArray[np.uint8] = _LEVEL_CODES[values.astype(np.int8).view(np.uint8)]
-    if fills:
-        zero = codes == 0
-        codes = codes - np.uint8(1)
-        codes[zero] = codes[~zero].max(initial=0) + (1 if not zero.all() else 0)
-    return codes
-
-
-def _levels(group: Group, streams: Streams, entries: list[NDArray[Any]]) -> tuple[str, list[float]]:
-    fills = group.method.positions != "all"
-    codes = level_codes(np.concatenate(entries), fills)
-    assert codes is not None  # the planner asked
-    parts = np.split(codes, np.cumsum([part.size for part in entries])[:-1])
-    name, bits = streams.joined(parts)
-    book = LEVELS[: int(codes.max()) + 1]
-    if fills:
-        highest = int(codes.max()) + (0 if _has_zero(entries) else 1)
-        book = np.append(LEVELS[1 : highest + 1], 0)
-    table = streams.raw(book.astype(np.int8), TensorProto.INT8)
-    if group.working != TensorProto.INT8:
-        table = streams.body.node("Cast", table, to=group.working)
-    return _looked_up(group, streams, table, name), bits
-
-
-def _has_zero(entries: list[NDArray[Any]]) -> bool:
-    return any((part == 0).any() for part in entries)
-
-
-def _looked_up(group: Group, streams: Streams, table: str, index: str) -> str:
-    """Looks the values up, in the weight's own shape where that saves a copy."""
-    body = streams.body
-    if group.method.positions == "all" and _is_single(group):
-        index = body.node("Reshape", index, body.indices(*group.weights[0].shape))
-        return body.node("Gather", table, index)
-    return body.node("GatherElements", table, index)
-
-
-def _planes(group: Group, streams: Streams, entries: list[NDArray[Any]]) -> tuple[str, list[float]]:
-    body = streams.body
-    plan = PLANES[group.storage]
-    split = [planes_of(part, group.storage) for part in entries]
-    symbols = np.concatenate([symbol for symbol, _ in split])
-    codes, present = ranked(symbols)
-    parts = np.split(codes, np.cumsum([part.size for part in entries])[:-1])
-    code, bits = streams.joined(parts)
-    bits = [b + plan.width * part.size for b, part in zip(bits, entries, strict=True)]
-    table = streams.table(tables_of(present, group.storage))
-    both = body.node("Gather", table, code, axis=1)
-    first, unit = body.nodes("Split", both, body.indices(1, 1), outputs=2, axis=0)
-    rest = np.concatenate([part for _, part in split])
-    width = plan.width // 8
-    planes = np.stack([rest >> 8 * (width - 1 - i) & 0xFF for i in range(width)]).astype(np.uint8)
-    whole = body.node("Cast", streams.raw(planes, TensorProto.UINT8), to=TensorProto.INT32)
-    if width > 1:
-        weights = [1 << 8 * (width - 1 - i) for i in range(width)]
-        whole = body.node("Mul", whole, body.constant(weights, (width, 1)))
-        whole = body.node("ReduceSum", whole, body.indices(0), keepdims=1)
-    low = whole
-    if plan.signed:
-        low = body.node("Mod", whole, body.constant(1 << plan.width - 1))
-    low = body.node("Cast", low, to=TensorProto.FLOAT)
-    value = body.node("Add", first, body.node("Mul", low, unit))
-    if plan.signed:
-        negative = body.node("Div", whole, body.constant(1 << plan.width - 1))
-        sign = body.node("Sub", body.constant(1), body.node("Mul", negative, body.constant(2)))
-        value = body.node("Mul", value, body.node("Cast", sign, to=TensorProto.FLOAT))
-    value = body.node("Reshape", value, body.indices(-1))
-    if group.working != TensorProto.FLOAT:
-        value = body.node("Cast", value, to=group.working)
-    return value, bits
-
-
 # --- weights ---
 
 
-def _is_single(group: Group) -> bool:
-    return len(group.weights) == 1
-
-
-def _is_shaped(group: Group) -> bool:
+def _is_shaped(group: Group, streams: Streams) -> bool:
     """Whether the group's vector already has its only weight's shape."""
-    if not _is_single(group):
+    if not group.is_single:
         return False
     if group.method.positions == "gap":
-        return True
+        return streams.coder != "rice"
     return group.method.positions == "all" and group.method.values in ("codebook", "levels")
 
 
 def _parted(group: Group, streams: Streams, flat: str, bits: list[float]) -> list[str]:
     """The weights of a group from its vector; adds the bits of scales to `bits`."""
     body = streams.body
-    families = [list(members) for _, members in itertools.groupby(group.weights, key=family_key)]
-    pieces = [flat]
-    if len(families) > 1:
-        sizes = [sum(weight.array.size for weight in family) for family in families]
-        pieces = body.nodes("Split", flat, body.indices(*sizes), outputs=len(sizes), axis=0)
+    families = [
+        list(members)
+        for _, members in itertools.groupby(
+            # Vectors need no shape, so one Split is enough for them.
+            group.weights,
+            key=lambda weight: family_key(weight) if len(weight.shape) > 1 else weight.name,
+        )
+    ]
+    pieces = body.split(flat, *(sum(w.array.size for w in family) for family in families))
+    factors = _factors(group, streams, bits)
     names: list[str] = []
     for piece, family in zip(pieces, families, strict=True):
         shape = family[0].shape
-        if len(shape) > 1 and not _is_shaped(group):
+        copied = (len(families) > 1 and len(shape) == 1) or _is_shaped(group, streams)
+        if len(shape) > 1 and not copied:
             rows = sum(weight.shape[0] for weight in family)
             piece = body.node("Reshape", piece, body.indices(rows, *shape[1:]))
-        if family[0].scale is not None:
+        if family[0].scale is not None and not group.scale and family[0].name not in factors:
             piece = body.node("Mul", piece, _scale(family, streams, bits, len(names)))
-        if len(family) > 1:
-            sizes = [weight.shape[0] for weight in family]
-            parts = body.nodes("Split", piece, body.indices(*sizes), outputs=len(sizes), axis=0)
-        elif family[0].scale is not None or _is_shaped(group) or family[0].kind != group.working:
-            parts = [piece]
-        else:
-            # Ends on an operator that copies: onnxruntime 1.24 keeps a dangling buffer where the
-            # last folded operator is an alias such as Reshape (issue 29788).
-            parts = [body.node("Concat", piece, axis=0)]
+            copied = True
+        parts = body.split(piece, *(weight.shape[0] for weight in family))
         for weight, part in zip(family, parts, strict=True):
-            if weight.kind != group.working:
+            if weight.name in factors:
+                part = body.node("Mul", part, factors[weight.name])
+            elif weight.kind != group.working:
                 part = body.node("Cast", part, to=weight.kind)
+            elif not copied and len(family) == 1:
+                # Ends on an operator that copies: onnxruntime 1.24 keeps a dangling buffer where
+                # the last folded operator is an alias such as Reshape (issue 29788).
+                part = body.copy(part, group.working)
             names.append(part)
     return names
+
+
+def _factors(group: Group, streams: Streams, bits: list[float]) -> dict[str, str]:
+    """Names of the scales of a single factor, in families where all are."""
+    families = itertools.groupby(enumerate(group.weights), key=lambda pair: family_key(pair[1]))
+    single: dict[int, NDArray[np.float32]] = {}
+    for _, family in families:
+        scales = {index: weight.scale for index, weight in family if weight.scale is not None}
+        if not group.scale and all(scale.size == 1 for scale in scales.values()):
+            single |= {index: scale.reshape(1) for index, scale in scales.items()}
+    if not single:
+        return {}
+    every = np.concatenate(list(single.values()))
+    for index in single:
+        bits[index] += 8.0 * numpy_type(narrowest(every)).itemsize
+    names = streams.body.split(streams.table(every), *[1] * every.size)
+    return {group.weights[i].name: name for i, name in zip(single, names, strict=True)}
 
 
 def _scale(family: list[Weight], streams: Streams, bits: list[float], at: int) -> str:

@@ -16,18 +16,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from prune2onnx.codecs.bundle import Bundle, encode, grouped
-from prune2onnx.codecs.groups import (
-    FILLED_GAPS,
-    METHODS,
-    Method,
-    family_key,
-    gaps_of,
-    level_codes,
-    masks_of,
-)
+from prune2onnx.codecs.groups import FILLED_GAPS, family_key, gaps_of, masks_of
 from prune2onnx.codecs.huffman import about_bits, coded_bits
+from prune2onnx.codecs.methods import METHODS, Method
 from prune2onnx.codecs.planes import planes_of
-from prune2onnx.codecs.streams import SEGMENT_NBYTES
+from prune2onnx.codecs.rice import Run, code_of
+from prune2onnx.codecs.streams import SEGMENT_NBYTES, Coder
+from prune2onnx.codecs.values import level_codes
 from prune2onnx.codecs.weight import (
     MAX_LEVELS,
     WORKING,
@@ -42,14 +37,23 @@ MAX_NBYTES = 1 << 30
 """Largest dense weight that is coded: onnxruntime from 1.27 on folds no larger output (PR 28055),
 so it would be decoded at every inference."""
 
-GROUP_NBYTES = 200
-"""What a group adds, about: its nodes."""
+GROUP_NBYTES: Mapping[Coder, int] = {"huffman": 150, "rice": 250, "none": 150}
+"""What a group adds, about: its nodes, and with a Rice code those of its sequences."""
 
 FAMILY_NBYTES = 60
 """What another shape in a group adds, about."""
 
-CODER_NBYTES = 2300
-"""What the functions of the Huffman coder add."""
+CODER_NBYTES: Mapping[Coder, int] = {"huffman": 2300, "rice": 200, "none": 60}
+"""What the nodes of an entropy coder add, about."""
+
+RUN_NBYTES = 150
+"""What one more sequence with a Rice code adds, about: its nodes."""
+
+SMALL_NBYTES = 65536
+"""What coded weights take where other codes than Huffman's are tried."""
+
+RICE_SIZE = 1 << 21
+"""Most elements for which a Rice code is tried: where there are more, others are smaller."""
 
 _WEIGHT_NBYTES = 12
 """What a weight adds besides its streams and its name: places in Split, Concat and the call."""
@@ -85,26 +89,31 @@ def refusal(weight: Weight) -> str:
     return ""
 
 
-def estimates(weight: Weight, *, coded: bool = True) -> dict[Method, float]:
+def estimates(weight: Weight, coder: Coder = "huffman") -> dict[Method, float]:
     """Bytes that each method which fits takes for a weight, about.
 
     Args:
         weight: one that can be coded.
-        coded: with Huffman codes; without, whole nibbles and bytes.
+        coder: the entropy code; without one, whole nibbles and bytes.
     """
 
     def size(counts: NDArray[np.integer[Any]]) -> float:
-        if coded:
+        if coder == "huffman":
             return about_bits(counts) / 8 + SEGMENT_NBYTES
+        if coder == "rice":
+            return code_of(-np.sort(-counts))[1] / 8
         return float(counts.sum()) * (0.5 if np.flatnonzero(counts).max(initial=0) < 16 else 1)
 
     nonzero = weight.nonzero
     positions: dict[str, float] = {"all": 0.0}
     fillers = 0
-    if nonzero.size < 0.9 * weight.array.size:
-        ((steps,), _) = gaps_of([nonzero], FILLED_GAPS[0])
-        fillers = steps.size - nonzero.size
-        positions["gap"] = size(np.bincount(steps, minlength=1))
+    if coder == "rice" or nonzero.size < 0.9 * weight.array.size:
+        if coder == "rice":
+            positions["gap"] = Run("", nonzero, rising=True).bits / 8 if nonzero.size else 0.0
+        else:
+            ((steps,), _) = gaps_of([nonzero], FILLED_GAPS[0])
+            fillers = steps.size - nonzero.size
+            positions["gap"] = size(np.bincount(steps, minlength=1))
         masks = np.sort(np.bincount(masks_of(weight.values), minlength=256))[::-1]
         positions["mask"] = size(masks) + int(np.count_nonzero(masks))
     item = numpy_type(weight.storage).itemsize
@@ -119,7 +128,9 @@ def estimates(weight: Weight, *, coded: bool = True) -> dict[Method, float]:
         value = float("inf")
         if method.values == "raw":
             value = float(item * (values.size + filled))
-        elif method.values == "planes" and coded and shared is None and _has_planes(weight):
+        elif (
+            method.values == "planes" and coder != "none" and shared is None and _has_planes(weight)
+        ):
             symbols, _ = planes_of(values, weight.storage)
             rest = 3 if weight.storage == TensorProto.FLOAT else 1
             counts = np.append(np.bincount(symbols, minlength=1), filled)
@@ -128,12 +139,18 @@ def estimates(weight: Weight, *, coded: bool = True) -> dict[Method, float]:
             counts = np.append(np.bincount(shared[0]), filled)
             if shared[1].size < MAX_LEVELS:
                 value = size(counts) + item * np.count_nonzero(counts)
+                value += RUN_NBYTES * (coder == "rice")
         elif method.values == "levels" and shared is not None and values.size:
             codes = None if weight.working == TensorProto.UINT8 else level_codes(values, not every)
             if codes is not None:
                 counts = np.append(np.bincount(codes), filled)
                 # Its symbols stand in an order of their own: near integers first.
-                value = coded_bits(counts) / 8 + SEGMENT_NBYTES if coded else size(counts)
+                if coder == "huffman":
+                    value = coded_bits(counts) / 8 + SEGMENT_NBYTES
+                elif coder == "rice":
+                    value = code_of(counts)[1] / 8
+                else:
+                    value = size(counts)
                 value += 0.1 * int(codes.max())
         if value < float("inf"):
             found[method] = positions[method.positions] + value + _WEIGHT_NBYTES + len(weight.name)
@@ -159,14 +176,27 @@ def plan(
         opset: of the model.
         load: "small", the fewest bytes; "fast", no entropy code, so that loading is quick.
     """
+    if load == "fast":
+        return _planned(weights, dense, opset, "none")
+    best = _planned(weights, dense, opset, "huffman")
+    if best.bundle is None or best.bundle.nbytes < SMALL_NBYTES:
+        # In a small file a coder may cost more than it saves.
+        few = sum(weight.array.size for weight in weights) <= RICE_SIZE
+        others = [_planned(weights, dense, opset, "rice")] if few else []
+        others.append(_planned(weights, dense, opset, "none"))
+        best = min([best, *others], key=lambda made: _total(made, dense))
+    return best
+
+
+def _planned(weights: Sequence[Weight], dense: Mapping[str, int], opset: int, coder: Coder) -> Plan:
+    """What `plan` chooses if this is the entropy code."""
     reasons: dict[str, str] = {}
     costs: dict[str, dict[Method, float]] = {}
-    coded = load == "small"
     for weight in weights:
         if reason := refusal(weight):
             reasons[weight.name] = reason
             continue
-        found = estimates(weight, coded=coded)
+        found = estimates(weight, coder)
         least = min(found, key=lambda method: found[method])
         useful = {m: cost for m, cost in found.items() if cost < dense[weight.name]}
         if useful:
@@ -175,16 +205,11 @@ def plan(
             reasons[weight.name] = (
                 f"{least.name} takes about {found[least]:,.0f} bytes, dense {dense[weight.name]:,}"
             )
-    best = _assigned(weights, costs, dense, coded)
+    best = _assigned(weights, costs, dense, coder)
     chosen = [weight for weight in weights if weight.name in best]
     places = [place for place, name in enumerate(dense) if name in best]
     skips = [at - before - 1 for before, at in itertools.pairwise([-1, *places])]
-    bundle = encode(chosen, best, opset, coded=coded, skips=skips) if chosen else None
-    if coded and (bundle is None or bundle.nbytes < 65536):
-        # In a small file the coder itself may cost more than it saves.
-        plain = plan(weights, dense, opset, load="fast")
-        if _total(plain, dense) < _total(Plan(bundle, best, {}), dense):
-            return plain
+    bundle = encode(chosen, best, opset, coder=coder, skips=skips) if chosen else None
     saved = sum(dense[name] for name in best)
     if bundle is None or bundle.nbytes >= saved:
         for name in best:
@@ -205,7 +230,7 @@ def _assigned(
     weights: Sequence[Weight],
     costs: Mapping[str, Mapping[Method, float]],
     dense: Mapping[str, int],
-    coded: bool,
+    coder: Coder,
 ) -> dict[str, Method]:
     """The cheapest method of each weight, groups that do not pay for their nodes left out."""
     allowed = set(METHODS)
@@ -224,11 +249,13 @@ def _assigned(
         groups = grouped([by_name[name] for name in best], best)
         rest = sum(dense[name] for name in costs if name not in best)
         own = sum(costs[name][method] for name, method in best.items())
-        own += CODER_NBYTES * (coded and bool(best)) + GROUP_NBYTES * len(groups)
+        own += CODER_NBYTES[coder] * bool(best) + GROUP_NBYTES[coder] * len(groups)
         families = [len(set(map(family_key, group.weights))) for group in groups]
         return rest + own + FAMILY_NBYTES * sum(families)
 
-    least = total(allowed)
+    # A small file is often smallest with one group, whatever each weight by itself would take.
+    starts = [allowed, *({method} for method in METHODS)]
+    least, _, allowed = min((total(start), number, start) for number, start in enumerate(starts))
     while True:
         used = set(assignment(allowed).values())
         tries = [(total(allowed - {method}), method) for method in used]

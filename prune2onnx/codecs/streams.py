@@ -1,4 +1,4 @@
-"""Where the streams of all weights come together: one Huffman stream, one of bytes, one of nibbles.
+"""Where the streams of all weights come together: of Huffman or Rice codes, of bytes, of nibbles.
 
 `groups` asks for a sequence of small integers and gets the name of the value that will hold it in
 the decode function; how the sequence is written is decided here, by bits.
@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import FunctionProto, TensorProto, helper
 
-from prune2onnx.codecs import huffman
+from prune2onnx.codecs import huffman, rice
 from prune2onnx.codecs.function import Body, tensor
 from prune2onnx.codecs.weight import entropy_bits, narrowest, numpy_type
 
 _T = TypeVar("_T")
+
+Coder = Literal["huffman", "rice", "none"]
+"""Entropy codes: Huffman's for large files, Rice's for small ones, none where loading is fast."""
 
 SEGMENT_NBYTES = 30
 """What a Huffman segment adds: its code, a lane start, half a word, its part of constants."""
@@ -33,7 +36,7 @@ class Symbols:
     """A sequence somebody asked for.
 
     Attributes:
-        name: of the value, int32 [n].
+        name: of the value, integers [n].
         symbols: uint8 [n].
         base: added to every symbol.
     """
@@ -64,19 +67,22 @@ class Streams:
 
     Args:
         body: the function.
-        coded: whether sequences may be Huffman coded.
+        coder: the entropy code for sequences.
     """
 
     body: Body
-    coded: bool = True
-    tensors: list[TensorProto] = field(default_factory=list)
+    coder: Coder = "huffman"
     sequences: list[Symbols] = field(default_factory=list)
+    rising: list[rice.Run] = field(default_factory=list)
+
+    @property
+    def origin(self) -> int:
+        """What is added to every symbol: tables begin with so many entries that mean nothing."""
+        return int(self.coder == "rice")
 
     def raw(self, array: NDArray[Any], kind: int) -> str:
         """An input that holds an array as it is."""
-        name = self.body.input()
-        self.tensors.append(tensor("", array, kind))
-        return name
+        return self.body.give(tensor("", array, kind))
 
     def table(self, array: NDArray[np.float32]) -> str:
         """A value that holds an array of float32, stored in the narrowest type that can."""
@@ -88,14 +94,29 @@ class Streams:
             else self.body.node("Cast", name, to=TensorProto.FLOAT)
         )
 
+    def indices(self, parts: Sequence[NDArray[np.int64]]) -> tuple[str, list[float]]:
+        """A value that holds rising indices, int64 [n], with a Rice code.
+
+        Args:
+            parts: the indices, those of several weights in a row.
+
+        Returns:
+            The value's name, and the bits each part takes.
+        """
+        run = rice.Run(self.body.fresh(), np.concatenate(parts), rising=True)
+        self.rising.append(run)
+        ends = np.cumsum([part.size for part in parts])
+        taken = np.cumsum(np.append(0, run.parts[0] + 1 + run.code.low))
+        return run.name, np.diff(taken[ends], prepend=0).astype(float).tolist()
+
     def symbols(self, symbols: NDArray[np.uint8], base: int = 0) -> str:
-        """A value that holds `symbols + base`, int32 [n]."""
+        """A value that holds `symbols + base + origin`, integers [n]."""
         sequence = Symbols(self.body.fresh(), symbols, base)
         self.sequences.append(sequence)
         return sequence.name
 
     def joined(self, parts: Sequence[NDArray[np.uint8]], base: int = 0) -> tuple[str, list[float]]:
-        """A value that holds `part + base` of several parts, one after the other.
+        """A value that holds `part + base + origin` of several parts, one after the other.
 
         Neighbours share a code where that takes fewer bytes.
 
@@ -109,7 +130,8 @@ class Streams:
         present = [part for part in parts if part.size]
         names: list[str] = []
         bits: list[float] = []
-        for begin, end in partition([np.bincount(part, minlength=256) for part in present]):
+        counts = [np.bincount(part, minlength=256) for part in present]
+        for begin, end in partition(counts) if self.coder == "huffman" else [(0, len(present))]:
             run = np.concatenate(present[begin:end])
             names.append(self.symbols(run, base))
             bits += self._bits(run, present[begin:end])
@@ -121,9 +143,12 @@ class Streams:
         return self._bits(symbols, [symbols])[0]
 
     def _bits(self, run: NDArray[np.uint8], parts: Sequence[NDArray[np.uint8]]) -> list[float]:
-        if not self.coded:
+        if self.coder == "none":
             width = 4 if run.max() < 16 else 8
             return [float(width * part.size) for part in parts]
+        if self.coder == "rice":
+            code, _ = rice.code_of(np.bincount(run))
+            return [float(code.bits(part)) for part in parts]
         lengths = np.array(huffman.code_of(run).lengths)
         return [float(lengths[part].sum()) for part in parts]
 
@@ -138,9 +163,15 @@ class Streams:
             The functions they call.
         """
         before = len(self.body)
-        coded = [one for one in self.sequences if self.coded and one.is_coded]
+        huffman_coded = self.coder == "huffman"
+        coded = [one for one in self.sequences if huffman_coded and one.is_coded]
         plain = [one for one in self.sequences if one not in coded]
-        halves = [one for one in plain if not self.coded and one.symbols.max() < 16]
+        if self.coder == "rice":
+            runs = [rice.Run(one.name, one.symbols, base=one.base) for one in plain]
+            if runs := self.rising + runs:
+                rice.write(self.body, runs)
+            plain = []
+        halves = [one for one in plain if not huffman_coded and one.symbols.max() < 16]
         functions: dict[str, FunctionProto] = {}
         if coded:
             limit = huffman.limit_for([one.counts for one in coded])
@@ -175,7 +206,7 @@ class Streams:
             if filling := -one.symbols.size % stream.lane:
                 names.append(body.fresh())
                 sizes.append(filling)
-        body.named("Split", [flat, body.indices(*sizes)], names, axis=0)
+        body.named("Split", [flat, body.indices(*sizes)], names)
         return huffman.functions(stream.op, opset, limit)
 
     def _nibbles(self, sequences: list[Symbols]) -> None:
@@ -203,7 +234,7 @@ class Streams:
         if filling := size - sum(sizes):
             names.append(body.fresh())
             sizes.append(filling)
-        body.named("Split", [flat, body.indices(*sizes)], names, axis=0)
+        body.named("Split", [flat, body.indices(*sizes)], names)
         for name, one in zip(names, sequences, strict=False):
             if one.base:
                 body.named("Add", [name, body.constant(one.base)], [one.name])
@@ -222,7 +253,7 @@ def runs_within(items: Sequence[_T], size: Callable[[_T], int], limit: int) -> l
     return runs
 
 
-def partition(counts: list[NDArray[np.integer[Any]]]) -> list[tuple[int, int]]:
+def partition(counts: Sequence[NDArray[np.integer[Any]]]) -> list[tuple[int, int]]:
     """Cuts a row of sequences into runs with a code each, by the fewest bytes.
 
     Args:

@@ -11,9 +11,11 @@ from prune2onnx.pruning.learned import (
     penalty,
     prunable_weights,
     prune,
+    scale_thresholds,
     selected_weights,
     survivors,
     thresholds_of,
+    weigh_by_bits,
 )
 
 __all__ = [
@@ -27,7 +29,9 @@ __all__ = [
     "penalty",
     "prunable_weights",
     "prune",
+    "scale_thresholds",
     "selected_weights",
     "survivors",
     "thresholds_of",
+    "weigh_by_bits",
 ]

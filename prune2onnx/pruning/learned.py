@@ -29,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
 from prune2onnx.pruning.granularity import GRANULARITIES
+from prune2onnx.pruning.rate import survivor_bits
 
 # Layer type -> the axis of its output channels in `weight`.
 PRUNABLE: dict[type[nn.Module], int] = {
@@ -114,6 +115,7 @@ class _LearnedThreshold(nn.Module):
         self.name = name
         self.beta = beta
         self.importance = 1.0
+        self.bits: Tensor | None = None  # of each element, where `weigh_by_bits` set them
         self.function = FUNCTIONS[function]
         self.granularity = GRANULARITIES[granularity](channel_axis)
         with torch.no_grad():
@@ -136,11 +138,14 @@ class _LearnedThreshold(nn.Module):
         return (self.granularity.measure(w).abs() > self.threshold()).expand_as(w)
 
     def survivors(self, w: Tensor) -> Tensor:
-        """Differentiable number of surviving elements, a scalar."""
+        """Differentiable number of surviving elements, or their bytes; a scalar."""
         measure = self.granularity.measure(w)
         sharpness = self.beta / self.scale
         gate = differentiable(survivor_gate, measure, self.threshold(), sharpness)
-        return gate.sum() * (w.numel() / measure.numel())
+        if self.bits is None:
+            return gate.sum() * (w.numel() / measure.numel())
+        nbytes = self.bits.expand_as(w).sum_to_size(measure.shape) / 8
+        return (gate * nbytes).sum()
 
     def forward(self, w: Tensor) -> Tensor:
         measure = self.granularity.measure(w)
@@ -363,11 +368,22 @@ def prune(
     return model
 
 
+def weigh_by_bits(model: nn.Module) -> None:
+    """Lets `penalty` count the bytes that survivors take in a file, as they now lie.
+
+    Call it again from time to time: what a survivor takes depends on its neighbours.
+    """
+    with torch.no_grad():
+        for site in _sites(model):
+            site.threshold.bits = survivor_bits(site.threshold.alive(site.original))
+
+
 def penalty(model: nn.Module) -> Tensor:
     """Differentiable number of surviving weights, the regulariser; a scalar.
 
     sum over layers of importance * sum sigma(beta (|measure| - t)), times the group's size where a
-    group has many elements. The project's own choice (the paper's regulariser is not used).
+    group has many elements. After `weigh_by_bits` each element counts with the bytes it takes. The
+    project's own choice (the paper's regulariser is not used).
 
     Raises:
         Prune2OnnxError: the model carries no learned threshold.
@@ -386,6 +402,15 @@ def penalty(model: nn.Module) -> Tensor:
 def thresholds_of(model: nn.Module) -> list[nn.Parameter]:
     """The parameters behind the learned thresholds, for an optimiser group of their own."""
     return [site.threshold.rho for site in _sites(model)]
+
+
+def scale_thresholds(model: nn.Module, factor: float) -> None:
+    """Multiplies every learned threshold by one factor, in place."""
+    with torch.no_grad():
+        for site in _sites(model):
+            t = nn.functional.softplus(site.threshold.rho.double()) * factor
+            # the inverse of softplus, exact for large and for small t
+            site.threshold.rho.copy_(t + torch.log(-torch.expm1(-t)))
 
 
 def survivors(model: nn.Module) -> Tensor:

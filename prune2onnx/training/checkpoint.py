@@ -65,8 +65,10 @@ class Checkpoints:
         tensors = {f"model/{name}": value for name, value in plain_state(model).items()}
         names = _optimised_names(model, optimiser)
         for index, state in optimiser.state_dict()["state"].items():
-            saved = {f"optimiser/{names[index]}/{k}": v.cpu() for k, v in state.items()}
-            tensors |= saved
+            tensors |= {
+                f"optimiser/{names[index]}/{slot}": value.cpu().contiguous()
+                for slot, value in state.items()
+            }
         self._save(_RUNNING, tensors, facts | {"phase": phase, "epoch": epoch})
 
     def load_running(self, phase: str, model: nn.Module, optimiser: Any) -> dict[str, Any] | None:
@@ -78,11 +80,16 @@ class Checkpoints:
         inner = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
         self._restore(model, inner, _RUNNING)
         state: dict[int, dict[str, Tensor]] = {}
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
         for index, name in enumerate(_optimised_names(model, optimiser)):
             prefix = f"optimiser/{name}/"
             slots = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if slots:
-                state[index] = slots
+            if slots:  # laid out in memory as the parameter is
+                like = parameters[index]
+                state[index] = {
+                    k: torch.empty_like(like).copy_(v) if v.shape == like.shape else v
+                    for k, v in slots.items()
+                }
         groups = optimiser.state_dict()["param_groups"]
         optimiser.load_state_dict({"state": state, "param_groups": groups})
         return facts

@@ -1,0 +1,89 @@
+"""Budgets: what a user asked for, whether it was met, and the search for the smallest file.
+
+Knows numbers only; who prunes and measures is `pipeline`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from prune2onnx.recipe import Recipe
+from prune2onnx.report import Goal
+
+_FIRST_STEP = 2.0
+"""Factor between densities as long as only one side of the limit is known."""
+
+_CLOSE = 1.08
+"""Densities this near to each other need no trial between them."""
+
+
+def goals(recipe: Recipe, *, nbytes: int, density: float, drop: float) -> tuple[Goal, ...]:
+    """One line for each budget of a recipe.
+
+    Args:
+        recipe: what was asked for.
+        nbytes: of the file.
+        density: of the pruned weights, 0-1.
+        drop: points of validation error that were added.
+    """
+    asked = (
+        ("size", recipe.target_size, nbytes),
+        ("density", recipe.target_density, density),
+        ("drop", recipe.max_drop, drop),
+    )
+    return tuple(Goal(what, float(limit), float(got)) for what, limit, got in asked if limit)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One pruning of a search.
+
+    Attributes:
+        density: that was asked for, 0-1.
+        drop: points of validation error that it added.
+        nbytes: of its file.
+    """
+
+    density: float
+    drop: float
+    nbytes: int
+
+
+class Search:
+    """Looks for the smallest density whose drop is allowed: steps by a factor, then bisection.
+
+    Args:
+        limit: points of validation error that may be added.
+        first: density to begin with, 0-1.
+        trials: how many there may be.
+    """
+
+    def __init__(self, limit: float, first: float, trials: int) -> None:
+        self.limit, self.first, self.most = limit, first, trials
+        self.trials: list[Trial] = []
+
+    def next(self) -> float | None:
+        """The density to try next; None when the search is over."""
+        if not self.trials:
+            return self.first
+        if len(self.trials) >= self.most:
+            return None
+        good = [t.density for t in self.trials if t.drop <= self.limit]
+        bad = [t.density for t in self.trials if t.drop > self.limit]
+        if not bad:
+            return min(good) / _FIRST_STEP
+        # noise: a density below one that failed is not believed
+        good = [density for density in good if density > max(bad)]
+        if not good:
+            return None if max(bad) >= 1 else min(1.0, max(bad) * _FIRST_STEP)
+        between = math.sqrt(min(good) * max(bad))
+        return None if min(good) / max(bad) < _CLOSE**2 else between
+
+    @property
+    def best(self) -> int:
+        """Index of the smallest file that keeps to the limit; else of the smallest drop."""
+        kept = [i for i, t in enumerate(self.trials) if t.drop <= self.limit]
+        if kept:
+            return min(kept, key=lambda i: self.trials[i].nbytes)
+        return min(range(len(self.trials)), key=lambda i: self.trials[i].drop)

@@ -1,0 +1,53 @@
+"""The file that a network would become: what training asks of it, and the file itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+from torch import nn
+
+from prune2onnx.exporter import Template
+from prune2onnx.pack import Packed, pack
+from prune2onnx.shrink import settle, shrink
+
+
+class Deployment:
+    """Export, shrink and pack, for training to measure with (`training.Deployment`).
+
+    Args:
+        input_shape: of one example.
+        opset: ONNX operator set, 18 or newer.
+        anonymize: whether weights get the shortest names.
+    """
+
+    def __init__(self, input_shape: Sequence[int], opset: int, *, anonymize: bool = False) -> None:
+        self._shape, self._opset, self._anonymize = tuple(input_shape), opset, anonymize
+        self._template: Template | None = None
+
+    def _filled(self, model: nn.Module) -> onnx.ModelProto:
+        if self._template is None:
+            self._template = Template(model, self._shape, opset=self._opset)
+        return self._template.filled(model)
+
+    def nbytes(self, model: nn.Module) -> int:
+        """Bytes of the file of a model with plain parameters, BatchNorm folded."""
+        return self.pack(model).model.ByteSize()
+
+    def settle(self, model: nn.Module) -> None:
+        """Zeroes what no output depends on, and carries constants into the next layer's bias."""
+        values = settle(self._filled(model))
+        assert self._template is not None
+        self._template.take(model, values)
+
+    def pack(self, model: nn.Module) -> Packed:
+        """The smallest file of a model with plain parameters, BatchNorm folded.
+
+        Inputs that the first layer does not use are left out by a Gather where that is smaller.
+        """
+        dense = self._filled(model)
+        ways = [
+            pack(shrink(dense, gather_inputs=gather).model, anonymize=self._anonymize)
+            for gather in (False, True)
+        ]
+        return min(ways, key=lambda packed: packed.model.ByteSize())

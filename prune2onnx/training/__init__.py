@@ -1,0 +1,20 @@
+"""Training: a network becomes small while it learns (`fit`), and the rooms that `fit` needs."""
+
+from prune2onnx.training.fit import Fitted, fit, make_accelerator, with_epochs
+from prune2onnx.training.loop import PHASES, Epoch, Step, step_with_brake
+from prune2onnx.training.phases import Deployment
+from prune2onnx.training.scoring import check_output, evaluate
+
+__all__ = [
+    "PHASES",
+    "Deployment",
+    "Epoch",
+    "Fitted",
+    "Step",
+    "check_output",
+    "evaluate",
+    "fit",
+    "make_accelerator",
+    "step_with_brake",
+    "with_epochs",
+]

@@ -1,0 +1,52 @@
+"""Distillation: a network learns what the dense one answers, not only which label is right.
+
+Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531). The teacher is the
+network itself before it was pruned; with a weight of 1 no label is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from prune2onnx.recipe import Recipe
+
+
+class Teacher:
+    """A dense network in evaluation mode that grades another one's scores.
+
+    Args:
+        model: the dense network; a copy is kept.
+        recipe: how much its answers count, and at which temperature.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.weight, self.temperature = recipe.distill, recipe.temperature
+
+    def loss(self, x: Tensor, y: Tensor, scores: Tensor) -> Tensor:
+        """Mean loss of a batch, a scalar.
+
+        (1 - weight) * cross entropy of the labels + weight * T^2 * KL(teacher || scores), both
+        distributions softened by the temperature T.
+
+        Args:
+            x: inputs, [n, ...].
+            y: labels, int64 [n].
+            scores: the network's, [n, classes].
+        """
+        with torch.no_grad():
+            wanted = self.model(x)
+        soft = functional.kl_div(
+            functional.log_softmax(scores / self.temperature, 1),
+            functional.log_softmax(wanted.to(scores.dtype) / self.temperature, 1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        loss = self.weight * self.temperature**2 * soft
+        if self.weight < 1:
+            loss = loss + (1 - self.weight) * functional.cross_entropy(scores, y)
+        return loss

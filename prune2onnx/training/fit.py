@@ -1,0 +1,217 @@
+"""`fit`: a classifier trained, pruned, tuned and put on few levels, on CPU, GPU or many processes.
+
+dense (ordinary training) -> prune (weights and thresholds together, under a pressure that aims at a
+density or a size) -> tune (fixed masks) -> share (few levels). From the second phase on a network
+may learn from the dense one's answers. Needs no file unless asked for checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from prune2onnx.data import Data
+from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
+from prune2onnx.recipe import Recipe
+from prune2onnx.training.checkpoint import Checkpoints, plain_state
+from prune2onnx.training.loop import PHASES, Epoch, Step
+from prune2onnx.training.phases import Deployment, Run
+from prune2onnx.training.scoring import check_output
+
+# Where the recipe gives no epochs: the steps a phase takes, and the fewest epochs.
+_DEFAULT_STEPS = {"dense": 1500, "prune": 4000, "tune": 1500, "share": 800}
+_FEWEST_EPOCHS = {"dense": 5, "prune": 10, "tune": 3, "share": 2}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The outcome of `fit`.
+
+    Attributes:
+        model: pruned, shared, in evaluation mode, on the CPU, with plain parameters.
+        dense: state_dict of the network before pruning.
+        pruned: names of the pruned weights.
+        history: every epoch, in order.
+        dense_error: percent of the validation split, of the network to compare with; NaN after
+            the dense phase alone.
+        error: percent of the validation split, of `model`.
+    """
+
+    model: nn.Module
+    dense: dict[str, Tensor]
+    pruned: tuple[str, ...]
+    history: tuple[Epoch, ...]
+    dense_error: float
+    error: float
+
+    @property
+    def density(self) -> float:
+        """Nonzeros over elements of the pruned weights, 0-1."""
+        weights = [self.model.get_parameter(name) for name in self.pruned]
+        left = sum(int(torch.count_nonzero(weight)) for weight in weights)
+        return left / sum(weight.numel() for weight in weights)
+
+
+def with_epochs(recipe: Recipe, examples: int) -> Recipe:
+    """The recipe with every phase's epochs filled in.
+
+    Args:
+        recipe: epochs may be None there.
+        examples: size of the training split; a default is a number of steps, not of epochs, so
+            that a small data set is not left half trained.
+    """
+    steps_per_epoch = max(1, examples // recipe.batch_size)
+    sections = {}
+    for phase in PHASES:
+        section = getattr(recipe, phase)
+        epochs = section.epochs or max(
+            _FEWEST_EPOCHS[phase], math.ceil(_DEFAULT_STEPS[phase] / steps_per_epoch)
+        )
+        sections[phase] = section.model_copy(update={"epochs": epochs})
+    return recipe.model_copy(update=sections)
+
+
+def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Accelerator:
+    """What accelerate finds: devices and processes, in the recipe's precision.
+
+    Raises:
+        Prune2OnnxError: this process already trains in another precision, or the device cannot.
+    """
+    # a network may hold a layer that its forward leaves out
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    try:
+        return Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=[unused])
+    except ValueError as error:
+        raise Prune2OnnxError(
+            f"precision {recipe.precision!r}: {one_line(error)}; "
+            "choose another --precision, or start a new process"
+        ) from error
+
+
+def fit(
+    model: nn.Module,
+    data: Data,
+    recipe: Recipe,
+    *,
+    accelerator: Accelerator | None = None,
+    checkpoints: Path | None = None,
+    resume: bool = False,
+    start: str = "dense",
+    stop: str = "share",
+    teacher: nn.Module | None = None,
+    deployment: Deployment | None = None,
+    on_step: Callable[[Step], None] = lambda _: None,
+    on_epoch: Callable[[Epoch], None] = lambda _: None,
+) -> Fitted:
+    """Trains, prunes, tunes and shares a classifier.
+
+    Args:
+        model: maps [n, *data.input_shape] to [n, data.classes] scores; trained in place up to the
+            point where folding replaces BatchNorm layers.
+        data: its training split is learned from; choices look at its validation split; its test
+            split is not read.
+        recipe: the settings; `with_epochs` fills in epochs that are None.
+        accelerator: devices, precision and processes; default: what accelerate finds, with the
+            recipe's precision.
+        checkpoints: folder for a checkpoint after each epoch and one for each finished phase.
+        resume: continue from what is in `checkpoints`.
+        start: the first phase: "dense", "prune" for a model that comes trained, "tune" for one
+            that comes pruned as well (its exact zeros are the masks).
+        stop: the last phase.
+        teacher: the dense network to learn from (`recipe.distill`) and to compare with; default:
+            the model as it is before it is pruned.
+        deployment: tells what the file will take; needed for `recipe.target_size`.
+        on_step: called every few steps, on the main process.
+        on_epoch: called after each epoch, on the main process.
+
+    Returns:
+        The finished model and how it came about.
+
+    Raises:
+        Prune2OnnxError: the loss became NaN or infinite (with phase, epoch and step), the model's
+            output has the wrong shape, or a checkpoint does not fit the model.
+    """
+    accelerator = accelerator or make_accelerator(recipe)
+    if recipe.batch_size % accelerator.num_processes:
+        raise RecipeError(
+            f"batch_size {recipe.batch_size} cannot be split among {accelerator.num_processes} "
+            "processes; choose a multiple"
+        )
+    if accelerator.num_processes > 1 and len(data.train) < accelerator.num_processes:  # type: ignore[arg-type]
+        raise RecipeError("fewer training examples than processes")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    recipe = with_epochs(recipe, len(data.train))  # type: ignore[arg-type]
+    model = model.to(accelerator.device)
+    check_output(model, data, accelerator.device)
+    _channels_last(model, data, accelerator.device)
+    settings = f"{recipe.to_yaml()}{len(data.train)} training examples"  # type: ignore[arg-type]
+    kept = Checkpoints(checkpoints, accelerator, hashlib.sha256(settings.encode()).hexdigest())
+    if not resume:
+        kept.forget(PHASES)
+    run = Run(data, recipe, accelerator, kept, on_step, on_epoch, deployment=deployment)
+    phases = PHASES[PHASES.index(start) : PHASES.index(stop) + 1]
+    dense = plain_state(model)
+    order = {name: index for index, (name, _) in enumerate(model.named_parameters())}
+    with _flushed_denormals():
+        for phase in phases:
+            if phase != "dense" and run.teacher is None:
+                run.meet(model if teacher is None else teacher.to(accelerator.device))
+            run.phase(phase, model)
+            _restore_order(model, order)
+            if phase == "dense":
+                dense = plain_state(model)
+    error = run.error(model)
+    return Fitted(model.cpu().eval(), dense, run.pruned, tuple(run.history), run.dense_error, error)
+
+
+def _channels_last(model: nn.Module, data: Data, device: torch.device) -> None:
+    """Lays convolutions out with channels last, in which they are up to twice as fast.
+
+    A model that insists on the other layout (`view` of a convolution's output) keeps it.
+    """
+    if len(data.input_shape) != 3:
+        return
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        check_output(model, data, device)
+    except Prune2OnnxError:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+@contextlib.contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Pruned weights decay into denormals, on which a CPU is 40 times slower: they become zero.
+
+    The processor's mode is put back afterwards, for it is the whole process's.
+    """
+    before = float(torch.tensor(1e-39) * 0.5) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+def _restore_order(model: nn.Module, order: dict[str, int]) -> None:
+    """Puts every module's parameters back in order; parametrizations leave theirs last.
+
+    Order decides which is tried first and which stands first in the file, so it has to be that of
+    a run that starts from a checkpoint.
+    """
+    for prefix, module in model.named_modules():
+        stem = f"{prefix}." if prefix else ""
+        items = sorted(
+            module._parameters.items(), key=lambda item: order.get(stem + item[0], len(order))
+        )
+        module._parameters.clear()
+        module._parameters.update(items)

@@ -1,0 +1,281 @@
+"""Weights on a grid while they are trained: whole multiples of one learned scale each.
+
+Forward, a weight is `clamp(round(w / s), -k, k) * s`; backward, rounding counts as the identity
+within the grid's range, and the scale is learned, too: Learned Step Size Quantization (Esser et
+al., arXiv 1902.08153). Zeros stay zeros. So a survivor may still change its level in the last
+phase, which shared values with fixed members could not, and a file needs no codebook for it.
+
+`put_on_levels` puts parameters there, `bake_levels` leaves plain parameters again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.pruning.rate import survivor_bits
+
+MOST_LEVELS = 127
+"""Largest multiple: what a byte can count."""
+
+_SAMPLE = 1 << 16
+_CANDIDATES = 46
+
+
+class _Round(torch.autograd.Function):
+    """Rounds to the grid; straight through for the weight, LSQ's gradient for the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, scale: Tensor, alive: Tensor, largest: int) -> Tensor:
+        steps = w / scale
+        levels = steps.round().clamp_(-largest, largest).mul_(alive).add_(0.0)  # no -0
+        ctx.save_for_backward(steps, levels, alive)
+        ctx.largest = largest
+        return levels * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad,) = grads
+        steps, levels, alive = ctx.saved_tensors
+        grad = grad * alive
+        within = steps.abs() <= ctx.largest + 0.5
+        moved = torch.where(within, levels - steps, levels)
+        balance = 1 / math.sqrt(max(1, int(alive.sum())) * ctx.largest)
+        return grad * within, (moved * grad).sum() * balance, None, None
+
+
+class _Levels(nn.Module):
+    """The parametrization of one parameter: w -> levels * scale."""
+
+    alive: Tensor
+
+    def __init__(
+        self, name: str, weight: Tensor, largest: int, scale: nn.Parameter | None = None
+    ) -> None:
+        super().__init__()
+        self.name, self.largest = name, largest
+        if scale is None:
+            scale = nn.Parameter(_best_scale(weight.detach(), largest), weight.requires_grad)
+        self.scale = scale
+        self.register_buffer("alive", weight.detach() != 0)
+
+    def step(self) -> Tensor:
+        """The scale, positive whatever the optimiser does."""
+        return self.scale.abs().clamp_min(1e-12)
+
+    def levels(self, w: Tensor) -> Tensor:
+        """Whole numbers, float, of w's shape."""
+        largest = self.largest
+        return (w / self.step()).round().clamp(-largest, largest) * self.alive + 0.0  # no -0
+
+    def forward(self, w: Tensor) -> Tensor:
+        result: Tensor = _Round.apply(  # type: ignore[no-untyped-call]
+            w, self.step(), self.alive, self.largest
+        )
+        return result
+
+
+def _best_scale(w: Tensor, largest: int) -> Tensor:
+    """The scale with the least squared error of rounding the nonzeros."""
+    values = w[w != 0].float()
+    if not values.numel():
+        return torch.ones((), device=w.device, dtype=w.dtype)
+    values = values[:: -(-values.numel() // _SAMPLE)]
+    top = values.abs().max() / largest
+    scales = top * torch.linspace(0.3, 1.2, _CANDIDATES, device=w.device)
+    errors = [_error(values, s, largest) for s in scales]
+    return scales[torch.stack(errors).argmin()].to(w.dtype)
+
+
+def _common_scale(parameters: Sequence[Tensor], largest: Mapping[str, int]) -> Tensor:
+    """The scale with the least squared error, relative to each parameter's own squares."""
+    present = [
+        (p.detach(), k) for p, k in zip(parameters, largest.values(), strict=True) if p.any()
+    ]
+    if not present:
+        return torch.ones((), device=parameters[0].device)
+    own = torch.stack([_best_scale(p, k) for p, k in present])
+    scales = torch.logspace(
+        float(own.min().log2()), float(own.max().log2()), _CANDIDATES, base=2, device=own.device
+    )
+    errors = [sum(_error(p, s, k) / p.square().sum() for p, k in present) for s in scales]
+    return scales[int(np.argmin([float(error) for error in errors]))].to(own.dtype)
+
+
+def _error(w: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """Squared error of rounding to the grid."""
+    return (_rounded(w, scale, largest) - w).square().sum()
+
+
+def _rounded(w: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """The nearest values on the grid; no -0."""
+    return ((w / scale).round().clamp(-largest, largest) + 0.0) * scale
+
+
+def put_on_levels(
+    model: nn.Module, largest: Mapping[str, int], *, common: bool = False
+) -> nn.Module:
+    """Puts parameters on grids with learned scales, in place; zeros stay zeros.
+
+    Make the optimiser after this call.
+
+    Args:
+        model: a module with plain parameters (bake it first).
+        largest: parameter name -> largest level k, 1 to 127: values are -k s, ..., k s.
+        common: whether all parameters share one scale s; in a file that saves one multiplication
+            each.
+
+    Returns:
+        The same model.
+
+    Raises:
+        Prune2OnnxError: a largest level out of range, or a value that is not finite; the model is
+            left as it was.
+    """
+    for name, count in largest.items():
+        if not 1 <= count <= MOST_LEVELS:
+            raise Prune2OnnxError(f"{name}: largest level {count}, expected 1 to {MOST_LEVELS}")
+        if not torch.isfinite(model.get_parameter(name)).all():
+            raise Prune2OnnxError(f"{name}: NaN or infinite values fit no grid")
+    scale: nn.Parameter | None = None
+    if common and largest:
+        scale = nn.Parameter(_common_scale([model.get_parameter(n) for n in largest], largest))
+    for name, count in largest.items():
+        parameter = model.get_parameter(name)
+        grid = _Levels(name, parameter, count, scale).to(parameter.device)
+        holders = [
+            (module, attribute)
+            for module in model.modules()
+            for attribute, value in module.named_parameters(recurse=False, remove_duplicate=False)
+            if value is parameter
+        ]
+        for module, attribute in holders:
+            parametrize.register_parametrization(module, attribute, grid)
+    return model
+
+
+def _grids(model: nn.Module) -> Iterator[tuple[_Levels, nn.Parameter, list[tuple[Any, str]]]]:
+    """Each grid once, with its parameter and every module and attribute that holds it."""
+    found: dict[int, tuple[_Levels, nn.Parameter, list[tuple[Any, str]]]] = {}
+    for module in model.modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        for attribute, chain in cast(Any, module).parametrizations.items():
+            if isinstance(chain[0], _Levels):
+                entry = found.setdefault(id(chain.original), (chain[0], chain.original, []))
+                entry[2].append((module, attribute))
+    yield from found.values()
+
+
+def scales_of(model: nn.Module) -> list[nn.Parameter]:
+    """The learned scales, each once, for an optimiser group of their own."""
+    return list({id(grid.scale): grid.scale for grid, _, _ in _grids(model)}.values())
+
+
+def bake_levels(model: nn.Module) -> dict[str, Tensor]:
+    """Leaves plain parameters that hold level * scale, rounded once, in place.
+
+    Returns:
+        Name of the parameter -> its scale, in the order of the modules.
+    """
+    grids = list(_grids(model))
+    for grid, original, holders in grids:
+        with torch.no_grad():
+            original.copy_(grid.levels(original) * grid.step())
+        for module, attribute in holders:
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+    return {grid.name: grid.step().detach().clone() for grid, _, _ in grids}
+
+
+def put_back(model: nn.Module, name: str, scale: Tensor) -> None:
+    """Rounds a plain parameter to a grid that it has left, in place."""
+    with torch.no_grad():
+        parameter = model.get_parameter(name)
+        parameter.copy_(_rounded(parameter, scale, MOST_LEVELS))
+
+
+def worth(model: nn.Module, sensitivity: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each survivor is worth: the loss that its zero would add, per bit that it takes.
+
+    The loss is taken to second order with the diagonal of the empirical Fisher information, as
+    Optimal Brain Damage does with the Hessian's (LeCun et al., 1990).
+
+    Args:
+        model: with weights on levels.
+        sensitivity: parameter name -> mean squared gradient, of the parameter's shape.
+
+    Returns:
+        Weight name -> float, of its shape; infinite where it is zero already. Only weights of two
+        axes and more: a bias takes no position.
+    """
+    found = {}
+    with torch.no_grad():
+        for grid, original, _ in _grids(model):
+            if original.ndim < 2 or grid.name not in sensitivity:
+                continue
+            value = grid.levels(original) * grid.step()
+            bits = survivor_bits(value != 0)
+            gain = sensitivity[grid.name] * value.square() / bits
+            found[grid.name] = torch.where(value != 0, gain, torch.inf)
+    return found
+
+
+def drop(model: nn.Module, worths: Mapping[str, Tensor], least: float) -> None:
+    """Makes zeros of the survivors that are worth less, and keeps them so."""
+    with torch.no_grad():
+        for grid, _, _ in _grids(model):
+            if grid.name in worths:
+                grid.alive &= worths[grid.name] >= least
+
+
+def coarsen(
+    model: nn.Module,
+    names: Iterable[str],
+    largest: int,
+    error: Callable[[], float],
+    *,
+    allowed: float,
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Chooses how small parameters, biases above all, are stored: as coarsely as accuracy allows.
+
+    In order of bytes: on levels, in half precision, as they are; the first with which the error
+    stays within what is allowed, each judged with those chosen before it in place.
+
+    Args:
+        model: its parameters take the coarser values that were chosen.
+        names: the parameters to try, in this order.
+        largest: level that is tried.
+        error: measures the model as it stands.
+        allowed: the largest error to accept.
+
+    Returns:
+        Parameter name -> largest level, for `put_on_levels`; and the names of those rounded to
+        float16.
+    """
+    levels: dict[str, int] = {}
+    halves: list[str] = []
+    for name in names:
+        parameter = model.get_parameter(name)
+        before = parameter.detach().clone()
+        if not before.any():  # nothing to store
+            continue
+        with torch.no_grad():
+            scale = _best_scale(before, largest)
+            parameter.copy_(_rounded(before, scale, largest))
+            if error() <= allowed:
+                levels[name] = largest
+                continue
+            half = before.half().to(before.dtype)
+            parameter.copy_(half)
+            if torch.isfinite(half).all() and error() <= allowed:
+                halves.append(name)
+                continue
+            parameter.copy_(before)
+    return levels, tuple(halves)

@@ -1,0 +1,289 @@
+"""What each phase does to a model before and after it is trained, and how a size is met.
+
+dense: nothing. prune: learned thresholds, at whose end all are moved by one factor, so that the
+density or the size is met. tune: masks held. share: BatchNorm folded, dead parts settled, weights
+put on few levels; where the file is too large, the survivors that are worth least go.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader
+
+from prune2onnx.data import collate
+from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.pruning import (
+    bake,
+    density,
+    hold_zeros,
+    prunable_weights,
+    prune,
+    scale_thresholds,
+    selected_weights,
+    thresholds_of,
+)
+from prune2onnx.training.fold import fold_batch_norm
+from prune2onnx.training.levels import (
+    bake_levels,
+    coarsen,
+    drop,
+    put_back,
+    put_on_levels,
+    worth,
+)
+from prune2onnx.training.loop import Loop
+from prune2onnx.training.pressure import Pressure
+
+_BITS = 10.0
+"""What a survivor takes, about: the first guess of a density from a size."""
+
+_SPARE, _LESS_SPARE = 1.25, 1.03
+"""Of what is wanted, after pruning and before the last phase: what a threshold lets through is
+culled by what it is worth, which finds weights that no output misses."""
+
+_MEASURE_FROM = 0.4  # part of the ramp after which files are measured
+_REACH = 2.0  # thresholds may be moved by this factor at the end, and by its inverse
+_HALVINGS = 12
+_MOST_DROPPED = 0.9  # part of the survivors that may be dropped for the sake of a size
+_SENSITIVITY_BATCHES = 64
+
+
+class Deployment(Protocol):
+    """What training has to know of the file that will come out."""
+
+    def nbytes(self, model: nn.Module) -> int:
+        """Bytes of the file of a model with plain parameters; it may be changed."""
+
+    def settle(self, model: nn.Module) -> None:
+        """Zeroes what no output depends on, and carries constants into the next layer's bias."""
+
+
+class Run(Loop):
+    """All phases of one `fit`.
+
+    Args:
+        deployment: tells what the file will take; None where nobody knows.
+        loop: as of `Loop`.
+    """
+
+    def __init__(self, *loop: Any, deployment: Deployment | None) -> None:
+        super().__init__(*loop)
+        self.deployment = deployment
+
+    def phase(self, phase: str, model: nn.Module) -> None:
+        """Takes the model from the end of one phase to the end of the next, in place."""
+        if phase == "share":
+            fold_batch_norm(model, self._example())
+        finished = self.checkpoints.load_finished(phase, model)
+        if finished is not None:
+            self._recall(finished)
+            return
+        finish = getattr(self, f"_begin_{phase}")(model)
+        self._train(phase, model)
+        finish()
+        self.checkpoints.save_finished(phase, model, self._facts())
+
+    def _begin_dense(self, model: nn.Module) -> Callable[[], object]:
+        return lambda: None
+
+    def _begin_prune(self, model: nn.Module) -> Callable[[], object]:
+        chosen = self.recipe.prune
+        prune(
+            model,
+            function=chosen.function,
+            granularity=chosen.granularity,
+            thresholds=chosen.thresholds,
+            beta=chosen.beta,
+            start=chosen.start,
+            include=chosen.include,
+            exclude=chosen.exclude,
+            balance=chosen.balance,
+            importance=chosen.importance,
+        )
+        layers = density(model).layers
+        self.pruned = tuple(layer.name for layer in layers)
+        self.size = sum(layer.size for layer in layers)
+        steps = chosen.epochs * len(self._order())  # type: ignore[operator]
+        goal = self.recipe.goal
+        if self._target is not None:
+            goal = min(goal, _BITS * self._target / 8 / self.size)
+        self.pressure = Pressure(chosen, self.size, steps, goal, self.accelerator.device)
+
+        def finish() -> None:
+            if chosen.pressure:
+                self._meet_goal(model)
+            bake(model)
+            self.pressure = None
+
+        return finish
+
+    def _meet_goal(self, model: nn.Module) -> None:
+        """Moves all thresholds by one factor, so that density and size end where they should."""
+        assert self.pressure is not None
+        low, high = 1 / _REACH, _REACH
+        trial = _copied(model)
+        for _ in range(_HALVINGS):
+            middle = math.sqrt(low * high)
+            trial.load_state_dict(model.state_dict())
+            scale_thresholds(trial, middle)
+            low, high = (middle, high) if self._over(trial, _SPARE) else (low, middle)
+        scale_thresholds(model, high)
+
+    def _begin_tune(self, model: nn.Module) -> Callable[[], object]:
+        if not self.pruned:
+            self._pruned_before(model)
+        weights = {name: model.get_parameter(name) for name in self.pruned}
+        return hold_zeros(model, {name: w.detach() != 0 for name, w in weights.items()})
+
+    def _pruned_before(self, model: nn.Module) -> None:
+        """Takes the zeros that a model came with for its masks."""
+        chosen = selected_weights(model, self.recipe.prune.include, self.recipe.prune.exclude)
+        layers = [layer for layer in density(model).layers if layer.name in chosen]
+        if all(layer.nnz == layer.size for layer in layers):
+            raise Prune2OnnxError(
+                "start is 'tune', but no Linear or convolution weight has a zero; "
+                "start with 'prune', or give pruned weights"
+            )
+        self.pruned = tuple(layer.name for layer in layers)
+        self.size = sum(layer.size for layer in layers)
+
+    def _begin_share(self, model: nn.Module) -> Callable[[], object]:
+        settings = self.recipe.share
+
+        def error() -> float:
+            return self.error(model)
+
+        # a weight that was excluded from pruning is left alone here, too
+        kept = {*self.pruned, *prunable_weights(model)}
+        others = [name for name, _ in model.named_parameters() if name not in kept]
+        if self.deployment is not None:
+            self.deployment.settle(model)
+        small, halves = coarsen(
+            model, others, settings.small_levels, error, allowed=error() + settings.slack
+        )
+        self._put_on_levels(model, (*self.pruned, *small))
+        for name in halves:  # rounded, and to stay so
+            model.get_parameter(name).requires_grad_(False)
+        self._meet_budget(model, _LESS_SPARE)
+
+        def finish() -> None:
+            self._meet_budget(model, 1.0)
+            self._settle(model, bake_levels(model))
+
+        return finish
+
+    def _settle(self, model: nn.Module, scales: Mapping[str, Tensor]) -> None:
+        """Dead parts become zero; what constants they sent on stays on levels, in the biases."""
+        if self.deployment is None:
+            return
+        before = {name: model.get_parameter(name).detach().clone() for name in scales}
+        self.deployment.settle(model)
+        for name, old in before.items():
+            if not torch.equal(old, model.get_parameter(name)):
+                put_back(model, name, scales[name])
+
+    def _put_on_levels(self, model: nn.Module, names: Iterable[str]) -> None:
+        largest = {name: self._largest(name) for name in names}
+        put_on_levels(model, largest, common=self.recipe.share.step == "network")
+
+    def _largest(self, name: str) -> int:
+        settings = self.recipe.share
+        return settings.levels if name in self.pruned else settings.small_levels
+
+    # -- bytes ----------------------------------------------------------------------------------
+
+    @property
+    def _target(self) -> int | None:
+        return self.recipe.target_size if self.deployment is not None else None
+
+    def _deployed(self, model: nn.Module) -> nn.Module:
+        """What a model would become if training ended now: plain parameters, few levels."""
+        model = _copied(model).eval()
+        if thresholds_of(model):
+            bake(model)
+            fold_batch_norm(model, self._example())
+            kept = {*self.pruned, *prunable_weights(model)}
+            others = [name for name, _ in model.named_parameters() if name not in kept]
+            names = [name for name in (*self.pruned, *others) if model.get_parameter(name).any()]
+            self._put_on_levels(model, names)
+        self._settle(model, bake_levels(model))
+        return model
+
+    def _over(self, model: nn.Module, spare: float) -> bool:
+        """Whether the file would be larger, or hold more weights, than `spare` times the goal."""
+        model = self._deployed(model)
+        left = sum(int(torch.count_nonzero(model.get_parameter(name))) for name in self.pruned)
+        if self._target is None or self.deployment is None:
+            return left > spare * self.recipe.goal * self.size
+        if left > spare * (self.recipe.target_density or 1) * self.size:
+            return True
+        return self.deployment.nbytes(model.cpu()) > spare * self._target
+
+    def _meet_budget(self, model: nn.Module, spare: float) -> None:
+        """Drops the survivors that are worth least per bit until few enough are left."""
+        if not self.recipe.prune.pressure or not self._over(model, spare):
+            return
+        worths = worth(model, self._sensitivity(model))
+        ranked = torch.cat([w[torch.isfinite(w)] for w in worths.values()]).sort().values
+        if not len(ranked):
+            return
+        low, high = 0, int(_MOST_DROPPED * len(ranked))
+        while high - low > max(1, len(ranked) // 1000):
+            middle = (low + high) // 2
+            trial = _copied(model)
+            drop(trial, worths, float(ranked[middle]))
+            low, high = (middle, high) if self._over(trial, spare) else (low, middle)
+        drop(model, worths, float(ranked[high]))
+
+    def _sensitivity(self, model: nn.Module) -> dict[str, Tensor]:
+        """Mean squared gradients over some batches: the empirical Fisher information's diagonal."""
+        order = self._order()
+        order.seed = self._seed("share", 0)
+        loader = DataLoader(self.data.train, batch_sampler=order, collate_fn=collate)
+        model = _copied(model).eval()
+        bake_levels(model)  # by the weight itself: a grid lets no gradient through to its largest
+        found = {name: torch.zeros_like(model.get_parameter(name)) for name in self.pruned}
+        for batches, (x, y) in enumerate(loader):
+            if batches == _SENSITIVITY_BATCHES:
+                break
+            model.zero_grad()
+            self._loss(model, x, y).backward()  # type: ignore[no-untyped-call]
+            for name, summed in found.items():
+                gradient = model.get_parameter(name).grad
+                if gradient is not None:
+                    summed += gradient.square()
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.reduce(found, "sum")
+        return found
+
+    def _after_epoch(self, phase: str, model: nn.Module, progress: float) -> None:
+        """Measures the file that would come out, and moves the density to end at."""
+        if self.pressure is None or self._target is None or self.deployment is None:
+            return
+        if progress > _MEASURE_FROM * self.recipe.prune.ramp:
+            now = density(model).total
+            nbytes = self.deployment.nbytes(self._deployed(model).cpu())
+            self.pressure.aim(now, nbytes, round(_SPARE * self._target))
+            if self.recipe.target_density:
+                self.pressure.goal = min(self.pressure.goal, self.recipe.target_density)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A copy whose parametrizations may be removed.
+
+    torch keeps their properties on classes that a plain copy shares with the original.
+    """
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            kind = type(module)
+            own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+            module.__class__ = type(kind.__name__, kind.__bases__, own)
+    return model

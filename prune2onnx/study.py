@@ -43,6 +43,7 @@ _GRACE = 120  # seconds without one after which a run has lost its worker
 
 
 def lock_of(directory: Path, name: str) -> FileLock:
+    """A lock in a sweep's folder; it ends with the process that holds it."""
     folder = directory / "locks"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -357,6 +358,7 @@ def _name_of(trial: FrozenTrial) -> str:
 
 
 def default_storage(directory: Path) -> str:
+    """URL of the database in a sweep's folder."""
     path = str(directory / STUDY).replace("{", "{{").replace("}", "}}")  # optuna fills in a version
     return f"sqlite:///{path}"
 

@@ -32,7 +32,9 @@ def goals(recipe: Recipe, *, nbytes: int, density: float, drop: float) -> tuple[
         ("density", recipe.target_density, density),
         ("drop", recipe.max_drop, drop),
     )
-    return tuple(Goal(what, float(limit), float(got)) for what, limit, got in asked if limit)
+    return tuple(
+        Goal(what, float(limit), float(got)) for what, limit, got in asked if limit is not None
+    )
 
 
 @dataclass(frozen=True)

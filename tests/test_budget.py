@@ -47,4 +47,5 @@ def test_a_budget_says_what_was_asked_and_by_how_much_it_was_missed():
     assert str(size) == "size 11,980 bytes of 12,000 bytes (met)"
     assert str(drop) == "drop 0.42 points of 0.3 points (missed by 0.12 points)"
     assert goals(Recipe(model="m"), nbytes=1, density=1, drop=9) == ()
-    assert goals(Recipe(model="m", max_drop=0), nbytes=1, density=1, drop=0)[0].met
+    none = Recipe(model="m", max_drop=0)
+    assert [goals(none, nbytes=1, density=1, drop=d)[0].met for d in (0, 0.1)] == [True, False]

@@ -91,6 +91,11 @@ class Template:
 
     def __init__(self, model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> None:
         self._shape, self._opset = tuple(input_shape), opset
+        model = copy.deepcopy(model)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # by random values an initializer is known, and how it lies
+            for parameter in model.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
         self._graph = export(model, input_shape, opset=opset)
         self._transposed: dict[str, bool] = {}
         state = _arrays(model)

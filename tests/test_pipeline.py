@@ -227,8 +227,17 @@ def test_every_public_verb_is_there():
         prune2onnx.nothing  # noqa: B018
 
 
-def test_a_size_is_met_within_two_percent_and_never_exceeded(tmp_path):
-    recipe = resolve({**QUICK, "target_size": "9KB", "distill": 1, "prune": {"epochs": 8}})
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_size_is_met_within_two_percent_and_never_exceeded(precision, tmp_path):
+    recipe = resolve(
+        {
+            **QUICK,
+            "target_size": "9KB",
+            "distill": 1,
+            "prune": {"epochs": 8},
+            "precision": precision,
+        }
+    )
     report = compress(recipe, tmp_path / "run", cpu=True)
     assert 0.98 * 9000 < report.compressed.nbytes <= 9000
     (goal,) = report.budget

@@ -128,7 +128,7 @@ class Run(Loop):
         """Moves all thresholds by one factor, so that density and size end where they should."""
         assert self.pressure is not None
         low, high = 1 / _REACH, _REACH
-        trial = _copied(model)
+        trial = self._copied(model)
         for _ in range(_HALVINGS):
             middle = math.sqrt(low * high)
             trial.load_state_dict(model.state_dict())
@@ -205,7 +205,7 @@ class Run(Loop):
 
     def _deployed(self, model: nn.Module) -> nn.Module:
         """What a model would become if training ended now: plain parameters, few levels."""
-        model = _copied(model).eval()
+        model = self._copied(model).eval()
         if thresholds_of(model):
             bake(model)
             fold_batch_norm(model, self._example())
@@ -214,6 +214,19 @@ class Run(Loop):
             names = [name for name in (*self.pruned, *others) if model.get_parameter(name).any()]
             self._put_on_levels(model, names)
         self._settle(model, bake_levels(model))
+        return model
+
+    def _copied(self, model: nn.Module) -> nn.Module:
+        """A copy without mixed precision, whose parametrizations may be removed.
+
+        torch keeps their properties on classes that a plain copy shares with the original.
+        """
+        model = self.accelerator.unwrap_model(copy.deepcopy(model), keep_fp32_wrapper=False)
+        for module in model.modules():
+            if parametrize.is_parametrized(module):
+                kind = type(module)
+                own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+                module.__class__ = type(kind.__name__, kind.__bases__, own)
         return model
 
     def _over(self, model: nn.Module, spare: float) -> bool:
@@ -237,7 +250,7 @@ class Run(Loop):
         low, high = 0, int(_MOST_DROPPED * len(ranked))
         while high - low > max(1, len(ranked) // 1000):
             middle = (low + high) // 2
-            trial = _copied(model)
+            trial = self._copied(model)
             drop(trial, worths, float(ranked[middle]))
             low, high = (middle, high) if self._over(trial, spare) else (low, middle)
         drop(model, worths, float(ranked[high]))
@@ -247,7 +260,7 @@ class Run(Loop):
         order = self._order()
         order.seed = self._seed("share", 0)
         loader = DataLoader(self.data.train, batch_sampler=order, collate_fn=collate)
-        model = _copied(model).eval()
+        model = self._copied(model).eval()
         bake_levels(model)  # by the weight itself: a grid lets no gradient through to its largest
         found = {name: torch.zeros_like(model.get_parameter(name)) for name in self.pruned}
         for batches, (x, y) in enumerate(loader):
@@ -273,17 +286,3 @@ class Run(Loop):
             self.pressure.aim(now, nbytes, round(_SPARE * self._target))
             if self.recipe.target_density:
                 self.pressure.goal = min(self.pressure.goal, self.recipe.target_density)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy whose parametrizations may be removed.
-
-    torch keeps their properties on classes that a plain copy shares with the original.
-    """
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        if parametrize.is_parametrized(module):
-            kind = type(module)
-            own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-            module.__class__ = type(kind.__name__, kind.__bases__, own)
-    return model

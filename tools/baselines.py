@@ -32,7 +32,6 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 import yaml
 from magnitude import RULES, Course, Pruned, gradual, iterative, one_shot, soft
 from safetensors import safe_open
@@ -40,7 +39,7 @@ from safetensors.torch import save_file
 
 from prune2onnx import Recipe, RecipeError, compress, fit, load_data, read_recipe, resolve
 from prune2onnx.pipeline import make_model
-from prune2onnx.training import Epoch, evaluate, make_accelerator, with_epochs
+from prune2onnx.training import Epoch, denormals, evaluate, make_accelerator, with_epochs
 
 ROOT = Path(__file__).parent.parent
 METHODS = {
@@ -202,7 +201,8 @@ def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Fac
         data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
         device = make_accelerator(recipe).device
         names = tuple(target["pruned"])
-        pruned = prune(method, Course(data, recipe, names, target["density"], device), options)
+        with denormals(flushed=True):
+            pruned = prune(method, Course(data, recipe, names, target["density"], device), options)
         state = pruned.model.cpu().state_dict()
         save_file({name: value.contiguous() for name, value in state.items()}, weights)
         pruning = keep(record, settings, pruned.facts())
@@ -217,8 +217,7 @@ def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Fac
 
 
 def prune(method: str, course: Course, options: Options) -> Pruned:
-    """The pruning of one method, in one precision for all."""
-    torch.set_flush_denormal(True)  # pruned weights decay into denormals, which are slow
+    """The pruning of one method."""
     if method == "imp":
         return iterative(course, options.rounds)
     if method == "gmp":

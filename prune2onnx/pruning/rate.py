@@ -30,6 +30,7 @@ def survivor_bits(alive: Tensor) -> Tensor:
     Returns:
         float32, broadcastable to `alive`.
 
+    >>> import torch
     >>> bits = survivor_bits(torch.tensor([[True, True], [True, False]]))
     >>> bool(bits[0, 0] < bits[0, 1] < bits[1, 1])
     True

@@ -1,5 +1,6 @@
 """Training: a network becomes small while it learns (`fit`), and the rooms that `fit` needs."""
 
+from prune2onnx.training.denormals import denormals
 from prune2onnx.training.fit import Fitted, fit, make_accelerator, with_epochs
 from prune2onnx.training.loop import PHASES, Epoch, Step, step_with_brake
 from prune2onnx.training.phases import Deployment
@@ -12,6 +13,7 @@ __all__ = [
     "Fitted",
     "Step",
     "check_output",
+    "denormals",
     "evaluate",
     "fit",
     "make_accelerator",

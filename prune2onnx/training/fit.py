@@ -7,10 +7,9 @@ may learn from the dense one's answers. Needs no file unless asked for checkpoin
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from prune2onnx.data import Data
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
 from prune2onnx.recipe import Recipe
 from prune2onnx.training.checkpoint import Checkpoints, plain_state
+from prune2onnx.training.denormals import denormals
 from prune2onnx.training.loop import PHASES, Epoch, Step
 from prune2onnx.training.phases import Deployment, Run
 from prune2onnx.training.scoring import check_output
@@ -162,7 +162,7 @@ def fit(
     phases = PHASES[PHASES.index(start) : PHASES.index(stop) + 1]
     dense = plain_state(model)
     order = {name: index for index, (name, _) in enumerate(model.named_parameters())}
-    with _flushed_denormals():
+    with denormals(flushed=True):
         for phase in phases:
             if phase != "dense" and run.teacher is None:
                 run.meet(model if teacher is None else teacher.to(accelerator.device))
@@ -186,20 +186,6 @@ def _channels_last(model: nn.Module, data: Data, device: torch.device) -> None:
         check_output(model, data, device)
     except Prune2OnnxError:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-
-
-@contextlib.contextmanager
-def _flushed_denormals() -> Iterator[None]:
-    """Pruned weights decay into denormals, on which a CPU is 40 times slower: they become zero.
-
-    The processor's mode is put back afterwards, for it is the whole process's.
-    """
-    before = float(torch.tensor(1e-39) * 0.5) == 0
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(before)
 
 
 def _restore_order(model: nn.Module, order: dict[str, int]) -> None:

@@ -29,6 +29,7 @@ from prune2onnx.pruning import (
     selected_weights,
     thresholds_of,
 )
+from prune2onnx.training.denormals import denormals
 from prune2onnx.training.fold import fold_batch_norm
 from prune2onnx.training.levels import (
     bake_levels,
@@ -163,8 +164,7 @@ class Run(Loop):
         # a weight that was excluded from pruning is left alone here, too
         kept = {*self.pruned, *prunable_weights(model)}
         others = [name for name, _ in model.named_parameters() if name not in kept]
-        if self.deployment is not None:
-            self.deployment.settle(model)
+        self._settle(model, {})
         small, halves = coarsen(
             model, others, settings.small_levels, error, allowed=error() + settings.slack
         )
@@ -184,7 +184,8 @@ class Run(Loop):
         if self.deployment is None:
             return
         before = {name: model.get_parameter(name).detach().clone() for name in scales}
-        self.deployment.settle(model)
+        with denormals(flushed=False):
+            self.deployment.settle(model)
         for name, old in before.items():
             if not torch.equal(old, model.get_parameter(name)):
                 put_back(model, name, scales[name])
@@ -237,7 +238,13 @@ class Run(Loop):
             return left > spare * self.recipe.goal * self.size
         if left > spare * (self.recipe.target_density or 1) * self.size:
             return True
-        return self.deployment.nbytes(model.cpu()) > spare * self._target
+        return self._nbytes(model) > spare * self._target
+
+    def _nbytes(self, model: nn.Module) -> int:
+        """Bytes of the file of a deployed model."""
+        assert self.deployment is not None
+        with denormals(flushed=False):
+            return self.deployment.nbytes(model.cpu())
 
     def _meet_budget(self, model: nn.Module, spare: float) -> None:
         """Drops the survivors that are worth least per bit until few enough are left."""
@@ -282,7 +289,7 @@ class Run(Loop):
             return
         if progress > _MEASURE_FROM * self.recipe.prune.ramp:
             now = density(model).total
-            nbytes = self.deployment.nbytes(self._deployed(model).cpu())
+            nbytes = self._nbytes(self._deployed(model))
             self.pressure.aim(now, nbytes, round(_SPARE * self._target))
             if self.recipe.target_density:
                 self.pressure.goal = min(self.pressure.goal, self.recipe.target_density)

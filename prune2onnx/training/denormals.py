@@ -1,0 +1,27 @@
+"""Denormal numbers, on which a CPU is 40 times slower: zero while training, exact while coding.
+
+Pruned weights, their gradients and Adam's moments decay into denormals. What is coded must come
+back bit for bit, so the mode is put back whenever a file is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+@contextlib.contextmanager
+def denormals(*, flushed: bool) -> Iterator[None]:
+    """Sets the processor's mode; puts it back afterwards, for it is the whole process's.
+
+    Args:
+        flushed: whether denormals become zero.
+    """
+    before = float(torch.tensor(1e-39) * 0.5) == 0
+    torch.set_flush_denormal(flushed)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)

@@ -201,38 +201,36 @@ def put_back(model: nn.Module, name: str, scale: Tensor) -> None:
         parameter.copy_(_rounded(parameter, scale, MOST_LEVELS))
 
 
-def worth(model: nn.Module, sensitivity: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def worth(weights: Mapping[str, Tensor], sensitivity: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What each survivor is worth: the loss that its zero would add, per bit that it takes.
 
     The loss is taken to second order with the diagonal of the empirical Fisher information, as
     Optimal Brain Damage does with the Hessian's (LeCun et al., 1990).
 
     Args:
-        model: with weights on levels.
-        sensitivity: parameter name -> mean squared gradient, of the parameter's shape.
+        weights: name -> values.
+        sensitivity: name -> mean squared gradient, of the weight's shape.
 
     Returns:
-        Weight name -> float, of its shape; infinite where it is zero already. Only weights of two
-        axes and more: a bias takes no position.
+        Name -> float, of the weight's shape; infinite where it is zero already.
     """
     found = {}
-    with torch.no_grad():
-        for grid, original, _ in _grids(model):
-            if original.ndim < 2 or grid.name not in sensitivity:
-                continue
-            value = grid.levels(original) * grid.step()
-            bits = survivor_bits(value != 0)
-            gain = sensitivity[grid.name] * value.square() / bits
-            found[grid.name] = torch.where(value != 0, gain, torch.inf)
+    for name, values in weights.items():
+        gain = sensitivity[name] * values.square() / survivor_bits(values != 0)
+        found[name] = torch.where(values != 0, gain, torch.inf)
     return found
 
 
 def drop(model: nn.Module, worths: Mapping[str, Tensor], least: float) -> None:
-    """Makes zeros of the survivors that are worth less, and keeps them so."""
+    """Makes zeros of the survivors that are worth less; on a grid they stay so."""
     with torch.no_grad():
-        for grid, _, _ in _grids(model):
-            if grid.name in worths:
-                grid.alive &= worths[grid.name] >= least
+        grids = {grid.name: grid for grid, _, _ in _grids(model)}
+        for name, values in worths.items():
+            if name in grids:
+                grids[name].alive &= values >= least
+            else:
+                parameter = model.get_parameter(name)
+                parameter.copy_(torch.where(values >= least, parameter, 0.0))
 
 
 def coarsen(

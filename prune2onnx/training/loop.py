@@ -108,6 +108,7 @@ class Loop:
         self.history: list[Epoch] = []
         self.pruned: tuple[str, ...] = ()
         self.size = 0  # elements of the pruned weights
+        self.goal = recipe.goal  # their density, where no size is asked for
         self.teacher: Teacher | None = None
         self.dense_error = math.nan
         self.pressure: Pressure | None = None
@@ -127,12 +128,13 @@ class Loop:
         return {
             "pruned": self.pruned,
             "size": self.size,
+            "goal": self.goal,
             "history": history,
             "pressure": pressure,
         }
 
     def _recall(self, facts: dict[str, Any]) -> None:
-        self.pruned, self.size = tuple(facts["pruned"]), facts["size"]
+        self.pruned, self.size, self.goal = tuple(facts["pruned"]), facts["size"], facts["goal"]
         if self.pressure and facts["pressure"]:
             self.pressure.restore(facts["pressure"])
         self.history = [Epoch(**epoch) for epoch in facts["history"]]

@@ -37,6 +37,7 @@ from prune2onnx.training.levels import (
     drop,
     put_back,
     put_on_levels,
+    scales_of,
     worth,
 )
 from prune2onnx.training.loop import Loop
@@ -45,9 +46,10 @@ from prune2onnx.training.pressure import Pressure
 _BITS = 10.0
 """What a survivor takes, about: the first guess of a density from a size."""
 
-_SPARE, _LESS_SPARE = 1.25, 1.03
-"""Of what is wanted, after pruning and before the last phase: what a threshold lets through is
-culled by what it is worth, which finds weights that no output misses."""
+_SPARE = {"prune": 1.25, "tune": 1.1, "share": 1.03}
+"""Of what is wanted: what pruning leaves, and what the phases after it begin with. What a threshold
+lets through is culled by what it is worth, which finds weights that no output misses; in steps,
+between which the others make up for it."""
 
 _MEASURE_FROM = 0.4  # part of the ramp after which files are measured
 _REACH = 2.0  # thresholds may be moved by this factor at the end, and by its inverse
@@ -112,7 +114,7 @@ class Run(Loop):
         self.pruned = tuple(layer.name for layer in layers)
         self.size = sum(layer.size for layer in layers)
         steps = chosen.epochs * len(self._order())  # type: ignore[operator]
-        goal = self.recipe.goal
+        goal = self.goal
         if self._target is not None:
             goal = min(goal, _BITS * self._target / 8 / self.size)
         self.pressure = Pressure(chosen, self.size, steps, goal, self.accelerator.device)
@@ -134,12 +136,13 @@ class Run(Loop):
             middle = math.sqrt(low * high)
             trial.load_state_dict(model.state_dict())
             scale_thresholds(trial, middle)
-            low, high = (middle, high) if self._over(trial, _SPARE) else (low, middle)
+            low, high = (middle, high) if self._over(trial, _SPARE["prune"]) else (low, middle)
         scale_thresholds(model, high)
 
     def _begin_tune(self, model: nn.Module) -> Callable[[], object]:
         if not self.pruned:
             self._pruned_before(model)
+        self._meet_budget(model, _SPARE["tune"])
         weights = {name: model.get_parameter(name) for name in self.pruned}
         return hold_zeros(model, {name: w.detach() != 0 for name, w in weights.items()})
 
@@ -154,6 +157,7 @@ class Run(Loop):
             )
         self.pruned = tuple(layer.name for layer in layers)
         self.size = sum(layer.size for layer in layers)
+        self.goal = self.recipe.target_density or 1.0  # as sparse as it came
 
     def _begin_share(self, model: nn.Module) -> Callable[[], object]:
         settings = self.recipe.share
@@ -171,7 +175,7 @@ class Run(Loop):
         self._put_on_levels(model, (*self.pruned, *small))
         for name in halves:  # rounded, and to stay so
             model.get_parameter(name).requires_grad_(False)
-        self._meet_budget(model, _LESS_SPARE)
+        self._meet_budget(model, _SPARE["share"])
 
         def finish() -> None:
             self._meet_budget(model, 1.0)
@@ -209,6 +213,7 @@ class Run(Loop):
         model = self._copied(model).eval()
         if thresholds_of(model):
             bake(model)
+        if not scales_of(model):
             fold_batch_norm(model, self._example())
             kept = {*self.pruned, *prunable_weights(model)}
             others = [name for name, _ in model.named_parameters() if name not in kept]
@@ -235,7 +240,7 @@ class Run(Loop):
         model = self._deployed(model)
         left = sum(int(torch.count_nonzero(model.get_parameter(name))) for name in self.pruned)
         if self._target is None or self.deployment is None:
-            return left > spare * self.recipe.goal * self.size
+            return left > spare * self.goal * self.size
         if left > spare * (self.recipe.target_density or 1) * self.size:
             return True
         return self._nbytes(model) > spare * self._target
@@ -250,7 +255,10 @@ class Run(Loop):
         """Drops the survivors that are worth least per bit until few enough are left."""
         if not self.recipe.prune.pressure or not self._over(model, spare):
             return
-        worths = worth(model, self._sensitivity(model))
+        plain = self._copied(model).eval()
+        bake_levels(plain)  # a grid lets no gradient through to its largest
+        weights = {name: plain.get_parameter(name).detach() for name in self.pruned}
+        worths = worth(weights, self._sensitivity(plain))
         ranked = torch.cat([w[torch.isfinite(w)] for w in worths.values()]).sort().values
         if not len(ranked):
             return
@@ -267,8 +275,6 @@ class Run(Loop):
         order = self._order()
         order.seed = self._seed("share", 0)
         loader = DataLoader(self.data.train, batch_sampler=order, collate_fn=collate)
-        model = self._copied(model).eval()
-        bake_levels(model)  # by the weight itself: a grid lets no gradient through to its largest
         found = {name: torch.zeros_like(model.get_parameter(name)) for name in self.pruned}
         for batches, (x, y) in enumerate(loader):
             if batches == _SENSITIVITY_BATCHES:
@@ -290,6 +296,6 @@ class Run(Loop):
         if progress > _MEASURE_FROM * self.recipe.prune.ramp:
             now = density(model).total
             nbytes = self._nbytes(self._deployed(model))
-            self.pressure.aim(now, nbytes, round(_SPARE * self._target))
+            self.pressure.aim(now, nbytes, round(_SPARE["prune"] * self._target))
             if self.recipe.target_density:
                 self.pressure.goal = min(self.pressure.goal, self.recipe.target_density)

@@ -117,13 +117,16 @@ def run(recipe: Recipe, folder: Path) -> Facts:
         "density": report.density,
         "validation": report.validation,
         "seconds": time.perf_counter() - began,
-        "tuned": tuned(recipe, folder / "checkpoints" / "tune.safetensors"),
+        "tuned": network(recipe, folder / "checkpoints" / "tune.safetensors"),
     }
+    pruned = folder / "checkpoints" / "prune.safetensors"
+    if pruned.exists():  # what starts with tuning was pruned elsewhere
+        facts["pruned"] = network(recipe, pruned)
     return keep(summary, settings, facts)
 
 
-def tuned(recipe: Recipe, path: Path) -> Facts:
-    """The network at the end of tuning: survivors, errors, and seconds of the epochs so far."""
+def network(recipe: Recipe, path: Path) -> Facts:
+    """The network in a checkpoint: survivors, errors, and seconds of the epochs so far."""
     data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
     model = make_model(recipe.model_copy(update={"weights": str(path)}), data)
     past = history(path)
@@ -187,7 +190,7 @@ def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Fac
     Returns:
         As `run`, with the seconds of the whole way, and what `Pruned.facts` tells as "pruning".
     """
-    dense, target = dense_of(folder), run(recipe, folder / "learned")["tuned"]
+    dense, target = dense_of(folder), run(recipe, folder / "learned")["pruned"]
     before: float = history(dense)["seconds"]
     recipe = recipe.model_copy(update={"weights": str(dense)})
     place = folder / method

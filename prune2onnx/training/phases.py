@@ -116,7 +116,8 @@ class Run(Loop):
         steps = chosen.epochs * len(self._order())  # type: ignore[operator]
         goal = self.goal
         if self._target is not None:
-            goal = min(goal, _BITS * self._target / 8 / self.size)
+            goal = min(goal, 8 * self._target / _BITS / self.size)
+        goal = min(1.0, _SPARE["prune"] * goal)
         self.pressure = Pressure(chosen, self.size, steps, goal, self.accelerator.device)
 
         def finish() -> None:
@@ -298,4 +299,5 @@ class Run(Loop):
             nbytes = self._nbytes(self._deployed(model))
             self.pressure.aim(now, nbytes, round(_SPARE["prune"] * self._target))
             if self.recipe.target_density:
-                self.pressure.goal = min(self.pressure.goal, self.recipe.target_density)
+                limit = _SPARE["prune"] * self.recipe.target_density
+                self.pressure.goal = min(self.pressure.goal, limit)

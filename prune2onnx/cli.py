@@ -169,6 +169,7 @@ def compress(
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
     from prune2onnx.pipeline import compress as run
     from prune2onnx.pipeline import recipe_of
+    from prune2onnx.training import end_processes
 
     overrides = _overrides(options)
     if resume is not None:
@@ -204,6 +205,7 @@ def compress(
             raise
         _console.print(f"continue with: prune2onnx compress --resume {directory}", markup=False)
         raise
+    end_processes()
     if report is None:
         return
     _console.print(weights_table(report.weights, report.compressed.nbytes))

@@ -23,7 +23,7 @@ def test_lambda_grows_while_there_is_too_much_and_falls_while_there_is_too_littl
     one = pressure(pressure=2.0)
     much, little = torch.tensor(0.5), torch.tensor(-0.5)
     rising = [float(one.factor(much)) for _ in range(20)]
-    assert rising == sorted(rising) and rising[0] == pytest.approx(2 / 1000, rel=0.1)
+    assert rising == sorted(rising) and rising[0] == pytest.approx(2 / 1000, rel=0.2)
     for _ in range(60):
         assert float(one.factor(little)) == 0  # nothing presses below the goal
     assert float(one.factor(much)) < rising[-1]

@@ -252,7 +252,7 @@ import torch
 from accelerate import Accelerator
 from conftest import *
 from prune2onnx.pruning import density
-from prune2onnx.training import fit
+from prune2onnx.training import end_processes, fit
 data = Data("blobs", blobs(240, 1), blobs(60, 2), blobs(90, 3), (1, 6, 6), 3)
 accelerator = Accelerator(cpu=True)
 fitted = fit(tiny_conv(), data, tiny_recipe(), accelerator=accelerator)
@@ -261,6 +261,7 @@ zeros = {n: (v == 0).flatten().nonzero().flatten().tolist()
          for n, v in fitted.model.state_dict().items()}
 with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as out:
     json.dump([accelerator.num_processes, digest, zeros, fitted.history[-1].validation_error], out)
+end_processes()
 """
 
 

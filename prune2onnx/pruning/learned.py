@@ -126,7 +126,9 @@ class _LearnedThreshold(nn.Module):
         if per_channel:
             shape[channel_axis] = weight.shape[channel_axis]
         rho = torch.expm1(torch.tensor(start)).log()  # softplus(rho) = start
-        self.rho = nn.Parameter(rho.to(weight.device, weight.dtype).expand(shape).clone())
+        self.rho = nn.Parameter(
+            torch.full(shape, float(rho), device=weight.device, dtype=weight.dtype)
+        )
         self.register_buffer("scale", scale.to(weight.device, weight.dtype))
 
     def threshold(self) -> Tensor:

@@ -1,7 +1,7 @@
 """Training: a network becomes small while it learns (`fit`), and the rooms that `fit` needs."""
 
 from prune2onnx.training.denormals import denormals
-from prune2onnx.training.fit import Fitted, fit, make_accelerator, with_epochs
+from prune2onnx.training.fit import Fitted, end_processes, fit, make_accelerator, with_epochs
 from prune2onnx.training.loop import PHASES, Epoch, Step, step_with_brake
 from prune2onnx.training.phases import Deployment
 from prune2onnx.training.scoring import check_output, evaluate
@@ -14,6 +14,7 @@ __all__ = [
     "Step",
     "check_output",
     "denormals",
+    "end_processes",
     "evaluate",
     "fit",
     "make_accelerator",

@@ -97,6 +97,15 @@ def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Accelerator:
         ) from error
 
 
+def end_processes() -> None:
+    """Takes leave of the other processes of a run, where there are any.
+
+    The last call of a program: one that ends without it may be torn down with its threads alive.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def fit(
     model: nn.Module,
     data: Data,

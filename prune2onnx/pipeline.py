@@ -33,6 +33,7 @@ from prune2onnx.training import (
     Epoch,
     Fitted,
     Step,
+    check_images,
     check_output,
     fit,
     make_accelerator,
@@ -85,6 +86,7 @@ def compress(
     data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
     recipe = with_epochs(recipe, len(data.train))  # type: ignore[arg-type]
     model = make_model(recipe, data)
+    check_images(recipe.augment, data.input_shape)
     check_output(model, data)
     export(model, data.input_shape, opset=recipe.opset)  # fail now, not after hours of training
     accelerator = make_accelerator(recipe, cpu=cpu)
@@ -256,7 +258,7 @@ def make_model(recipe: Recipe, data: Data) -> nn.Module:
 def _load_weights(model: nn.Module, path: Path) -> None:
     """Loads a state_dict from safetensors or a .pt / .pth file, without unpickling objects."""
     if not path.is_file():
-        raise Prune2OnnxError(f"{path}: no such file; --weights expects .safetensors, .pt or .pth")
+        raise Prune2OnnxError(f"{path}: no such file; expected weights: .safetensors, .pt or .pth")
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)

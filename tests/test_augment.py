@@ -5,7 +5,7 @@ import torch
 
 from prune2onnx.errors import RecipeError
 from prune2onnx.recipe import Augment
-from prune2onnx.training.augment import augment
+from prune2onnx.training.augment import augment, check_images
 
 
 def images() -> torch.Tensor:
@@ -51,4 +51,6 @@ def test_a_seed_repeats_itself():
 
 def test_examples_that_are_no_images_are_refused():
     with pytest.raises(RecipeError, match=r"not examples of shape \[7\]"):
-        augment(torch.ones(3, 7), Augment(shift=1), torch.Generator())
+        check_images(Augment(shift=1), (7,))
+    check_images(Augment(), (7,))
+    check_images(Augment(flip=True), (1, 7, 7))

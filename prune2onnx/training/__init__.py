@@ -1,5 +1,6 @@
 """Training: a network becomes small while it learns (`fit`), and the rooms that `fit` needs."""
 
+from prune2onnx.training.augment import check_images
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.fit import Fitted, end_processes, fit, make_accelerator, with_epochs
 from prune2onnx.training.loop import PHASES, Epoch, Step, step_with_brake
@@ -12,6 +13,7 @@ __all__ = [
     "Epoch",
     "Fitted",
     "Step",
+    "check_images",
     "check_output",
     "denormals",
     "end_processes",

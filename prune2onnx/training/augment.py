@@ -6,6 +6,8 @@ its own size cut out at random; half of them are mirrored. Drawn anew in every e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -13,24 +15,29 @@ from prune2onnx.errors import RecipeError
 from prune2onnx.recipe import Augment
 
 
+def check_images(settings: Augment, shape: Sequence[int]) -> None:
+    """Sees to it that what is to be augmented are images.
+
+    Raises:
+        RecipeError: examples have another shape than [channels, height, width].
+    """
+    if (settings.shift or settings.flip) and len(shape) != 3:
+        raise RecipeError(
+            f"augment moves images [channels, height, width], not examples of shape "
+            f"{list(shape)}; leave augment.shift and augment.flip out"
+        )
+
+
 def augment(x: Tensor, settings: Augment, generator: torch.Generator) -> Tensor:
-    """Moves and mirrors a batch of images.
+    """Moves and mirrors a batch of images (`check_images`).
 
     Args:
         x: [n, channels, height, width], on the CPU.
         settings: how far, and whether to mirror.
         generator: draws.
-
-    Raises:
-        RecipeError: the examples are no images.
     """
     if not settings.shift and not settings.flip:
         return x
-    if x.ndim != 4:
-        raise RecipeError(
-            f"augment moves images [channels, height, width], not examples of shape "
-            f"{list(x.shape[1:])}; leave augment.shift and augment.flip out"
-        )
     n, _, height, width = x.shape
     rows = torch.arange(height).expand(n, height)
     columns = torch.arange(width).expand(n, width)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from prune2onnx.data import Data
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
 from prune2onnx.recipe import Recipe
+from prune2onnx.training.augment import check_images
 from prune2onnx.training.checkpoint import Checkpoints, plain_state
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.loop import PHASES, Epoch, Step
@@ -161,6 +162,7 @@ def fit(
     torch.backends.cudnn.benchmark = False
     recipe = with_epochs(recipe, len(data.train))  # type: ignore[arg-type]
     model = model.to(accelerator.device)
+    check_images(recipe.augment, data.input_shape)
     check_output(model, data, accelerator.device)
     _channels_last(model, data, accelerator.device)
     settings = f"{recipe.to_yaml()}{len(data.train)} training examples"  # type: ignore[arg-type]

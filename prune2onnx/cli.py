@@ -180,15 +180,8 @@ def compress(
             )
         resolved, directory = recipe_of(resume), resume
     else:
-        content = {} if recipe is None else read_recipe(recipe)
-        if model is not None:
-            overrides["model"] = model
-        if "model" not in content and model is None:
-            raise click.UsageError("Missing argument 'MODEL', and no recipe names one")
-        if output is None:
-            raise click.UsageError("Missing option '-o': the folder for the run")
+        content, directory = _started(model, recipe, output, overrides, "run")
         resolved = resolve(content, overrides, source=str(recipe or "options"))
-        directory = output
     try:
         with _progress() as (on_step, on_epoch):
             report = run(
@@ -229,6 +222,24 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if value not in (None, ())
     }
+
+
+def _started(
+    model: str | None,
+    recipe: Path | None,
+    output: Path | None,
+    overrides: dict[str, Any],
+    what: str,
+) -> tuple[dict[str, Any], Path]:
+    """A recipe's content and the folder, of what is begun anew; the model joins the overrides."""
+    content = {} if recipe is None else read_recipe(recipe)
+    if model is not None:
+        overrides["model"] = model
+    if "model" not in content and model is None:
+        raise click.UsageError("Missing argument 'MODEL', and no recipe names one")
+    if output is None:
+        raise click.UsageError(f"Missing option '-o': the folder for the {what}")
+    return content, output
 
 
 _SWEPT = ("target_size", "target_density", "max_drop", "seed")
@@ -291,18 +302,11 @@ def sweep(
             )
         given, directory = sweep_of(resume, storage), resume
     else:
-        content = {} if recipe is None else read_recipe(recipe)
-        if model is not None:
-            overrides["model"] = model
-        if "model" not in content and model is None:
-            raise click.UsageError("Missing argument 'MODEL', and no recipe names one")
-        if output is None:
-            raise click.UsageError("Missing option '-o': the folder for the sweep")
+        content, directory = _started(model, recipe, output, overrides, "sweep")
         if left := [name for name in _SWEPT[:3] if content.pop(name, None) is not None]:
             _say(f"{recipe}: {', '.join(left)} is left out, for each run has a budget of its own")
         given["recipe"] = resolve(content, overrides, source=str(recipe or "options"))
         given |= {"storage": storage, "study": study or "prune2onnx"}
-        directory = output
     told: list[Callable[[Any], None]] = []
     with ExitStack() as bars:
 

@@ -98,21 +98,18 @@ class Template:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
         self._graph = export(model, input_shape, opset=opset)
         self._transposed: dict[str, bool] = {}
-        state = _arrays(model)
+        state, changed = _arrays(model), set()
         for tensor in self._graph.graph.initializer:
-            if tensor.name in state:
-                array, own = numpy_helper.to_array(tensor), state[tensor.name]
-                if not np.array_equal(array, own):
-                    self._transposed[tensor.name] = np.array_equal(array, own.T)
-                else:
-                    self._transposed[tensor.name] = False
-        stored = {
-            name
-            for name, turned in self._transposed.items()
-            if np.array_equal(_turned(state[name], turned), _initializer(self._graph, name))
-        }
-        # A parameter that the exporter folded or merged with another cannot be filled in.
-        self.exact = stored >= {name for name, _ in model.named_parameters()}
+            if tensor.name not in state:
+                continue
+            array, own = numpy_helper.to_array(tensor), state[tensor.name]
+            if np.array_equal(array, own) or np.array_equal(array, own.T):
+                self._transposed[tensor.name] = not np.array_equal(array, own)
+            else:
+                changed.add(tensor.name)
+        # A value that the exporter folded or merged with another cannot be filled in.
+        parameters = {name for name, _ in model.named_parameters()}
+        self.exact = not changed and self._transposed.keys() >= parameters
 
     def filled(self, model: nn.Module) -> onnx.ModelProto:
         """The graph with the values of a model of the same structure."""
@@ -146,10 +143,6 @@ def _arrays(model: nn.Module) -> dict[str, NDArray[Any]]:
 
 def _turned(array: NDArray[Any], turned: bool) -> NDArray[Any]:
     return np.ascontiguousarray(array.T if turned else array)
-
-
-def _initializer(model: onnx.ModelProto, name: str) -> NDArray[Any]:
-    return numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == name))
 
 
 @contextlib.contextmanager

@@ -83,12 +83,8 @@ def compress(
             f"{directory}: holds a run already ({', '.join(there)}); continue it with "
             f"--resume {directory}, start again with --overwrite, or choose another folder with -o"
         )
-    data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
+    model, data = prepared(recipe)
     recipe = with_epochs(recipe, len(data.train))  # type: ignore[arg-type]
-    model = make_model(recipe, data)
-    check_images(recipe.augment, data.input_shape)
-    check_output(model, data)
-    export(model, data.input_shape, opset=recipe.opset)  # fail now, not after hours of training
     accelerator = make_accelerator(recipe, cpu=cpu)
     checkpoints = directory / "checkpoints"
     if accelerator.is_main_process:
@@ -138,21 +134,19 @@ def compress(
     write_whole(directory / MODEL, packed.model.SerializeToString())
 
     expected = _scores(fitted.model, data.test, recipe.batch_size)
-    density = fitted.density
     report = validate(
         directory / MODEL,
         directory / DENSE,
         batches=batches(data.test, recipe.batch_size),
         rows=packed.rows,
         expected=expected,
-        density=density,
+        density=fitted.density,
         seed=recipe.seed,
     )
-    nbytes = packed.model.ByteSize()
-    drop = fitted.error - fitted.dense_error
+    nbytes, drop = packed.model.ByteSize(), fitted.error - fitted.dense_error
     report = replace(
         report,
-        budget=goals(recipe, nbytes=nbytes, density=density, drop=drop),
+        budget=goals(recipe, nbytes=nbytes, density=fitted.density, drop=drop),
         validation={"dense_error": fitted.dense_error, "error": fitted.error},
     )
     write_whole(directory / REPORT, report.to_json())
@@ -183,6 +177,21 @@ def _search(
             best = fitted
     assert best is not None  # there is at least one trial
     return best
+
+
+def prepared(recipe: Recipe) -> tuple[nn.Module, Data]:
+    """The network and its data, looked at for what would fail after hours of training.
+
+    Raises:
+        RecipeError: the data cannot be augmented so.
+        Prune2OnnxError: one cannot be had, they do not fit each other, or torch cannot export it.
+    """
+    data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
+    model = make_model(recipe, data)
+    check_images(recipe.augment, data.input_shape)
+    check_output(model, data)
+    export(model, data.input_shape, opset=recipe.opset)
+    return model, data
 
 
 def train_dense(

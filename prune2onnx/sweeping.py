@@ -29,16 +29,14 @@ from pydantic import (
     model_validator,
 )
 
-from prune2onnx.data import load_data
 from prune2onnx.errors import Prune2OnnxError, RecipeError
-from prune2onnx.exporter import export
 from prune2onnx.files import write_whole
 from prune2onnx.front import RUNS, Front, Point
-from prune2onnx.pipeline import compress, make_model, train_dense
+from prune2onnx.pipeline import compress, prepared, train_dense
 from prune2onnx.recipe import Recipe, read_recipe, resolve
 from prune2onnx.report import Report
 from prune2onnx.study import BUDGETS, Study, default_storage, lock_of, public_url
-from prune2onnx.training import Epoch, Step, check_output
+from prune2onnx.training import Epoch, Step
 
 SETTINGS, FRONT, PICTURE = "sweep.yaml", "front.json", "front.svg"
 
@@ -171,7 +169,7 @@ def sweep(
     settings = _settings({"recipe": recipe, "study": study, **lists}, "sweep")
     _fits(settings, directory, resume)
     if not resume:
-        _check(settings.recipe)  # fail now, not in every run
+        prepared(settings.recipe)  # fail now, not in every run
     list_ = Study(storage or default_storage(directory), settings.study, settings.recipe, directory)
     with contextlib.closing(list_):
         text = yaml.safe_dump(
@@ -253,14 +251,6 @@ def _fits(settings: _Settings, directory: Path, resume: bool) -> None:
             f"{directory}: holds a sweep already; continue it with --resume {directory}, or choose "
             "another folder with -o"
         )
-
-
-def _check(recipe: Recipe) -> None:
-    """What `compress` looks at before it trains."""
-    data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
-    model = make_model(recipe, data)
-    check_output(model, data)
-    export(model, data.input_shape, opset=recipe.opset)
 
 
 def _written(list_: Study, directory: Path) -> Front:

@@ -28,6 +28,7 @@ from prune2onnx.recipe import Recipe
 from prune2onnx.training import evaluate
 from prune2onnx.training.augment import augment
 from prune2onnx.training.distill import Teacher
+from prune2onnx.training.loop import one_cycle, rest_dropout
 from prune2onnx.training.pressure import Pressure
 from prune2onnx.training.scoring import Order
 
@@ -36,7 +37,6 @@ EVERY, FEWEST = 100, 20  # gradual pruning's steps between prunings, and its few
 BEYOND = 1  # rounds of iterative pruning past the density wanted, for its curve alone
 START = 0.05  # soft thresholds begin here, in rms of their layer
 DECAY, BAND = 20.0, 0.25  # their decay over a training, at most, and the log excess that takes it
-WARM_UP = 0.1  # part of a training over which the learning rate rises
 
 Masks = dict[str, Tensor]
 Rule = Callable[[nn.Module, Sequence[str], float], Masks]
@@ -194,9 +194,7 @@ def train(
         torch.manual_seed(order.seed)
         drawing = torch.Generator().manual_seed(order.seed)
         model.train()
-        for module in model.modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd):
-                module.eval()
+        rest_dropout(model)
         loader = DataLoader(course.data.train, batch_sampler=order, collate_fn=collate)
         for x, y in loader:
             for group in optimiser.param_groups:
@@ -204,9 +202,7 @@ def train(
             before_step(step, optimiser)
             x = augment(x, recipe.augment, drawing).to(course.device)
             y = y.to(course.device)
-            scores = model(x)
-            soft = teacher.weight > 0
-            loss = teacher.loss(x, y, scores) if soft else nn.functional.cross_entropy(scores, y)
+            loss = teacher.loss(x, y, model(x))
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
@@ -217,13 +213,6 @@ def train(
             raise ArithmeticError(f"stream {[*stream]}, epoch {epoch}: the validation loss is NaN")
         seconds += time.perf_counter() - began
     return seconds
-
-
-def one_cycle(progress: float) -> float:
-    """Learning rate over its peak, as in `compress`: linear rise, then half a cosine."""
-    if progress < WARM_UP:
-        return (progress + 0.01) / (WARM_UP + 0.01)
-    return 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
 
 
 def measure(course: Course, model: nn.Module, seconds: float) -> Point:

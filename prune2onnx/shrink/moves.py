@@ -174,13 +174,7 @@ def _reshaped(
     shape = [-1 if one is None else one for one in wanted if not isinstance(one, np.ndarray)]
     if not isinstance(extent, int) or (None in others and shape.count(-1) > 1):
         raise Opaque("to a shape that is computed")
-
-    def edit(kept: Kept) -> None:
-        count = int(kept(ids).sum())
-        if count != extent:
-            flow.write(node, 1, numbers([*shape[:axis], count, *shape[axis + 1 :]]))
-
-    flow.edits.append(edit)
+    _recounted(flow, node, 1, shape, axis, ids)
 
 
 def concat(flow: Flow, node: NodeProto) -> None:
@@ -430,10 +424,17 @@ def _resized(flow: Flow, node: NodeProto, place: int, ids: Ids) -> None:
     rest = [one for one in sizes if isinstance(one, int)]
     if extent != len(ids) or len(rest) < len(sizes):
         raise Opaque("along its channels, as far as is known")
+    _recounted(flow, node, 3, rest, place, ids)
+
+
+def _recounted(
+    flow: Flow, node: NodeProto, index: int, extents: list[int], axis: int, ids: Ids
+) -> None:
+    """Rewrites extents that a node asks for, where channels have gone from an axis."""
 
     def edit(kept: Kept) -> None:
         count = int(kept(ids).sum())
-        if count != extent:
-            flow.write(node, 3, numbers([*rest[:place], count, *rest[place + 1 :]]))
+        if count != extents[axis]:
+            flow.write(node, index, numbers([*extents[:axis], count, *extents[axis + 1 :]]))
 
     flow.edits.append(edit)

@@ -72,8 +72,7 @@ class _Levels(nn.Module):
 
     def levels(self, w: Tensor) -> Tensor:
         """Whole numbers, float, of w's shape."""
-        largest = self.largest
-        return (w / self.step()).round().clamp(-largest, largest) * self.alive + 0.0  # no -0
+        return _whole(w, self.step(), self.largest) * self.alive + 0.0  # no -0
 
     def forward(self, w: Tensor) -> Tensor:
         result: Tensor = _Round.apply(  # type: ignore[no-untyped-call]
@@ -116,7 +115,12 @@ def _error(w: Tensor, scale: Tensor, largest: int) -> Tensor:
 
 def _rounded(w: Tensor, scale: Tensor, largest: int) -> Tensor:
     """The nearest values on the grid; no -0."""
-    return ((w / scale).round().clamp(-largest, largest) + 0.0) * scale
+    return (_whole(w, scale, largest) + 0.0) * scale
+
+
+def _whole(w: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """The nearest whole multiples of a scale."""
+    return (w / scale).round().clamp(-largest, largest)
 
 
 def put_on_levels(

@@ -155,9 +155,9 @@ class Loop:
         device = self.accelerator.device
         x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         scores = model(x)
-        if self.teacher is not None and self.teacher.weight:
-            return self.teacher.loss(x, y, scores)
-        return nn.functional.cross_entropy(scores, y)
+        if self.teacher is None:
+            return nn.functional.cross_entropy(scores, y)
+        return self.teacher.loss(x, y, scores)
 
     def _after_epoch(self, phase: str, model: nn.Module, progress: float) -> None:
         """What a phase looks at between two epochs."""
@@ -229,12 +229,12 @@ class Loop:
         left = self._density(phase, model)
         wrapped.train()
         if phase != "dense":  # a pruned network overfits less
-            _rest_dropout(model)
+            rest_dropout(model)
         for step, (x, y) in enumerate(loader, 1):
             progress = (epoch - 1 + (step - 1) / steps) / epochs
             for group in optimiser.param_groups:
                 falls = not group.get("steady") or progress < _WARM_UP
-                group["lr"] = group["peak"] * (_one_cycle(progress) if falls else 1.0)
+                group["lr"] = group["peak"] * (one_cycle(progress) if falls else 1.0)
             x = augment(x, self.recipe.augment, drawing)
             try:
                 loss = self._loss(wrapped, x, y)
@@ -315,13 +315,14 @@ def step_with_brake(optimiser: Any, above: Tensor) -> None:
             threshold.copy_(torch.where(above > 0, threshold, torch.minimum(threshold, old)))
 
 
-def _rest_dropout(model: nn.Module) -> None:
+def rest_dropout(model: nn.Module) -> None:
+    """Puts Dropout layers into evaluation mode, whatever the rest of the model is in."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
 
 
-def _one_cycle(progress: float) -> float:
+def one_cycle(progress: float) -> float:
     """Learning rate over its peak at a point of a phase (0-1): linear rise, then half a cosine."""
     if progress < _WARM_UP:
         return (progress + 0.01) / (_WARM_UP + 0.01)

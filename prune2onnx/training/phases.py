@@ -166,12 +166,13 @@ class Run(Loop):
         def error() -> float:
             return self.error(model)
 
-        # a weight that was excluded from pruning is left alone here, too
-        kept = {*self.pruned, *prunable_weights(model)}
-        others = [name for name, _ in model.named_parameters() if name not in kept]
         self._settle(model, {})
         small, halves = coarsen(
-            model, others, settings.small_levels, error, allowed=error() + settings.slack
+            model,
+            self._others(model),
+            settings.small_levels,
+            error,
+            allowed=error() + settings.slack,
         )
         self._put_on_levels(model, (*self.pruned, *small))
         for name in halves:  # rounded, and to stay so
@@ -195,6 +196,11 @@ class Run(Loop):
             if not torch.equal(old, model.get_parameter(name)):
                 put_back(model, name, scales[name])
 
+    def _others(self, model: nn.Module) -> list[str]:
+        """Small parameters; a weight that was excluded from pruning is left alone here, too."""
+        kept = {*self.pruned, *prunable_weights(model)}
+        return [name for name, _ in model.named_parameters() if name not in kept]
+
     def _put_on_levels(self, model: nn.Module, names: Iterable[str]) -> None:
         largest = {name: self._largest(name) for name in names}
         put_on_levels(model, largest, common=self.recipe.share.step == "network")
@@ -216,10 +222,8 @@ class Run(Loop):
             bake(model)
         if not scales_of(model):
             fold_batch_norm(model, self._example())
-            kept = {*self.pruned, *prunable_weights(model)}
-            others = [name for name, _ in model.named_parameters() if name not in kept]
-            names = [name for name in (*self.pruned, *others) if model.get_parameter(name).any()]
-            self._put_on_levels(model, names)
+            names = (*self.pruned, *self._others(model))
+            self._put_on_levels(model, [n for n in names if model.get_parameter(n).any()])
         self._settle(model, bake_levels(model))
         return model
 

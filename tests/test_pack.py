@@ -1,5 +1,7 @@
 """Packing changes bytes and nothing else: weights, nodes, results and optimised graphs stay."""
 
+import sys
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -239,6 +241,26 @@ def test_multiples_of_a_step_are_found_and_written_together(steps):
 def test_one_step_for_all_takes_fewer_bytes():
     one = pack(small_network(dict.fromkeys(OWN_STEPS, 0.013))).model
     assert one.ByteSize() < pack(small_network(OWN_STEPS)).model.ByteSize() - 100
+
+
+def test_weights_that_are_much_denser_than_others_are_written_apart(monkeypatch):
+    rng = np.random.default_rng(6)
+    thin = rng.integers(-2, 3, (100, 400)) * (rng.random((100, 400)) < 0.02)
+    thick = rng.integers(-2, 3, (100, 16)) * (rng.random((100, 16)) < 0.7)
+    nodes = [
+        helper.make_node("MatMul", ["x", "thick"], ["a"]),
+        helper.make_node("MatMul", ["x", "thin"], ["b"]),
+    ]
+    tensors = {"thick": thick.astype(np.float32), "thin": thin.astype(np.float32)}
+    dense = model(nodes, tensors, {"x": ["N", 100]}, {"a": ["N", 16], "b": ["N", 400]})
+    packed = pack(dense)
+    assert {r.name: r.codec for r in packed.rows} == {"thick": "levels", "thin": "gap-levels"}
+    assert unpack(packed.model) == dense
+    assert_equal(run(packed.model), run(dense))
+    monkeypatch.setattr(sys.modules["prune2onnx.codecs.plan"], "_MOST_APART", 0)
+    together = pack(dense)
+    assert {row.codec for row in together.rows} == {"gap-levels"}
+    assert packed.model.ByteSize() < together.model.ByteSize() - 200
 
 
 def test_anonymous_weights_take_fewer_bytes():

@@ -7,7 +7,7 @@ known about; the result is then written and weighed in truth.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,9 @@ SMALL_NBYTES = 65536
 
 RICE_SIZE = 1 << 21
 """Most elements for which a Rice code is tried: where there are more, others are smaller."""
+
+_MOST_APART = 64
+"""Most weights for which it is tried how many of them are too dense for steps."""
 
 _WEIGHT_NBYTES = 12
 """What a weight adds besides its streams and its name: places in Split, Concat and the call."""
@@ -210,6 +213,11 @@ def _planned(weights: Sequence[Weight], dense: Mapping[str, int], opset: int, co
     places = [place for place, name in enumerate(dense) if name in best]
     skips = [at - before - 1 for before, at in itertools.pairwise([-1, *places])]
     bundle = encode(chosen, best, opset, coder=coder, skips=skips) if chosen else None
+    if coder == "rice" and len(chosen) <= _MOST_APART:
+        for methods in _densest_apart(chosen, best):
+            other = encode(chosen, methods, opset, coder=coder, skips=skips)
+            if bundle is None or other.nbytes < bundle.nbytes:
+                bundle, best = other, methods
     saved = sum(dense[name] for name in best)
     if bundle is None or bundle.nbytes >= saved:
         for name in best:
@@ -219,6 +227,21 @@ def _planned(weights: Sequence[Weight], dense: Mapping[str, int], opset: int, co
         if weight.name not in best:
             reasons.setdefault(weight.name, "too few like it to pay for its nodes")
     return Plan(bundle, best, reasons)
+
+
+def _densest_apart(
+    weights: Sequence[Weight], methods: Mapping[str, Method]
+) -> Iterator[dict[str, Method]]:
+    """The same methods, but for more and more of the densest weights, all elements' levels.
+
+    One Rice code tells the positions of a whole group, and does so badly where some of its members
+    are much denser than others.
+    """
+    apart = dict(methods)
+    sparse = [weight for weight in weights if methods[weight.name] == Method("gap", "levels")]
+    for weight in sorted(sparse, key=lambda one: -one.nonzero.size / one.array.size):
+        apart = apart | {weight.name: Method("all", "levels")}
+        yield apart
 
 
 def _total(result: Plan, dense: Mapping[str, int]) -> int:

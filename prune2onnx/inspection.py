@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from prune2onnx.codecs import DOMAIN, entropy_nbytes, framed
-from prune2onnx.pack import MARK, MAX_BYTES, coded
+from prune2onnx.inline import MARK, is_packed, outlined
+from prune2onnx.pack import MAX_BYTES, coded
 from prune2onnx.report import WeightRow
 from prune2onnx.sparse import CODEC as SPARSE
 from prune2onnx.sparse import sparse_nbytes, within
@@ -62,6 +63,8 @@ def inspect(model: ModelProto, max_bytes: int = MAX_BYTES) -> Inspection:
     Raises:
         Prune2OnnxError: the decode call is damaged, or takes more than allowed.
     """
+    left_over = inflated(model)
+    model = outlined(model)
     found = coded(model, max_bytes)
     streams = {name for node in model.graph.node if node.domain == DOMAIN for name in node.input}
     left = _FREE_NBYTES + _NBYTES_PER_BYTE * sum(t.ByteSize() for t in model.graph.initializer)
@@ -87,7 +90,7 @@ def inspect(model: ModelProto, max_bytes: int = MAX_BYTES) -> Inspection:
         tuple(rows),
         _NODE_MS * found.nodes + _NBYTE_MS * found.work_nbytes,
         int(_HELD * found.work_nbytes),
-        inflated(model),
+        left_over,
     )
 
 
@@ -99,7 +102,7 @@ def inflated(model: ModelProto) -> str:
     """
     ours = any(entry.domain == DOMAIN for entry in model.opset_import)
     ours |= any(str(entry.key).split(".")[0] == MARK for entry in model.metadata_props)
-    if not ours or any(node.domain == DOMAIN for node in model.graph.node):
+    if not ours or is_packed(model):
         return ""
     left = constant_nodes(model)
     if left:

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 
-from prune2onnx.codecs import DOMAIN
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
+from prune2onnx.inline import is_packed
 from prune2onnx.quantize import Quantized, to_half
 from prune2onnx.roles import Role, roles
 from prune2onnx.ways import CALL_BITS, Way, Weight, Written
@@ -229,7 +229,7 @@ class _Subject:
     def __init__(self, model: ModelProto, prune: float | None) -> None:
         if prune is not None and not 0 <= prune < 1:
             raise RecipeError(f"a share of {prune} to prune, expected 0 <= D < 1, such as 0.5")
-        if any(node.domain == DOMAIN for node in model.graph.node):
+        if is_packed(model):
             raise Prune2OnnxError("the model is packed; unpack it before it is approximated")
         self.model = model
         self.roles = roles(model)

@@ -29,12 +29,14 @@ from onnx import (
 from prune2onnx.codecs import (
     DOMAIN,
     DOMAIN_VERSION,
+    OP,
     WORKING,
     Budget,
     Plan,
     Weight,
     decode,
     described,
+    entropy_nbytes,
     framed,
     plan,
 )
@@ -42,6 +44,7 @@ from prune2onnx.codecs.evaluate import stored, weights_of
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.graphs import Names, copy_but, keep, used_in
 from prune2onnx.graphs import opset as opset_of
+from prune2onnx.inline import MARK, inlined, outlined
 from prune2onnx.intake import plain
 from prune2onnx.onnxfile import nbytes as nbytes_of
 from prune2onnx.quantize import Quantized, step_of
@@ -60,9 +63,6 @@ LEAST_NBYTES = 16
 
 _IR_KEY = "prune2onnx.ir_version"
 _NOTES_KEY = "prune2onnx.tensors"
-MARK = "prune2onnx"
-"""Metadata entry of a packed file: most tools keep it, even those that undo the packing."""
-
 _KEYS = (MARK, _IR_KEY, _NOTES_KEY)
 
 
@@ -96,8 +96,9 @@ def pack(
         load: "small", the fewest bytes; "fast", no entropy code, so that sessions open quickly.
         quantized: codes, codebook and scale of weights for which they are known; they rebuild the
             model's weights bit for bit.
-        anonymize: whether weights get the shortest names in the file. They are not found by their
-            own names then, in it or in what is unpacked from it; the rows still have these.
+        anonymize: whether the file may forget what only its readers want: weights get the shortest
+            names and are not found by their own, in it or in what is unpacked from it (the rows
+            still have these); the decoder may stand in the graph in place of a call (`inline`).
 
     Raises:
         Prune2OnnxError: the model cannot be made plain (`intake.plain`), is packed and damaged, or
@@ -127,6 +128,8 @@ def pack(
     gained = {tensor.name: dense[tensor.name] - _notes_nbytes(tensor) for tensor in tensors}
     made = plan(weights, gained, opset, load=load)
     result, nbytes = _written(model, made)
+    if anonymize:
+        result = min(inlined(result), result, key=nbytes_of)
     if made.bundle is not None and nbytes_of(result) >= nbytes_of(model):
         why = dict.fromkeys(made.methods, "the file would not be smaller")
         made = Plan(None, {}, {**made.reasons, **why})
@@ -158,6 +161,7 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES) -> ModelProto:
         Prune2OnnxError: the decode call is damaged, or takes more than allowed.
     """
     result = ModelProto()
+    model = outlined(model)
     calls = _calls(model)
     if not calls and not any(entry.domain == DOMAIN for entry in model.opset_import):
         result.CopyFrom(model)
@@ -203,11 +207,6 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES) -> ModelProto:
     return result
 
 
-def is_packed(model: ModelProto) -> bool:
-    """Whether a model has a decode call."""
-    return bool(_calls(model))
-
-
 @dataclass(frozen=True)
 class Coded:
     """What a packed model holds.
@@ -231,6 +230,7 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
     Raises:
         Prune2OnnxError: the decode call is damaged, or takes more than allowed.
     """
+    model = outlined(model)
     arrays: dict[str, NDArray[Any]] = {}
     how: dict[str, tuple[str, int]] = {}
     sizes = {tensor.name: framed(tensor.ByteSize()) for tensor in model.graph.initializer}
@@ -239,12 +239,14 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
         if twice := arrays.keys() & decoded.keys():
             raise Prune2OnnxError(f"{min(twice)}: decoded twice; the file is damaged")
         arrays |= decoded
+        nbytes = framed(node.ByteSize()) + sum(sizes[source] for source in node.input)
+        bounds = {name: 1 + entropy_nbytes(array) for name, array in decoded.items()}
         for name, told in zip(decoded, described(node), strict=True):
-            if told.method is None:
-                nbytes = framed(node.ByteSize()) + sum(sizes[source] for source in node.input)
-                how[name] = (f"version 1: {node.op_type}", nbytes)
-            else:
+            if told.method is not None:
                 how[name] = (told.method.name, told.nbytes)
+            else:
+                codec = "written out" if node.op_type == OP else f"version 1: {node.op_type}"
+                how[name] = (codec, round(nbytes * bounds[name] / sum(bounds.values())))
     return Coded(arrays, how, budget.nodes, budget.nbytes)
 
 
@@ -255,6 +257,7 @@ def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = 
         model: a packed model.
         arrays: its decoded weights (`coded`), if they are at hand.
     """
+    model = outlined(model)
     calls = _calls(model)
     streams = {source for node in calls for source in node.input}
     graph = GraphProto(name="decode", node=calls)

@@ -16,10 +16,11 @@ from onnx import ModelProto
 
 from prune2onnx.errors import RecipeError
 from prune2onnx.graphs import opset
+from prune2onnx.inline import is_packed
 from prune2onnx.intake import plain
 from prune2onnx.lossy import Approximation, approximate, search
 from prune2onnx.onnxfile import load, nbytes, save
-from prune2onnx.pack import is_packed, pack, unpack
+from prune2onnx.pack import pack, unpack
 from prune2onnx.report import WeightRow
 from prune2onnx.strip import strip
 from prune2onnx.validate import UnrunnableError, check_same, outputs_of, random_inputs, session

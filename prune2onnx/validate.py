@@ -30,9 +30,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from prune2onnx.errors import MismatchError, Prune2OnnxError
+from prune2onnx.inline import is_packed
 from prune2onnx.inspection import inspect
 from prune2onnx.onnxfile import load, save
-from prune2onnx.pack import coded, decode_graph, is_packed, unpack
+from prune2onnx.pack import coded, decode_graph, unpack
 from prune2onnx.report import Measured, Report, WeightRow
 
 Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]

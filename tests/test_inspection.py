@@ -10,9 +10,10 @@ from onnx.inliner import inline_local_functions
 
 from prune2onnx.codecs import DOMAIN, framed
 from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.inline import MARK
 from prune2onnx.inspection import inspect
 from prune2onnx.intake import plain
-from prune2onnx.pack import MARK, pack
+from prune2onnx.pack import pack
 from prune2onnx.sparse import to_sparse
 
 

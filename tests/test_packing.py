@@ -8,10 +8,11 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from prune2onnx import packing
 from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
+from prune2onnx.inline import is_packed
 from prune2onnx.inspection import inspect
 from prune2onnx.intake import plain
 from prune2onnx.onnxfile import load, save
-from prune2onnx.pack import is_packed, pack, unpack
+from prune2onnx.pack import pack, unpack
 from prune2onnx.packing import Wish, inputs_from, output_error, pack_file
 
 

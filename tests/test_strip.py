@@ -8,8 +8,9 @@ from onnx import ModelProto, TensorProto, helper, parser
 
 from prune2onnx.codecs import DOMAIN
 from prune2onnx.graphs import rename
+from prune2onnx.inline import MARK, is_packed
 from prune2onnx.intake import plain
-from prune2onnx.pack import MARK, is_packed, pack, unpack
+from prune2onnx.pack import pack, unpack
 from prune2onnx.strip import anonymous, strip
 
 each_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)

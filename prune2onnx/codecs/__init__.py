@@ -7,7 +7,7 @@ only: what onnxruntime makes of the functions is tested, not used, here.
 
 from __future__ import annotations
 
-from prune2onnx.codecs.bundle import Bundle, Described, decode, described, encode
+from prune2onnx.codecs.bundle import OP, Bundle, Described, decode, described, encode
 from prune2onnx.codecs.evaluate import Budget
 from prune2onnx.codecs.function import DOMAIN, DOMAIN_VERSION, framed
 from prune2onnx.codecs.methods import METHODS, Method
@@ -18,6 +18,7 @@ __all__ = [
     "DOMAIN",
     "DOMAIN_VERSION",
     "METHODS",
+    "OP",
     "WORKING",
     "Budget",
     "Bundle",

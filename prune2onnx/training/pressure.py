@@ -26,7 +26,7 @@ _RANGE = (-5.0, 8.0)
 _BRAKE = 0.1
 """Excess over which the pressure goes from half to full; it ends as far below the goal."""
 
-SIZE_SLOPES = (0.3, 1.2)
+_SLOPES = (0.3, 1.2)
 """d log bytes / d log density that is believed; near 1 where weights are all there is."""
 
 
@@ -46,7 +46,7 @@ class Pressure:
     ) -> None:
         self.settings, self.size, self.steps, self.goal = settings, size, steps, goal
         self._log = torch.zeros((), device=device)
-        self._seen: tuple[float, float] | None = None
+        self._seen: tuple[float, int] | None = None
 
     def above(self, alive: Tensor, progress: float) -> Tensor:
         """Excess of the survivors over those wanted at a point of the phase (0-1): 0.1 is 10 %.
@@ -67,27 +67,20 @@ class Pressure:
             factor: Tensor = self.settings.pressure / self.size * self._log.exp() * brake
             return factor
 
-    def aim(
-        self,
-        density: float,
-        amount: float,
-        target: float,
-        slopes: tuple[float, float] = SIZE_SLOPES,
-    ) -> None:
-        """Moves the goal to where an amount that falls with the density would be as wanted.
+    def aim(self, density: float, nbytes: int, target: int) -> None:
+        """Moves the goal to where the file would take `target` bytes.
 
         Args:
             density: now, 0-1.
-            amount: now: bytes of the file, weights that are left.
-            target: the amount wanted.
-            slopes: least and largest d log amount / d log density that is believed.
+            nbytes: of the file that would come out now.
+            target: wanted bytes.
         """
-        slope = max(0.9, slopes[0])
+        slope = 0.9
         if self._seen is not None and not math.isclose(self._seen[0], density, rel_tol=0.01):
-            rise = math.log(amount / self._seen[1]) / math.log(density / self._seen[0])
-            slope = min(max(rise, slopes[0]), slopes[1])
-        self._seen = density, amount
-        goal = density * (target / amount) ** (1 / slope)
+            rise = math.log(nbytes / self._seen[1]) / math.log(density / self._seen[0])
+            slope = min(max(rise, _SLOPES[0]), _SLOPES[1])
+        self._seen = density, nbytes
+        goal = density * (target / nbytes) ** (1 / slope)
         self.goal = min(max(goal, 1 / self.size), 1.0)
 
     def state(self) -> dict[str, Any]:

@@ -435,7 +435,9 @@ _max_bytes = click.option(
     help="packed: coded weights; sparse-initializer: ONNX's own sparse tensors, far larger",
 )
 @click.option("--strip", is_flag=True, help="leave out notes, default attributes, inner names")
-@click.option("--anonymize", is_flag=True, help="give weights the shortest names")
+@click.option(
+    "--anonymize", is_flag=True, help="shortest names for weights; less for readers of the file"
+)
 @click.option("--bits", type=float, help="lossy: bits a weight on average, about, 1 to 8")
 @click.option("--prune", type=float, help="lossy: share of the weights to make zero, 0 to 1")
 @click.option(

@@ -18,7 +18,7 @@ class Deployment:
     Args:
         input_shape: of one example.
         opset: ONNX operator set, 18 or newer.
-        anonymize: whether weights get the shortest names.
+        anonymize: as of `pack`.
     """
 
     def __init__(self, input_shape: Sequence[int], opset: int, *, anonymize: bool = False) -> None:

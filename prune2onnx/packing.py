@@ -42,7 +42,7 @@ class Wish:
         max_rel_error: lossy: largest relative error of each weight, or, with `data`, of outputs.
         data: where inputs come from, as for `load_data`; "random" for made-up ones.
         external: name of a data file for large weights.
-        anonymize: whether weights get the shortest names.
+        anonymize: as of `pack`.
     """
 
     load: str = "small"

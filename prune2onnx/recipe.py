@@ -148,7 +148,8 @@ class Recipe(_Section):
     temperature: float = Field(2.0, gt=0, description="of those answers, when they are compared")
     anonymize: bool = Field(
         False,
-        description="give weights the shortest names; inputs and outputs keep theirs",
+        description="shortest names for weights, less for readers of the file; inputs and outputs "
+        "keep their names",
     )
     teacher: str | None = Field(
         None,

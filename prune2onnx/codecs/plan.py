@@ -55,6 +55,7 @@ SMALL_NBYTES = 65536
 RICE_SIZE = 1 << 21
 """Most elements for which a Rice code is tried: where there are more, others are smaller."""
 
+_THIN = Method("gap", "levels")
 _MOST_APART = 64
 """Most weights for which it is tried how many of them are too dense for steps."""
 
@@ -214,7 +215,8 @@ def _planned(weights: Sequence[Weight], dense: Mapping[str, int], opset: int, co
     skips = [at - before - 1 for before, at in itertools.pairwise([-1, *places])]
     bundle = encode(chosen, best, opset, coder=coder, skips=skips) if chosen else None
     if coder == "rice" and len(chosen) <= _MOST_APART:
-        for methods in _densest_apart(chosen, best):
+        thin = {n: _THIN if _THIN in costs[n] else method for n, method in best.items()}
+        for methods in (thin, *_densest_apart(chosen, best), *_densest_apart(chosen, thin)):
             other = encode(chosen, methods, opset, coder=coder, skips=skips)
             if bundle is None or other.nbytes < bundle.nbytes:
                 bundle, best = other, methods
@@ -238,7 +240,7 @@ def _densest_apart(
     are much denser than others.
     """
     apart = dict(methods)
-    sparse = [weight for weight in weights if methods[weight.name] == Method("gap", "levels")]
+    sparse = [weight for weight in weights if methods[weight.name] == _THIN]
     for weight in sorted(sparse, key=lambda one: -one.nonzero.size / one.array.size):
         apart = apart | {weight.name: Method("all", "levels")}
         yield apart

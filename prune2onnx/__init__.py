@@ -16,6 +16,7 @@ from prune2onnx.errors import BudgetError, MismatchError, Prune2OnnxError, Recip
 from prune2onnx.inspection import inspect
 from prune2onnx.pack import pack, unpack
 from prune2onnx.recipe import Recipe, read_recipe, resolve
+from prune2onnx.shrink import shrink
 from prune2onnx.validate import validate
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ __all__ = [
     "put_on_levels",
     "read_recipe",
     "resolve",
+    "shrink",
     "sweep",
     "sweep_of",
     "unpack",

@@ -497,6 +497,43 @@ def unpack(source: Path, target: Path, external: str | None, max_bytes: int) -> 
 
 
 @main.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="IN.onnx")
+@click.argument("target", type=click.Path(path_type=Path), metavar="OUT.onnx")
+@click.option(
+    "--gather-inputs", is_flag=True, help="leave out unused inputs of the first layers by a Gather"
+)
+@click.option("--external", metavar="NAME", help="write large weights to this file beside OUT.onnx")
+@click.option("--json", "as_json", is_flag=True, help="print what changed as JSON on stdout")
+def shrink(
+    source: Path, target: Path, gather_inputs: bool, external: str | None, as_json: bool
+) -> None:
+    """Remove dead channels and neurons from IN.onnx, exactly: OUT.onnx answers alike.
+
+    A channel is dead where no weight reads it, or where it is constant and the next layer's bias
+    can take that. Outputs are compared in onnxruntime before anything is written.
+    """
+    from prune2onnx.shrinking import shrink_file
+
+    done = shrink_file(source, target, gather_inputs=gather_inputs, external=external)
+    if as_json:
+        click.echo(json.dumps(done.to_dict(), indent=2))
+        return
+    for note in done.notes:
+        _say(note)
+    if done.rows:
+        _console.print(done.table())
+    for line in done.reasons():
+        _say(line)
+    if not done.rows:
+        _say(f"{target}: nothing could go; the same model")
+        return
+    sizes = f"{done.nbytes_before:,} bytes before, {done.nbytes:,} now"
+    _say(f"{target}: {done.removed} channels and neurons fewer, {sizes}")
+    if done.difference is not None:
+        _say(f"outputs within {done.difference:.1e} of the file's before")
+
+
+@main.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="FILE.onnx")
 @click.option("--json", "as_json", is_flag=True, help="print the weights as JSON on stdout")
 @_max_bytes

@@ -54,6 +54,7 @@ MAY_IMPORT = {
     "report": set(),
     "roles": {"graphs"},
     "shrink": {"graphs", "shrink", "tensors"},
+    "shrinking": {"inline", "intake", "onnxfile", "pack", "shrink", "validate"},
     "sparse": {"codecs", "graphs", "report", "tensors"},
     "strip": {"codecs", "graphs"},
     "study": {"front", "recipe", "report"},

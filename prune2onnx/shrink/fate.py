@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from prune2onnx.shrink.flow import Flow, Ids
 
@@ -45,6 +43,9 @@ def decide(flow: Flow) -> Fate:
 
 def _families(flow: Flow) -> Ids:
     """[count] one number for all channels that are one."""
+    from scipy.sparse import coo_array  # late: it takes as long as all other imports together
+    from scipy.sparse.csgraph import connected_components
+
     if not flow.same:
         return np.arange(flow.count)
     one, other = (np.concatenate(ids) for ids in zip(*flow.same, strict=True))

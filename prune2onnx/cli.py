@@ -33,7 +33,7 @@ from prune2onnx.pack import MAX_BYTES
 from prune2onnx.pack import unpack as unpack_model
 from prune2onnx.recipe import read_recipe, resolve, settings
 from prune2onnx.report import Report, WeightRow, weights_table
-from prune2onnx.validate import file_nbytes
+from prune2onnx.running import file_nbytes
 from prune2onnx.validate import validate as validate_file
 
 if TYPE_CHECKING:
@@ -79,6 +79,20 @@ class _Size(click.ParamType[int]):
             return int(_BYTES.validate_python(value))
         except ValidationError:
             self.fail(f"{value!r} is not a size, such as 5000000, 5MB or 2GiB", param, ctx)
+
+
+class _Integers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers in a row: 1,16."""
+
+    name = "integers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is no whole number, nor several such as 1,16", param, ctx)
 
 
 _BYTES = TypeAdapter(ByteSize)
@@ -555,6 +569,51 @@ def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
         )
     if found.warning:
         click.echo(f"prune2onnx: {file}: {found.warning}", err=True)
+
+
+@main.command()
+@click.argument(
+    "files", type=click.Path(path_type=Path), metavar="FILE.onnx...", nargs=-1, required=True
+)
+@click.option(
+    "--batch", type=_Integers(), default="1", show_default=True, help="examples, such as 1,16"
+)
+@click.option(
+    "--threads", type=_Integers(), default="0", help="such as 1,2; 0, the default: onnxruntime's"
+)
+@click.option(
+    "--seconds", type=float, default=5.0, show_default=True, help="to measure, for each setting"
+)
+@click.option("--warm-up", type=int, default=20, show_default=True, help="runs before any is timed")
+@click.option("--profile", is_flag=True, help="time operators, too, with onnxruntime's profiler")
+@click.option("--json", "as_json", is_flag=True, help="print all figures as JSON on stdout")
+def benchmark(
+    files: tuple[Path, ...],
+    batch: tuple[int, ...],
+    threads: tuple[int, ...],
+    seconds: float,
+    warm_up: int,
+    profile: bool,
+    as_json: bool,
+) -> None:
+    """Measure latency, throughput, load time and memory of files side by side, on the CPU.
+
+    Files are run by turns, with made-up inputs; a difference from the first file that may be none
+    is said to be within noise.
+
+    \b
+    prune2onnx benchmark dense.onnx small.onnx --batch 1,16 --threads 1,2
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.benchmark import benchmark as measure
+
+    found = measure(
+        files, batches=batch, threads=threads, seconds=seconds, warm_up=warm_up, profile=profile
+    )
+    if as_json:
+        click.echo(found.to_json(), nl=False)
+        return
+    for table in found.tables():
+        _console.print(table)
 
 
 def _tell(rows: tuple[WeightRow, ...], file: Path, as_json: bool, **facts: Any) -> None:

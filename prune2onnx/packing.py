@@ -22,8 +22,9 @@ from prune2onnx.lossy import Approximation, approximate, search
 from prune2onnx.onnxfile import load, nbytes, save
 from prune2onnx.pack import pack, unpack
 from prune2onnx.report import WeightRow
+from prune2onnx.running import UnrunnableError, random_inputs, session
 from prune2onnx.strip import strip
-from prune2onnx.validate import UnrunnableError, check_same, outputs_of, random_inputs, session
+from prune2onnx.validate import check_same, outputs_of
 
 _EXAMPLES = 256
 """Examples that a search for the fewest bits looks at: those of the validation split first."""

@@ -14,8 +14,9 @@ from prune2onnx.inline import is_packed
 from prune2onnx.intake import plain
 from prune2onnx.onnxfile import load, nbytes, save
 from prune2onnx.pack import unpack
+from prune2onnx.running import UnrunnableError
 from prune2onnx.shrink import Row, shrink
-from prune2onnx.validate import UnrunnableError, check_same
+from prune2onnx.validate import check_same
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,17 @@
 """Proof by onnxruntime: parity, folding, accuracy, size, load time, memory and latency.
 
-Everything that runs onnxruntime lives here. What a claim rests on:
+What a claim rests on:
 
 1. every decoded weight equals the numpy decoder's, bit for bit (`check_weights`);
 2. the graph onnxruntime is left with has the operators of the unpacked file's (`folds`);
 3. outputs agree with a reference within float tolerance (`max_abs_diff`, `check_outputs`);
-4. numbers are measured beside the dense file's, interleaved, and load time and memory each in a
-   process of its own (`measure`).
+4. numbers are measured beside the dense file's, by turns (`running`).
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
-import platform
-import subprocess
-import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -35,72 +28,22 @@ from prune2onnx.inspection import inspect
 from prune2onnx.onnxfile import load, save
 from prune2onnx.pack import coded, decode_graph, unpack
 from prune2onnx.report import Measured, Report, WeightRow
+from prune2onnx.running import (
+    UnrunnableError,
+    environment,
+    file_nbytes,
+    first_line,
+    input_text,
+    measure,
+    random_inputs,
+    run_once,
+    session,
+)
 
 Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
-_LOADS = 7  # fresh processes per file
-_WARM_UP = 20
-_RUNS = 300  # timed inferences per file
-_MOST_SECONDS = 8.0  # timing stops there, however slow the model
-
-# what onnxruntime says of an operator it does not have
-_UNKNOWN_OPERATOR = ("is not a registered function/op", "Could not find an implementation")
-
 # float32 sums in another order: relative to the largest score, with room for deep networks
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
-
-
-class UnrunnableError(Prune2OnnxError):
-    """onnxruntime has no kernels for a model, packed or not, so nothing can be compared."""
-
-
-def session(
-    model: str | Path | onnx.ModelProto,
-    *,
-    level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    optimised: Path | None = None,
-) -> ort.InferenceSession:
-    """Opens a model on the CPU.
-
-    Args:
-        model: a path or a model in memory (under 2 GB).
-        level: how far onnxruntime optimises the graph.
-        optimised: where to save the optimised graph.
-
-    Raises:
-        Prune2OnnxError: onnxruntime refuses the model; its reason is in the message.
-    """
-    options = ort.SessionOptions()
-    options.graph_optimization_level = level
-    options.log_severity_level = 3  # a saved optimised graph earns a warning nobody needs
-    if optimised is not None:
-        options.optimized_model_filepath = str(optimised)
-    in_memory = isinstance(model, onnx.ModelProto)
-    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
-    try:
-        return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own kinds, and they have no common base
-        name = "the model" if in_memory else str(model)
-        unknown = any(sign in str(error) for sign in _UNKNOWN_OPERATOR)
-        raise (UnrunnableError if unknown else Prune2OnnxError)(
-            f"{name}: onnxruntime {ort.__version__} cannot open it: {_first_line(error)}"
-        ) from error
-
-
-def _run(opened: ort.InferenceSession, inputs: dict[str, NDArray[Any]], path: Path) -> list[Any]:
-    """One inference; an input that does not fit is the user's mistake, not ours."""
-    try:
-        outputs: list[Any] = opened.run(None, inputs)
-    except Exception as error:  # onnxruntime raises its own kinds, and they have no common base
-        shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-        raise Prune2OnnxError(
-            f"{path}: fails on {shapes}: {_first_line(error)}; give examples with --data"
-        ) from error
-    return outputs
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:400]
 
 
 def check_weights(packed: onnx.ModelProto) -> int:
@@ -163,7 +106,7 @@ def outputs_of(model: onnx.ModelProto, inputs: Sequence[dict[str, NDArray[Any]]]
         Prune2OnnxError: onnxruntime cannot open the model, or fails on the inputs.
     """
     opened = session(model)
-    return [out for each in inputs for out in _run(opened, each, Path("the model"))]
+    return [out for each in inputs for out in run_once(opened, each, Path("the model"))]
 
 
 def check_same(name: str, model: onnx.ModelProto, reference: onnx.ModelProto) -> float:
@@ -229,8 +172,8 @@ def scores(
             outputs.append(opened.run(None, {name: x})[0])
         except Exception as error:
             raise Prune2OnnxError(
-                f"the model does not take the data: {_first_line(error)}; its input is "
-                f"{_input_text(opened)}, the data's examples are {list(x.shape[1:])}"
+                f"the model does not take the data: {first_line(error)}; its input is "
+                f"{input_text(opened)}, the data's examples are {list(x.shape[1:])}"
             ) from error
         labels.append(y)
     out = np.concatenate(outputs)
@@ -241,139 +184,9 @@ def scores(
     return out, np.concatenate(labels)
 
 
-def _input_text(opened: ort.InferenceSession) -> str:
-    return ", ".join(f"{i.name} {i.type} {i.shape}" for i in opened.get_inputs())
-
-
 def error_percent(outputs: NDArray[Any], labels: NDArray[np.int64]) -> float:
     """Percent of examples whose highest score is not their label's."""
     return 100 * float(np.mean(outputs.argmax(1) != labels))
-
-
-def random_inputs(opened: ort.InferenceSession, seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Inputs that fit a model: standard normal floats, zeros for other types, 1 where dynamic."""
-    generator = np.random.default_rng(seed)
-    inputs: dict[str, NDArray[Any]] = {}
-    for info in opened.get_inputs():
-        shape = [extent if isinstance(extent, int) and extent > 0 else 1 for extent in info.shape]
-        kind = info.type.removeprefix("tensor(").removesuffix(")")
-        dtype = {"float": "float32", "double": "float64"}.get(kind, kind)
-        try:
-            zeros = np.zeros(shape, dtype)
-        except TypeError as error:
-            raise Prune2OnnxError(
-                f"input {info.name} has type {info.type}, for which no example can be made up; "
-                "give some with --data"
-            ) from error
-        normal = generator.standard_normal(shape)
-        inputs[info.name] = normal.astype(dtype) if zeros.dtype.kind == "f" else zeros
-    return inputs
-
-
-# Runs alone in a fresh interpreter, so it may import nothing of the project (torch's memory and
-# start-up time would be counted). VmHWM, not ru_maxrss: the latter is inherited across exec.
-_PROBE = """
-import json, sys, time
-import onnxruntime as ort
-options = ort.SessionOptions()
-options.log_severity_level = 3
-start = time.perf_counter()
-ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-load_ms = 1e3 * (time.perf_counter() - start)
-try:
-    lines = open("/proc/self/status").read().splitlines()
-    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-except (OSError, StopIteration):
-    if sys.platform == "darwin":
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    else:
-        import psutil
-        peak = psutil.Process().memory_info().peak_wset
-print(json.dumps([load_ms, peak]))
-"""
-
-
-def _load_in_fresh_process(path: Path) -> tuple[float, int]:
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", _PROBE, str(path)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise Prune2OnnxError(
-            f"{path}: a fresh process cannot open it: {done.stderr.strip()[-400:]}"
-        )
-    load_ms, peak = json.loads(done.stdout)
-    return float(load_ms), int(peak)
-
-
-def measure(
-    files: Sequence[Path], inputs: dict[str, NDArray[Any]], errors: Sequence[float | None]
-) -> list[Measured]:
-    """Load time, peak memory and latency of several files, interleaved.
-
-    Args:
-        files: ONNX files that take the same inputs.
-        inputs: one example.
-        errors: of each file, passed through.
-
-    Returns:
-        One `Measured` per file: medians of 7 loads in fresh processes, percentiles of up to 300
-        runs after 20 to warm up, with onnxruntime's default number of threads.
-    """
-    loads = [[_load_in_fresh_process(path) for path in files] for _ in range(_LOADS)]
-    opened = [session(path) for path in files]
-    for one in opened:
-        for _ in range(_WARM_UP):
-            one.run(None, inputs)
-    times: list[list[float]] = [[] for _ in files]
-    began = time.perf_counter()
-    while len(times[0]) < _RUNS and time.perf_counter() - began < _MOST_SECONDS:
-        for one, taken in zip(opened, times, strict=True):
-            start = time.perf_counter()
-            one.run(None, inputs)
-            taken.append(1e3 * (time.perf_counter() - start))
-    return [
-        Measured(
-            nbytes=file_nbytes(path),
-            error=error,
-            load_ms=float(np.median([run[index][0] for run in loads])),
-            peak_rss_bytes=int(np.median([run[index][1] for run in loads])),
-            latency_ms={
-                "p50": float(np.percentile(times[index], 50)),
-                "p95": float(np.percentile(times[index], 95)),
-            },
-        )
-        for index, (path, error) in enumerate(zip(files, errors, strict=True))
-    ]
-
-
-def file_nbytes(path: Path) -> int:
-    """Bytes of a model: the file and the external data beside it."""
-    total: int = path.stat().st_size
-    proto = onnx.load(path, load_external_data=False)
-    beside = {
-        entry.value
-        for tensor in proto.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
-    for name in beside:
-        total += (path.parent / name).stat().st_size
-    return total
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on: versions, processor, cores."""
-    packages = ("torch", "onnx", "onnxruntime", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
-    return {
-        "python": platform.python_version(),
-        **versions,
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cores": len(usable),
-    }
 
 
 def validate(
@@ -478,8 +291,8 @@ def _run_and_measured(
         inputs = {opened.get_inputs()[0].name: batches[0][0][:1]}
     else:
         inputs = random_inputs(opened, seed)
-        wanted = _run(reference, inputs, plain)
-        pairs = zip(_run(opened, inputs, file), wanted, strict=True)
+        wanted = run_once(reference, inputs, plain)
+        pairs = zip(run_once(opened, inputs, file), wanted, strict=True)
         difference = max(check_outputs(file.name, got, want) for got, want in pairs)
     renamed = [i.name for i in against.get_inputs()]
     if renamed != list(inputs):
@@ -487,5 +300,5 @@ def _run_and_measured(
             f"{beside}: its inputs are {renamed}, those of {file} are {list(inputs)}; "
             "they cannot be compared"
         )
-    _run(against, inputs, beside)
+    run_once(against, inputs, beside)
     return difference, measure([beside, file], inputs, [reference_error, error])

@@ -36,9 +36,8 @@ def run(*arguments: object, status: int = 0):
 @pytest.fixture(autouse=True)
 def short_measurements(monkeypatch):
     """What is measured is test_validate's business."""
-    room = importlib.import_module("prune2onnx.validate")  # the name means the function too
-    monkeypatch.setattr(room, "_LOADS", 1)
-    monkeypatch.setattr(room, "_RUNS", 20)
+    monkeypatch.setattr("prune2onnx.running._LOADS", 1)
+    monkeypatch.setattr("prune2onnx.running._RUNS", 20)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from prune2onnx import pack
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.lossy import approximate, search
-from prune2onnx.validate import session
+from prune2onnx.running import session
 
 
 def model(nodes, weights, opset=18, **shapes):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from prune2onnx.callables import call_with, load_callable
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.exporter import export
-from prune2onnx.validate import session
+from prune2onnx.running import session
 
 RESNET = Path(__file__).parents[1] / "models" / "resnet.py"
 

@@ -1,7 +1,6 @@
 """A sweep: whole on the digits and after an interruption; runs are shared, never done twice."""
 
 import dataclasses
-import importlib
 import json
 import os
 import signal
@@ -49,9 +48,8 @@ def net(tmp_path) -> str:
 
 
 def test_a_sweep_is_interrupted_continued_and_told(net, tmp_path, monkeypatch):
-    room = importlib.import_module("prune2onnx.validate")  # the name means the function too
-    monkeypatch.setattr(room, "_LOADS", 1)
-    monkeypatch.setattr(room, "_RUNS", 20)
+    monkeypatch.setattr("prune2onnx.running._LOADS", 1)
+    monkeypatch.setattr("prune2onnx.running._RUNS", 20)
     folder = tmp_path / "front"
     whole = sweeping.compress
     epochs = []

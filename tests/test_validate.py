@@ -19,18 +19,20 @@ from prune2onnx.onnxfile import save
 from prune2onnx.pack import coded, pack
 from prune2onnx.pipeline import batches
 from prune2onnx.report import Measured
-from prune2onnx.validate import (
+from prune2onnx.running import (
     UnrunnableError,
+    file_nbytes,
+    measure,
+    random_inputs,
+    session,
+)
+from prune2onnx.validate import (
     check_outputs,
     check_same,
     check_weights,
     error_percent,
-    file_nbytes,
     folds,
-    measure,
     operators,
-    random_inputs,
-    session,
     validate,
 )
 

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "prune2onnx"
 EVERYWHERE = {"errors", "files"}
 MAY_IMPORT = {
     "callables": set(),
+    "benchmark": {"running"},
     "budget": {"recipe", "report"},
     "codecs": {"codecs"},
     "data": {"callables", "data"},
@@ -44,6 +45,7 @@ MAY_IMPORT = {
         "pack",
         "pipeline",
         "report",
+        "running",
         "sparse",
         "strip",
         "validate",
@@ -54,14 +56,15 @@ MAY_IMPORT = {
     "report": set(),
     "roles": {"graphs"},
     "shrink": {"graphs", "shrink", "tensors"},
-    "shrinking": {"inline", "intake", "onnxfile", "pack", "shrink", "validate"},
+    "running": {"report"},
+    "shrinking": {"inline", "intake", "onnxfile", "pack", "running", "shrink", "validate"},
     "sparse": {"codecs", "graphs", "report", "tensors"},
     "strip": {"codecs", "graphs"},
     "study": {"front", "recipe", "report"},
     "sweeping": {"data", "exporter", "front", "pipeline", "recipe", "report", "study", "training"},
     "tensors": set(),
     "training": {"data", "pruning", "recipe", "training"},
-    "validate": {"inline", "inspection", "onnxfile", "pack", "report"},
+    "validate": {"inline", "inspection", "onnxfile", "pack", "report", "running"},
     "ways": {"quantize", "roles"},
 }
 

@@ -28,7 +28,8 @@ from prune2onnx import Prune2OnnxError, pack, unpack
 from prune2onnx.codecs import DOMAIN
 from prune2onnx.intake import plain
 from prune2onnx.onnxfile import load
-from prune2onnx.validate import outputs_of, random_inputs, session
+from prune2onnx.running import random_inputs, session
+from prune2onnx.validate import outputs_of
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 

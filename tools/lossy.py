@@ -29,7 +29,8 @@ from prune2onnx import export
 from prune2onnx.callables import load_callable
 from prune2onnx.onnxfile import load
 from prune2onnx.packing import Wish, output_error, pack_file
-from prune2onnx.validate import outputs_of, random_inputs, session
+from prune2onnx.running import random_inputs, session
+from prune2onnx.validate import outputs_of
 
 DATA = Path(os.environ.get("PRUNE2ONNX_DATA", "data"))
 MODELS = Path(__file__).parent.parent / "models"

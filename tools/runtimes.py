@@ -33,7 +33,7 @@ import onnx
 from numpy.typing import NDArray
 
 from prune2onnx import unpack
-from prune2onnx.validate import random_inputs, session
+from prune2onnx.running import random_inputs, session
 
 # The ends of what is supported, and every version around the change of constant folding in 1.27.
 VERSIONS = "1.17.3,1.20.1,1.23.2,1.24.4,1.25.1,1.26.0,1.27.0,1.28.0,1.32.0"

@@ -37,7 +37,7 @@ from onnx import ModelProto
 from prune2onnx import Prune2OnnxError, unpack
 from prune2onnx.codecs import DOMAIN
 from prune2onnx.inspection import constant_nodes, inflated
-from prune2onnx.validate import random_inputs, session
+from prune2onnx.running import random_inputs, session
 
 PACKAGES = (
     "onnx==1.23.2",

@@ -89,7 +89,7 @@ class Share(_Section):
         None, ge=1, description="epochs on levels; default: 800 steps, at least 2 epochs"
     )
     lr: float = Field(5e-4, gt=0, description="peak learning rate (Adam)")
-    scale_lr: float = Field(1e-3, gt=0, description="peak learning rate of the levels' scales")
+    scale_lr: float = Field(1e-4, gt=0, description="peak learning rate of the levels' scales")
     levels: int = Field(
         7, ge=1, le=127, description="largest level of a weight: it is -k ... k times one scale"
     )

@@ -7,13 +7,13 @@ First form. For each seed `compress` by models/NETWORK.yaml (learned; where ther
 models/NETWORK_narrow.yaml, which prunes channels, it starts from what that ends with); then, each
 from that run's dense network and to the density it had after pruning, with the same loss,
 augmentation, batches and epochs: iterative magnitude pruning (imp), gradual (gmp), soft thresholds
-(str) and all at once (oneshot), see tools/magnitude.py. Each is then tuned, put on levels and packed by the same
-`compress`, to the same budget. Prints a table of the files, then one at equal error: how many
-survivors imp needs for the error that the learned run has at the end of tuning, before levels. That
-is read off imp's curve (the dense network, every round as it is and tuned): the least error at or
-below each density, interpolated over log density. Where imp never gets there, the row has its best
-point, which is worse, and a ">"; where it is better everywhere, its sparsest and a "<". Second
-form: the learned method alone at several sizes, all from one dense network.
+(str) and all at once (oneshot), see tools/magnitude.py. Each is then tuned, put on levels and
+packed by the same `compress`, to the same budget. Prints a table of the files, then one at equal
+error: how many survivors imp needs for the error that the learned run has at the end of tuning,
+before levels. That is read off imp's curve (the dense network, every round as it is and tuned): the
+least error at or below each density, interpolated over log density. Where imp never gets there, the
+row has its best point, which is worse, and a ">"; where it is better everywhere, its sparsest and a
+"<". Second form: the learned method alone at several sizes, all from one dense network.
 
 Seconds of the first table: from nothing to the report, dense training included; of a baseline's
 pruning its epochs alone. Of the second: the epochs, dense ones included. All choices are made on

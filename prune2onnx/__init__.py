@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 # Imported at once: these functions bear their module's name, and a lazy import would bind the
 # module to it.
+from prune2onnx.benchmark import benchmark
 from prune2onnx.errors import BudgetError, MismatchError, Prune2OnnxError, RecipeError
 from prune2onnx.inspection import inspect
 from prune2onnx.pack import pack, unpack
@@ -22,6 +23,7 @@ from prune2onnx.validate import validate
 if TYPE_CHECKING:
     from prune2onnx.data import load_data
     from prune2onnx.exporter import export
+    from prune2onnx.int8 import quantize_int8
     from prune2onnx.pipeline import compress
     from prune2onnx.pruning import bake, density, hold_zeros, penalty, prune
     from prune2onnx.sweeping import sweep, sweep_of
@@ -45,6 +47,7 @@ _LAZY = {
     "penalty": "pruning",
     "prune": "pruning",
     "put_on_levels": "training.levels",
+    "quantize_int8": "int8",
     "sweep": "sweeping",
     "sweep_of": "sweeping",
 }
@@ -57,6 +60,7 @@ __all__ = [
     "RecipeError",
     "bake",
     "bake_levels",
+    "benchmark",
     "compress",
     "density",
     "evaluate",
@@ -70,6 +74,7 @@ __all__ = [
     "penalty",
     "prune",
     "put_on_levels",
+    "quantize_int8",
     "read_recipe",
     "resolve",
     "shrink",

@@ -572,6 +572,78 @@ def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
 
 
 @main.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="IN.onnx")
+@click.argument("target", type=click.Path(path_type=Path), metavar="OUT.onnx")
+@click.option("--data", required=True, help="examples, as for compress")
+@click.option(
+    "--max-drop",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="points of validation error that int8 may add; layers stay float until it is met",
+)
+@click.option(
+    "--examples",
+    type=int,
+    default=512,
+    show_default=True,
+    help="to take ranges of activations from",
+)
+@click.option(
+    "--method",
+    type=click.Choice(("minmax", "entropy", "percentile")),
+    default="minmax",
+    show_default=True,
+    help="how ranges are taken",
+)
+@click.option("--keep", multiple=True, metavar="WEIGHT", help="a layer that stays float")
+@click.option("--seed", type=int, default=0, show_default=True, help="of the validation split")
+@click.option(
+    "--json", "as_json", is_flag=True, help="print what became of layers as JSON on stdout"
+)
+def quantize(
+    source: Path,
+    target: Path,
+    data: str,
+    max_drop: float,
+    examples: int,
+    method: str,
+    keep: tuple[str, ...],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Make IN.onnx compute in int8 where that costs no accuracy, by onnxruntime's quantizer.
+
+    \b
+    prune2onnx quantize model.onnx int8.onnx --data folder:images
+    prune2onnx pack int8.onnx small.onnx --strip
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.quantizing import quantize_file
+
+    done = quantize_file(
+        source,
+        target,
+        data,
+        examples=examples,
+        method=method,
+        max_drop=max_drop,
+        keep=keep,
+        seed=seed,
+    )
+    if as_json:
+        click.echo(json.dumps(done.to_dict(), indent=2))
+        return
+    _console.print(done.table())
+    _say(
+        f"{target}: {done.nbytes_before:,} bytes in float32, {done.nbytes:,} now; validation error "
+        f"{done.float_error:.2f} %, {done.error:.2f} % now; an inference takes "
+        f"{done.timing.ratio:.2f} of the time"
+    )
+    for note in done.notes:
+        _say(note)
+
+
+@main.command()
 @click.argument(
     "files", type=click.Path(path_type=Path), metavar="FILE.onnx...", nargs=-1, required=True
 )

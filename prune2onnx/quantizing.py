@@ -1,0 +1,170 @@
+"""From a file to an int8 file: read, calibrate, quantise, compare errors and time, write."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import ModelProto
+from rich.table import Table
+from rich.text import Text
+
+from prune2onnx.benchmark import Timing, benchmark
+from prune2onnx.data import Data, load_data
+from prune2onnx.errors import RecipeError, printable
+from prune2onnx.inline import is_packed
+from prune2onnx.int8 import Int8, Layer, quantize_int8
+from prune2onnx.intake import plain
+from prune2onnx.onnxfile import load, nbytes, save
+from prune2onnx.pack import unpack
+from prune2onnx.pipeline import batches
+from prune2onnx.running import session
+from prune2onnx.validate import error_percent, scores
+
+_BATCH = 64
+_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Done:
+    """What `quantize_file` wrote.
+
+    Attributes:
+        layers: each layer, int8 or float, and why.
+        float_error: percent of the validation split, of the file that was read.
+        error: of what was written.
+        timing: an inference of one example, beside the float model's.
+        notes: what there is to know besides, in words.
+        nbytes_before: of the float model, unpacked.
+        nbytes: of what was written, external data included.
+        files: those written.
+    """
+
+    layers: tuple[Layer, ...]
+    float_error: float
+    error: float
+    timing: Timing
+    notes: tuple[str, ...]
+    nbytes_before: int
+    nbytes: int
+    files: tuple[Path, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"files": [str(path) for path in self.files]}
+
+    def table(self) -> Table:
+        """A line for each layer."""
+        table = Table("weight", "operator", "computes in", "disturbance", "why", title="layers")
+        for layer in self.layers:
+            known = "" if layer.disturbance is None else f"{layer.disturbance:.1e}"
+            kind = "int8" if layer.is_int8 else "float32"
+            name = Text(printable(layer.weight))
+            table.add_row(name, layer.op, kind, known, layer.reason)
+        return table
+
+
+def quantize_file(
+    source: Path,
+    target: Path,
+    data: str,
+    *,
+    examples: int = 512,
+    method: str = "minmax",
+    max_drop: float = 0.1,
+    keep: Collection[str] = (),
+    seed: int = 0,
+) -> Done:
+    """Writes a file in int8; layers stay float where it adds more error than allowed.
+
+    Args:
+        source: a classifier of one input, float32; a packed one is unpacked first.
+        target: the file to write, not packed.
+        data: where examples come from (`load_data`): ranges are taken from its training split,
+            errors from its validation split; its test split is not looked at.
+        examples: of the training split.
+        method: "minmax", "entropy" or "percentile".
+        max_drop: points of error that int8 may add.
+        keep: weights of layers that stay float.
+        seed: of the splits.
+
+    Raises:
+        RecipeError: a number out of range, or an unknown source, method or weight.
+        Prune2OnnxError: the file cannot be read or quantised, or does not take the data.
+    """
+    if examples < 1 or max_drop < 0:
+        raise RecipeError(f"{examples} examples, a drop of {max_drop}: expected 1 and 0 or more")
+    given = load(source)
+    before = plain(unpack(given)).model
+    found = load_data(data, seed=seed)
+    made = quantize_int8(
+        before,
+        calibration_of(before, found, examples),
+        method=method,
+        evaluate=error_on(found),
+        max_drop=max_drop,
+        keep=keep,
+    )
+    timing = timed(before, made.model)
+    files = save(made.model, target)
+    assert made.float_error is not None and made.error is not None  # there was a measure
+    notes = tuple(_notes(given, made, timing))
+    return Done(
+        made.layers,
+        made.float_error,
+        made.error,
+        timing,
+        notes,
+        nbytes(before),
+        nbytes(made.model),
+        files,
+    )
+
+
+def _notes(given: ModelProto, made: Int8, timing: Timing) -> list[str]:
+    notes = []
+    if is_packed(given):
+        notes.append("the file was packed; the result is not: pack it as the last step")
+    if not any(layer.is_int8 for layer in made.layers):
+        notes.append("no layer could be int8; the file is the float one")
+    elif timing.ratio is not None and (timing.ratio >= 1 or timing.is_noise):
+        how = (
+            "is no faster than" if timing.is_noise else f"takes {timing.ratio:.2f} times as long as"
+        )
+        notes.append(f"int8 {how} float32 on this machine")
+    return notes
+
+
+def calibration_of(model: ModelProto, data: Data, examples: int) -> list[dict[str, NDArray[Any]]]:
+    """The first examples of the training split, in batches, as inputs of a model."""
+    name = session(model).get_inputs()[0].name
+    taken, left = [], examples
+    for x, _ in batches(data.train, min(_BATCH, examples)):
+        taken.append({name: x[:left]})
+        left -= len(x)
+        if left <= 0:
+            break
+    return taken
+
+
+def error_on(data: Data) -> Callable[[ModelProto], float]:
+    """Percent of the validation split that a model gets wrong."""
+    held = list(batches(data.validation, _BATCH))
+
+    def error(model: ModelProto) -> float:
+        return error_percent(*scores(session(model), held))
+
+    return error
+
+
+def timed(before: ModelProto, after: ModelProto) -> Timing:
+    """An inference of one example, beside the model before."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / "before.onnx", Path(folder) / "after.onnx"]
+        for path, model in zip(paths, (before, after), strict=True):
+            save(model, path)
+        return benchmark(paths, seconds=_SECONDS).timings[1]

@@ -35,6 +35,15 @@ class Dense(_Section):
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
 
 
+class Narrow(_Section):
+    """Before phase 2: whole channels and neurons go, as settled there. Skipped unless asked for."""
+
+    epochs: int = Field(0, ge=0, description="epochs in which whole channels are pruned")
+    spare: float = Field(
+        5.0, ge=1, description="what is left then, in multiples of the density to be reached"
+    )
+
+
 class Prune(_Section):
     """Phase 2: weights and thresholds are trained together."""
 
@@ -163,6 +172,7 @@ class Recipe(_Section):
     opset: int = Field(18, ge=18, description="ONNX operator set of the result")
     augment: Augment = Augment()
     dense: Dense = Dense()
+    narrow: Narrow = Narrow()
     prune: Prune = Prune()
     tune: Tune = Tune()
     share: Share = Share()
@@ -176,6 +186,21 @@ class Recipe(_Section):
     def goal(self) -> float:
         """Density at which pruning aims where no size is asked for."""
         return self.target_density or GOAL
+
+    def phase(self, name: str) -> Dense | Prune | Tune | Share:
+        """The settings of a phase of training; "narrow" has those of "prune", for channels."""
+        if name == "narrow":
+            changes = {
+                "epochs": self.narrow.epochs,
+                "granularity": "channel",
+                "thresholds": "channel",
+                "weigh": "count",
+                "start": 0.5,  # channels of a layer are alike: no threshold is passed on the way
+                "threshold_lr": self.prune.threshold_lr / 2,
+            }
+            return self.prune.model_copy(update=changes)
+        phase: Dense | Prune | Tune | Share = getattr(self, name)
+        return phase
 
     @model_validator(mode="after")
     def _starts_with_weights(self) -> Self:

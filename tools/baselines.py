@@ -3,17 +3,16 @@
     python tools/baselines.py lenet_300_100 --data mnist:DIR -o runs/baselines
     python tools/baselines.py lenet_300_100 --data mnist:DIR --front 4KB,6KB,8.4KB,12KB,20KB,30KB
 
-First form. For each seed `compress` by models/NETWORK.yaml (learned; where there is a
-models/NETWORK_narrow.yaml, which prunes channels, it starts from what that ends with); then, each
-from that run's dense network and to the density it had after pruning, with the same loss,
-augmentation, batches and epochs: iterative magnitude pruning (imp), gradual (gmp), soft thresholds
-(str) and all at once (oneshot), see tools/magnitude.py. Each is then tuned, put on levels and
-packed by the same `compress`, to the same budget. Prints a table of the files, then one at equal
-error: how many survivors imp needs for the error that the learned run has at the end of tuning,
-before levels. That is read off imp's curve (the dense network, every round as it is and tuned): the
-least error at or below each density, interpolated over log density. Where imp never gets there, the
-row has its best point, which is worse, and a ">"; where it is better everywhere, its sparsest and a
-"<". Second form: the learned method alone at several sizes, all from one dense network.
+First form. For each seed `compress` by models/NETWORK.yaml (learned); then, each from that run's
+dense network and to the density it had after pruning, with the same loss, augmentation, batches and
+epochs: iterative magnitude pruning (imp), gradual (gmp), soft thresholds (str) and all at once
+(oneshot), see tools/magnitude.py. Each is then tuned, put on levels and packed by the same
+`compress`, to the same budget. Prints a table of the files, then one at equal error: how many
+survivors imp needs for the error that the learned run has at the end of tuning, before levels. That
+is read off imp's curve (the dense network, every round as it is and tuned): the least error at or
+below each density, interpolated over log density. Where imp never gets there, the row has its best
+point, which is worse, and a ">"; where it is better everywhere, its sparsest and a "<". Second
+form: the learned method alone at several sizes, all from one dense network.
 
 Seconds of the first table: from nothing to the report, dense training included; of a baseline's
 pruning its epochs alone. Of the second: the epochs, dense ones included. All choices are made on
@@ -50,7 +49,6 @@ METHODS = {
     "str": "soft thresholds (Kusupati)",
     "oneshot": "magnitude at once",
 }
-NETWORKS = [p.stem for p in (ROOT / "models").glob("*.yaml") if not p.stem.endswith("_narrow")]
 COLUMNS = ("dense error", "error", "drop", "density", "bytes", "ratio", "seconds")
 
 Facts = dict[str, Any]
@@ -169,39 +167,7 @@ def note(folder: Path, text: str) -> None:
 
 def dense_of(folder: Path) -> Path:
     """Where a seed's dense network is kept."""
-    first = "narrow" if (folder / "narrow").exists() else "learned"
-    return folder / first / "checkpoints" / "dense.safetensors"
-
-
-@dataclass(frozen=True)
-class Learned:
-    """How the learned method goes.
-
-    Attributes:
-        recipe: of the run.
-        narrow: of a run before it, in which whole channels go.
-    """
-
-    recipe: Recipe
-    narrow: Recipe | None = None
-
-    @property
-    def epochs(self) -> int:
-        """Of all pruning: what other methods get."""
-        before = self.narrow and (self.narrow.prune.epochs or 0) + (self.narrow.tune.epochs or 0)
-        return (self.recipe.prune.epochs or 0) + (before or 0)
-
-    def run(self, folder: Path, name: str = "learned") -> Facts:
-        """What came out, by `run`, with the seconds of the whole way."""
-        if self.narrow is None:
-            return run(self.recipe, folder / name)
-        run(self.narrow, folder / "narrow")
-        weights = folder / "narrow" / "checkpoints" / "tune.safetensors"
-        start = {"weights": str(weights), "teacher": str(dense_of(folder)), "start": "prune"}
-        facts = run(self.recipe.model_copy(update=start), folder / name)
-        for timed in (facts, facts["pruned"], facts["tuned"]):
-            timed["seconds"] += history(weights)["seconds"]
-        return facts
+    return folder / "learned" / "checkpoints" / "dense.safetensors"
 
 
 @dataclass(frozen=True)
@@ -212,23 +178,21 @@ class Options:
     gmp: str
 
 
-def baseline(method: str, learned: Learned, folder: Path, options: Options) -> Facts:
+def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Facts:
     """Prunes the dense network of a learned run as another method does; `compress` does the rest.
 
     Args:
         method: one of `METHODS`.
-        learned: the learned run.
-        folder: of the seed.
+        recipe: the learned run's.
+        folder: of the seed, with the learned run in it.
         options: of the methods.
 
     Returns:
         As `run`, with the seconds of the whole way, and what `Pruned.facts` tells as "pruning".
     """
-    target = learned.run(folder)["pruned"]
-    dense = dense_of(folder)
+    dense, target = dense_of(folder), run(recipe, folder / "learned")["pruned"]
     before: float = history(dense)["seconds"]
-    pruning_epochs = learned.recipe.prune.model_copy(update={"epochs": learned.epochs})
-    recipe = learned.recipe.model_copy(update={"weights": str(dense), "prune": pruning_epochs})
+    recipe = recipe.model_copy(update={"weights": str(dense)})
     place = folder / method
     place.mkdir(parents=True, exist_ok=True)
     record, weights = place / "pruning.json", place / "pruned.safetensors"
@@ -264,13 +228,11 @@ def prune(method: str, course: Course, options: Options) -> Pruned:
     return {"str": soft, "oneshot": one_shot}[method](course)
 
 
-def at_size(learned: Learned, size: str, folder: Path) -> Facts:
+def at_size(recipe: Recipe, size: str, folder: Path) -> Facts:
     """The learned method at the recipe's size, given by name too, from the seed's dense network."""
-    recipe = learned.recipe
-    if settings_of(recipe) == settings_in(folder / "learned" / "summary.json"):
-        return learned.run(folder)  # the same, its dense phase included
-    if learned.narrow is not None:
-        return learned.run(folder, f"front-{size}")
+    learned = folder / "learned"
+    if settings_of(recipe) == settings_in(learned / "summary.json"):
+        return run(recipe, learned)  # the same, its dense phase included
     dense = train_dense(recipe, folder)
     here = {"weights": str(dense), "start": "prune"}
     facts = run(recipe.model_copy(update=here), folder / f"front-{size}")
@@ -442,15 +404,6 @@ def recipe_for(network: str, data: str, seed: int, overrides: Sequence[str]) -> 
     return with_epochs(recipe, len(split))  # type: ignore[arg-type]
 
 
-def learned_for(network: str, data: str, seed: int, overrides: Sequence[str]) -> Learned:
-    """The learned method of a network; budgets among the changes are those of its last run."""
-    recipe = recipe_for(network, data, seed, overrides)
-    if not (ROOT / "models" / f"{network}_narrow.yaml").exists():
-        return Learned(recipe)
-    others = [text for text in overrides if not text.startswith("target_")]
-    return Learned(recipe, recipe_for(f"{network}_narrow", data, seed, others))
-
-
 def dense_point(recipe: Recipe, path: Path) -> Facts:
     """The dense network as the first point of a curve."""
     data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
@@ -464,7 +417,7 @@ def dense_point(recipe: Recipe, path: Path) -> Facts:
 
 
 @click.command()
-@click.argument("network", type=click.Choice(NETWORKS))
+@click.argument("network", type=click.Choice([p.stem for p in (ROOT / "models").glob("*.yaml")]))
 @click.option("--data", default="mnist", help="mnist, mnist:DIR or another of the recipe's")
 @click.option("--seeds", default="0,1,2", help="comma-separated")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/baselines"))
@@ -489,31 +442,31 @@ def main(
     unknown = set(wanted) - METHODS.keys()
     if unknown:
         raise click.UsageError(f"--methods: {', '.join(unknown)}; known are {', '.join(METHODS)}")
-    runs = {
-        seed: learned_for(network, data, seed, overrides) for seed in map(int, seeds.split(","))
+    recipes = {
+        seed: recipe_for(network, data, seed, overrides) for seed in map(int, seeds.split(","))
     }
-    folders = {seed: (output / network / f"seed{seed}").resolve() for seed in runs}
+    folders = {seed: (output / network / f"seed{seed}").resolve() for seed in recipes}
     rows: list[tuple[str, int, Facts]] = []
     if front:
         wishes = {
-            (size, seed): learned_for(network, data, seed, (*overrides, f"target_size={size}"))
+            (size, seed): recipe_for(network, data, seed, (*overrides, f"target_size={size}"))
             for size in front.split(",")
-            for seed in runs
+            for seed in recipes
         }
-        for (size, seed), learned in wishes.items():
-            rows.append((size, seed, at_size(learned, size, folders[seed])))
+        for (size, seed), recipe in wishes.items():
+            rows.append((size, seed, at_size(recipe, size, folders[seed])))
         click.echo("\n".join(files_table(rows, "target")))
         return
     curves: dict[int, tuple[Facts, list[Facts]]] = {}
-    for seed, learned in runs.items():
+    for seed, recipe in recipes.items():
         folder = folders[seed]
-        ours = learned.run(folder)
+        ours = run(recipe, folder / "learned")
         rows.append((METHODS["learned"], seed, ours))
         for method in [name for name in METHODS if name in wanted and name != "learned"]:
-            facts = baseline(method, learned, folder, Options(rounds, gmp))
+            facts = baseline(method, recipe, folder, Options(rounds, gmp))
             rows.append((METHODS[method], seed, facts))
             if method == "imp":
-                dense = dense_point(learned.recipe, dense_of(folder))
+                dense = dense_point(recipe, dense_of(folder))
                 curves[seed] = ours["tuned"], curve_of(facts, dense)
     click.echo("\n".join(files_table(rows, "method")))
     if curves:

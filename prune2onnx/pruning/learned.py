@@ -95,9 +95,15 @@ class _LearnedThreshold(nn.Module):
     root mean square of the weight's measures when pruning began; the sharpness beta is relative to
     it, too. In training mode the pruning function is used as it is; in evaluation mode whatever is
     within the threshold is exactly zero, which is what `bake` leaves behind.
+
+    Channels are another matter. Those of a layer are alike, so most would be near the threshold at
+    once: what they let through there would be relied on, and all would die together. So a channel
+    is whole or exactly zero in training, too (the function's slope is used straight through), one
+    that is gone stays away, and the penalty moves thresholds alone, not weights.
     """
 
     scale: Tensor
+    gone: Tensor | None
 
     def __init__(
         self,
@@ -130,6 +136,11 @@ class _LearnedThreshold(nn.Module):
             torch.full(shape, float(rho), device=weight.device, dtype=weight.dtype)
         )
         self.register_buffer("scale", scale.to(weight.device, weight.dtype))
+        gone = None
+        if granularity == "channel":
+            with torch.no_grad():
+                gone = torch.zeros_like(self.granularity.measure(weight), dtype=torch.bool)
+        self.register_buffer("gone", gone)
 
     def threshold(self) -> Tensor:
         """The threshold t > 0, [1, ..., 1] or [1, ..., channels, ..., 1]."""
@@ -137,13 +148,20 @@ class _LearnedThreshold(nn.Module):
 
     def alive(self, w: Tensor) -> Tensor:
         """Bool, of w's shape: the elements that survive."""
-        return (self.granularity.measure(w).abs() > self.threshold()).expand_as(w)
+        over = self.granularity.measure(w).abs() > self.threshold()
+        if self.gone is not None:
+            over = over & ~self.gone
+        return over.expand_as(w)
 
     def survivors(self, w: Tensor) -> Tensor:
         """Differentiable number of surviving elements, or their bytes; a scalar."""
         measure = self.granularity.measure(w)
         sharpness = self.beta / self.scale
-        gate = differentiable(survivor_gate, measure, self.threshold(), sharpness)
+        if self.gone is None:
+            gate = differentiable(survivor_gate, measure, self.threshold(), sharpness)
+        else:
+            measure = measure.detach()
+            gate = differentiable(survivor_gate, measure, self.threshold(), sharpness) * ~self.gone
         if self.bits is None:
             return gate.sum() * (w.numel() / measure.numel())
         nbytes = self.bits.expand_as(w).sum_to_size(measure.shape) / 8
@@ -154,9 +172,13 @@ class _LearnedThreshold(nn.Module):
         sharpness = self.beta / self.scale
         pruned = differentiable(self.function, measure, self.threshold(), sharpness)
         w_pruned = self.granularity.spread(w, pruned)
-        if self.training:
+        if self.training and self.gone is None:
             return w_pruned
-        return torch.where(self.alive(w), w_pruned, torch.zeros_like(w_pruned))
+        if self.training and self.gone is not None:
+            with torch.no_grad():
+                self.gone.logical_or_(measure <= self.threshold())
+        hard = torch.where(self.alive(w), w_pruned, torch.zeros_like(w_pruned))
+        return w_pruned + (hard - w_pruned).detach() if self.training else hard
 
 
 @dataclass(frozen=True)

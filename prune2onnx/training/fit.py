@@ -1,8 +1,9 @@
 """`fit`: a classifier trained, pruned, tuned and put on few levels, on CPU, GPU or many processes.
 
-dense (ordinary training) -> prune (weights and thresholds together, under a pressure that aims at a
-density or a size) -> tune (fixed masks) -> share (few levels). From the second phase on a network
-may learn from the dense one's answers. Needs no file unless asked for checkpoints.
+dense (ordinary training) -> narrow (whole channels, where asked for) -> prune (weights and
+thresholds together, under a pressure that aims at a density or a size) -> tune (fixed masks) ->
+share (few levels). From the second phase on a network may learn from the dense one's answers. Needs
+no file unless asked for checkpoints.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def with_epochs(recipe: Recipe, examples: int) -> Recipe:
     """
     steps_per_epoch = max(1, examples // recipe.batch_size)
     sections = {}
-    for phase in PHASES:
+    for phase in _DEFAULT_STEPS:
         section = getattr(recipe, phase)
         epochs = section.epochs or max(
             _FEWEST_EPOCHS[phase], math.ceil(_DEFAULT_STEPS[phase] / steps_per_epoch)
@@ -170,11 +171,14 @@ def fit(
     if not resume:
         kept.forget(PHASES)
     run = Run(data, recipe, accelerator, kept, on_step, on_epoch, deployment=deployment)
-    phases = PHASES[PHASES.index(start) : PHASES.index(stop) + 1]
+    first = "narrow" if start == "prune" else start
+    phases = PHASES[PHASES.index(first) : PHASES.index(stop) + 1]
     dense = plain_state(model)
     order = {name: index for index, (name, _) in enumerate(model.named_parameters())}
     with denormals(flushed=True):
         for phase in phases:
+            if not recipe.phase(phase).epochs:
+                continue
             if phase != "dense" and run.teacher is None:
                 run.meet(model if teacher is None else teacher.to(accelerator.device))
             run.phase(phase, model)

@@ -37,7 +37,8 @@ from prune2onnx.training.levels import scales_of
 from prune2onnx.training.pressure import Pressure
 from prune2onnx.training.scoring import Order, evaluate
 
-PHASES = ("dense", "prune", "tune", "share")
+PHASES = ("dense", "narrow", "prune", "tune", "share")
+_STREAMS = {"dense": 0, "narrow": 4, "prune": 1, "tune": 2, "share": 3}  # of random numbers
 
 _WEIGH_EVERY = 100  # steps between looks at what survivors take
 _WARM_UP = 0.1  # part of a phase over which the learning rate rises
@@ -163,7 +164,7 @@ class Loop:
         """What a phase looks at between two epochs."""
 
     def _train(self, phase: str, model: nn.Module) -> None:
-        settings = getattr(self.recipe, phase)
+        settings: Any = self.recipe.phase(phase)
         accelerator = self.accelerator
         thresholds, scales = thresholds_of(model), scales_of(model)
         known = {id(p) for p in (*thresholds, *scales)}
@@ -225,7 +226,7 @@ class Loop:
         steps = len(order)
         losses: list[Tensor] = []
         total = 0.0
-        pressure = self.pressure if phase == "prune" else None
+        pressure = self.pressure
         left = self._density(phase, model)
         wrapped.train()
         if phase != "dense":  # a pruned network overfits less
@@ -244,7 +245,7 @@ class Loop:
                     f"shape {list(x.shape)}: {one_line(error)[:300]}"
                 ) from error
             if pressure:
-                if self.recipe.prune.weigh == "bytes" and (step - 1) % _WEIGH_EVERY == 0:
+                if pressure.settings.weigh == "bytes" and (step - 1) % _WEIGH_EVERY == 0:
                     weigh_by_bits(model)
                 above = pressure.above(survivors(model), progress)
                 loss = loss + pressure.factor(above) * penalty(model)
@@ -273,7 +274,7 @@ class Loop:
 
     def _density(self, phase: str, model: nn.Module) -> float:
         """Survivors over elements of the pruned weights; 1 before there are any."""
-        if phase == "prune":
+        if self.pressure is not None:
             return density(model).total
         layers = density(model).layers if self.pruned else ()
         nnz = sum(layer.nnz for layer in layers if layer.name in self.pruned)
@@ -292,7 +293,7 @@ class Loop:
         return float(values.sum())
 
     def _seed(self, phase: str, epoch: int) -> int:
-        entropy = [self.recipe.seed, PHASES.index(phase), epoch]
+        entropy = [self.recipe.seed, _STREAMS[phase], epoch]
         return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
     def _agree(self, model: nn.Module) -> None:

@@ -1,8 +1,9 @@
 """What each phase does to a model before and after it is trained, and how a size is met.
 
-dense: nothing. prune: learned thresholds, at whose end all are moved by one factor, so that the
-density or the size is met. tune: masks held. share: BatchNorm folded, dead parts settled, weights
-put on few levels; where the file is too large, the survivors that are worth least go.
+dense: nothing. narrow: learned thresholds on whole channels. prune: learned thresholds on weights.
+At the end of both all thresholds are moved by one factor, so that the density or the size is met.
+tune: masks held. share: BatchNorm folded, dead parts settled, weights put on few levels; where the
+file is too large, the survivors that are worth least go.
 """
 
 from __future__ import annotations
@@ -51,8 +52,10 @@ _SPARE = {"prune": 1.25, "tune": 1.1, "share": 1.03}
 lets through is culled by what it is worth, which finds weights that no output misses; in steps,
 between which the others make up for it."""
 
+_CHANNEL_SLOPES = (1.0, 2.0, 2.5)  # channels take the inputs of the next layer along
 _MEASURE_FROM = 0.4  # part of the ramp after which files are measured
-_REACH = 2.0  # thresholds may be moved by this factor at the end, and by its inverse
+_REACH = {"narrow": 32.0, "prune": 2.0}
+"""Thresholds may be moved by this factor at the end, and by its inverse."""
 _HALVINGS = 12
 _MOST_DROPPED = 0.9  # part of the survivors that may be dropped for the sake of a size
 _SENSITIVITY_BATCHES = 64
@@ -96,8 +99,42 @@ class Run(Loop):
     def _begin_dense(self, model: nn.Module) -> Callable[[], object]:
         return lambda: None
 
+    def _begin_narrow(self, model: nn.Module) -> Callable[[], object]:
+        self._put_thresholds("narrow", model)
+        # a channel takes the inputs of the next layer along
+        self._press("narrow", math.sqrt(self._narrowed()))
+
+        def finish() -> None:
+            self._meet_goal("narrow", model, lambda one: self._left(one) > self._narrowed())
+            bake(model)
+            settled = self._deployed(model, levels=False)
+            with torch.no_grad():  # inputs that no channel feeds any more
+                for name in self.pruned:
+                    model.get_parameter(name).mul_(settled.get_parameter(name) != 0)
+
+        return finish
+
+    def _narrowed(self) -> float:
+        """Density that whole channels are pruned to."""
+        return min(1.0, self.recipe.narrow.spare * self._first_goal())
+
     def _begin_prune(self, model: nn.Module) -> Callable[[], object]:
-        chosen = self.recipe.prune
+        lift: Callable[[], object] = lambda: None  # noqa: E731
+        if self.recipe.narrow.epochs:
+            weights = {name: model.get_parameter(name) for name in self.pruned}
+            lift = hold_zeros(model, {name: w.detach() != 0 for name, w in weights.items()})
+        self._put_thresholds("prune", model)
+        self._press("prune", min(1.0, _SPARE["prune"] * self._first_goal()))
+
+        def finish() -> None:
+            self._meet_goal("prune", model, lambda one: self._over(one, _SPARE["prune"]))
+            bake(model)
+            lift()
+
+        return finish
+
+    def _put_thresholds(self, phase: str, model: nn.Module) -> None:
+        chosen: Any = self.recipe.phase(phase)
         prune(
             model,
             function=chosen.function,
@@ -113,31 +150,30 @@ class Run(Loop):
         layers = density(model).layers
         self.pruned = tuple(layer.name for layer in layers)
         self.size = sum(layer.size for layer in layers)
-        steps = chosen.epochs * len(self._order())  # type: ignore[operator]
-        goal = self.goal
-        if self._target is not None:
-            goal = min(goal, 8 * self._target / _BITS / self.size)
-        goal = min(1.0, _SPARE["prune"] * goal)
+
+    def _first_goal(self) -> float:
+        """Density to be reached, before any file is measured."""
+        if self._target is None:
+            return self.goal
+        return min(self.goal, 8 * self._target / _BITS / self.size)
+
+    def _press(self, phase: str, goal: float) -> None:
+        chosen: Any = self.recipe.phase(phase)
+        steps = chosen.epochs * len(self._order())
         self.pressure = Pressure(chosen, self.size, steps, goal, self.accelerator.device)
 
-        def finish() -> None:
-            if chosen.pressure:
-                self._meet_goal(model)
-            bake(model)
-            self.pressure = None
-
-        return finish
-
-    def _meet_goal(self, model: nn.Module) -> None:
-        """Moves all thresholds by one factor, so that density and size end where they should."""
-        assert self.pressure is not None
-        low, high = 1 / _REACH, _REACH
+    def _meet_goal(self, phase: str, model: nn.Module, over: Callable[[nn.Module], bool]) -> None:
+        """Ends the pressure; moves all thresholds by one factor, so that not too much is left."""
+        self.pressure = None
+        if not self.recipe.prune.pressure:
+            return
+        low, high = 1 / _REACH[phase], _REACH[phase]
         trial = self._copied(model)
         for _ in range(_HALVINGS):
             middle = math.sqrt(low * high)
             trial.load_state_dict(model.state_dict())
             scale_thresholds(trial, middle)
-            low, high = (middle, high) if self._over(trial, _SPARE["prune"]) else (low, middle)
+            low, high = (middle, high) if over(trial) else (low, middle)
         scale_thresholds(model, high)
 
     def _begin_tune(self, model: nn.Module) -> Callable[[], object]:
@@ -215,14 +251,14 @@ class Run(Loop):
     def _target(self) -> int | None:
         return self.recipe.target_size if self.deployment is not None else None
 
-    def _deployed(self, model: nn.Module) -> nn.Module:
+    def _deployed(self, model: nn.Module, *, levels: bool = True) -> nn.Module:
         """What a model would become if training ended now: plain parameters, few levels."""
         model = self._copied(model).eval()
         if thresholds_of(model):
             bake(model)
         if not scales_of(model):
             fold_batch_norm(model, self._example())
-            names = (*self.pruned, *self._others(model))
+            names = (*self.pruned, *self._others(model)) if levels else ()
             self._put_on_levels(model, [n for n in names if model.get_parameter(n).any()])
         self._settle(model, bake_levels(model))
         return model
@@ -240,10 +276,18 @@ class Run(Loop):
                 module.__class__ = type(kind.__name__, kind.__bases__, own)
         return model
 
+    def _left(self, model: nn.Module) -> float:
+        """Density once everything is gone that no output depends on."""
+        model = self._deployed(model, levels=False)
+        return self._count(model) / self.size
+
+    def _count(self, model: nn.Module) -> int:
+        return sum(int(torch.count_nonzero(model.get_parameter(name))) for name in self.pruned)
+
     def _over(self, model: nn.Module, spare: float) -> bool:
         """Whether the file would be larger, or hold more weights, than `spare` times the goal."""
         model = self._deployed(model)
-        left = sum(int(torch.count_nonzero(model.get_parameter(name))) for name in self.pruned)
+        left = self._count(model)
         if self._target is None or self.deployment is None:
             return left > spare * self.goal * self.size
         if left > spare * (self.recipe.target_density or 1) * self.size:
@@ -295,11 +339,13 @@ class Run(Loop):
         return found
 
     def _after_epoch(self, phase: str, model: nn.Module, progress: float) -> None:
-        """Measures the file that would come out, and moves the density to end at."""
-        if self.pressure is None or self._target is None or self.deployment is None:
+        """Measures what would come out, and moves the density to end at."""
+        if self.pressure is None or progress <= _MEASURE_FROM * self.recipe.prune.ramp:
             return
-        if progress > _MEASURE_FROM * self.recipe.prune.ramp:
-            now = density(model).total
+        now = density(model).total
+        if phase == "narrow":
+            self.pressure.aim(now, self._left(model), self._narrowed(), _CHANNEL_SLOPES)
+        elif self._target is not None and self.deployment is not None:
             nbytes = self._nbytes(self._deployed(model))
             self.pressure.aim(now, nbytes, round(_SPARE["prune"] * self._target))
             if self.recipe.target_density:

@@ -26,8 +26,11 @@ _RANGE = (-5.0, 8.0)
 _BRAKE = 0.1
 """Excess over which the pressure goes from half to full; it ends as far below the goal."""
 
-_SLOPES = (0.3, 1.2)
-"""d log bytes / d log density that is believed; near 1 where weights are all there is."""
+Slopes = tuple[float, float, float]
+"""d log amount / d log density: the least that is believed, the first guess, the largest."""
+
+SIZE_SLOPES: Slopes = (0.3, 0.9, 1.2)
+"""Of bytes; near 1 where weights are all there is."""
 
 
 class Pressure:
@@ -46,7 +49,7 @@ class Pressure:
     ) -> None:
         self.settings, self.size, self.steps, self.goal = settings, size, steps, goal
         self._log = torch.zeros((), device=device)
-        self._seen: tuple[float, int] | None = None
+        self._seen: tuple[float, float] | None = None
 
     def above(self, alive: Tensor, progress: float) -> Tensor:
         """Excess of the survivors over those wanted at a point of the phase (0-1): 0.1 is 10 %.
@@ -63,24 +66,36 @@ class Pressure:
         with torch.no_grad():
             step = (_RATE / self.steps) * torch.log1p(above).clamp(-0.5, 0.5)
             self._log.add_(step).clamp_(*_RANGE)
-            brake = (above / _BRAKE + 0.5).clamp(0, 1)
+            # a channel that goes stays away, so nothing is to be pressed below the goal
+            rest = 0.5 if self.settings.granularity == "weight" else 0.0
+            brake = (above / _BRAKE + rest).clamp(0, 1)
             factor: Tensor = self.settings.pressure / self.size * self._log.exp() * brake
             return factor
 
-    def aim(self, density: float, nbytes: int, target: int) -> None:
-        """Moves the goal to where the file would take `target` bytes.
+    def aim(
+        self,
+        density: float,
+        amount: float,
+        target: float,
+        slopes: Slopes = SIZE_SLOPES,
+    ) -> None:
+        """Moves the goal to where an amount that falls with the density would be as wanted.
 
         Args:
             density: now, 0-1.
-            nbytes: of the file that would come out now.
-            target: wanted bytes.
+            amount: now: bytes of the file, weights that are left.
+            target: the amount wanted.
+            slopes: how the amount falls with the density.
         """
-        slope = 0.9
+        least, slope, largest = slopes
+        if not amount:  # nothing that reaches an output
+            self.goal = min(1.0, 2 * max(self.goal, density))
+            return
         if self._seen is not None and not math.isclose(self._seen[0], density, rel_tol=0.01):
-            rise = math.log(nbytes / self._seen[1]) / math.log(density / self._seen[0])
-            slope = min(max(rise, _SLOPES[0]), _SLOPES[1])
-        self._seen = density, nbytes
-        goal = density * (target / nbytes) ** (1 / slope)
+            rise = math.log(amount / self._seen[1]) / math.log(density / self._seen[0])
+            slope = min(max(rise, least), largest)
+        self._seen = density, amount
+        goal = density * (target / amount) ** (1 / slope)
         self.goal = min(max(goal, 1 / self.size), 1.0)
 
     def state(self) -> dict[str, Any]:

@@ -516,7 +516,7 @@ def test_resnet20_is_a_fifth_at_one_percent(real_data):
     from prune2onnx.callables import load_callable
     from prune2onnx.exporter import export
 
-    network = load_callable("models/resnet.py:resnet20")()
+    network = load_callable("models/resnet_cifar.py:resnet20")()
     network.load_state_dict(load_file(file), strict=False)
     proto = export(network, (3, 32, 32))
     x = np.random.default_rng(0).standard_normal((16, 3, 8, 8)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The CIFAR ResNets: the networks of the paper, under the names of the published weights."""
+"""The CIFAR networks: those of the papers; ResNets under the names of the published weights."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.exporter import export
 from prune2onnx.running import session
 
-RESNET = Path(__file__).parents[1] / "models" / "resnet.py"
+RESNET = Path(__file__).parents[1] / "models" / "resnet_cifar.py"
 
 
 def build(name: str, **available: object) -> torch.nn.Module:
@@ -64,3 +64,14 @@ def test_published_weights_load_and_the_export_agrees(real_data):
         want = model(torch.from_numpy(x)).numpy()
     (got,) = session(proto).run(None, {"input": x})
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_vgg16_has_thirteen_convolutions_and_takes_no_small_images():
+    spec = f"{RESNET.with_name('vgg.py')}:vgg16"
+    model = call_with(load_callable(spec), spec)
+    assert sum(p.numel() for p in model.parameters()) == 14_724_042
+    kinds = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert [conv.out_channels for conv in kinds] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    assert model.eval()(torch.zeros(2, 3, 40, 32)).shape == (2, 10)
+    with pytest.raises(Prune2OnnxError, match=r"at least 32x32 .* \[3, 28, 28\]"):
+        call_with(load_callable(spec), spec, input_shape=(3, 28, 28))

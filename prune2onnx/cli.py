@@ -720,8 +720,7 @@ def validate(file: Path, reference: Path | None, data: str | None, as_json: bool
     """Prove FILE in onnxruntime: weights, folding, outputs, error, size, load and latency."""
     examples = None
     if data is not None:
-        from prune2onnx.data import load_data
-        from prune2onnx.pipeline import batches
+        from prune2onnx.data import batches, load_data
 
         examples = batches(load_data(data).test)
     report = validate_file(file, reference, batches=examples)

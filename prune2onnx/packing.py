@@ -161,17 +161,10 @@ def inputs_from(data: str, model: ModelProto) -> list[dict[str, NDArray[Any]]]:
     opened = session(model)
     if data == "random":
         return [random_inputs(opened, seed) for seed in range(4)]
-    from prune2onnx.data import load_data
-    from prune2onnx.pipeline import batches
+    from prune2onnx.data import first, load_data
 
-    found = load_data(data)
     name = opened.get_inputs()[0].name
-    taken: list[dict[str, NDArray[Any]]] = []
-    for x, _ in batches(found.validation, 64):
-        taken.append({name: x})
-        if 64 * len(taken) >= _EXAMPLES:
-            break
-    return taken
+    return [{name: x} for x in first(load_data(data).validation, _EXAMPLES)]
 
 
 def output_error(

@@ -7,7 +7,7 @@ checkpoints/, dense.onnx, model.onnx and report.json. The steps themselves live 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from prune2onnx.budget import Search, Trial, goals
 from prune2onnx.callables import call_with, load_callable
-from prune2onnx.data import Data, collate, load_data
+from prune2onnx.data import Data, batches, load_data
 from prune2onnx.deployment import Deployment
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
 from prune2onnx.exporter import export
@@ -294,14 +294,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
 
 def _first_line(error: BaseException) -> str:
     return one_line(error)[:400] or type(error).__name__
-
-
-def batches(
-    data: Dataset[Any], size: int = 128
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """A data set as numpy batches (x [size, ...], y [size]), for onnxruntime."""
-    for x, y in DataLoader(data, batch_size=size, collate_fn=collate):
-        yield x.numpy(), y.numpy()
 
 
 def _scores(model: nn.Module, data: Dataset[Any], size: int) -> NDArray[np.float32]:

@@ -14,18 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from prune2onnx.benchmark import Timing, benchmark
-from prune2onnx.data import Data, load_data
+from prune2onnx.data import Data, batches, first, load_data
 from prune2onnx.errors import RecipeError, printable
 from prune2onnx.inline import is_packed
 from prune2onnx.int8 import Int8, Layer, quantize_int8
 from prune2onnx.intake import plain
 from prune2onnx.onnxfile import load, nbytes, save
 from prune2onnx.pack import unpack
-from prune2onnx.pipeline import batches
 from prune2onnx.running import session
 from prune2onnx.validate import error_percent, scores
 
-_BATCH = 64
 _SECONDS = 1.0
 
 
@@ -142,18 +140,12 @@ def _notes(given: ModelProto, made: Int8, timing: Timing) -> list[str]:
 def calibration_of(model: ModelProto, data: Data, examples: int) -> list[dict[str, NDArray[Any]]]:
     """The first examples of the training split, in batches, as inputs of a model."""
     name = session(model).get_inputs()[0].name
-    taken, left = [], examples
-    for x, _ in batches(data.train, min(_BATCH, examples)):
-        taken.append({name: x[:left]})
-        left -= len(x)
-        if left <= 0:
-            break
-    return taken
+    return [{name: x} for x in first(data.train, examples)]
 
 
 def error_on(data: Data) -> Callable[[ModelProto], float]:
     """Percent of the validation split that a model gets wrong."""
-    held = list(batches(data.validation, _BATCH))
+    held = list(batches(data.validation))
 
     def error(model: ModelProto) -> float:
         return error_percent(*scores(session(model), held))

@@ -13,11 +13,11 @@ from conftest import blobs, tiny_conv
 from networks import custom, mlp
 from onnx import TensorProto, helper, numpy_helper
 
+from prune2onnx.data import batches
 from prune2onnx.errors import MismatchError, Prune2OnnxError
 from prune2onnx.exporter import export
 from prune2onnx.onnxfile import save
 from prune2onnx.pack import coded, pack
-from prune2onnx.pipeline import batches
 from prune2onnx.report import Measured
 from prune2onnx.running import (
     UnrunnableError,

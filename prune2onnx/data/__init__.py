@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from prune2onnx.data.examples import Arrays, Data, Examples, arrays, collate
+from prune2onnx.data.examples import Arrays, Data, Examples, arrays, batches, collate, first
 from prune2onnx.data.folder import read_folder
 from prune2onnx.data.idx import read_idx_folder, read_mnist
 from prune2onnx.data.npz import read_npz
@@ -30,7 +30,7 @@ from prune2onnx.data.own import read_own
 from prune2onnx.data.split import hold_out
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 
-__all__ = ["Arrays", "Data", "collate", "load_data"]
+__all__ = ["Arrays", "Data", "batches", "collate", "first", "load_data"]
 
 TEST_FRACTION = 0.2
 TEST_SEED = 1712  # any constant; the paper's month

@@ -7,7 +7,7 @@ check it; where the files are and how they are read is in the files beside this 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from prune2onnx.errors import Prune2OnnxError
 
@@ -125,6 +125,26 @@ def collate(batch: Any) -> Any:
     if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch):
         return batch
     return default_collate(batch)
+
+
+def batches(
+    data: Dataset[Any], size: int = 128
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """A data set as numpy batches (x [size, ...], y [size]), for onnxruntime."""
+    for x, y in DataLoader(data, batch_size=size, collate_fn=collate):
+        yield x.numpy(), y.numpy()
+
+
+def first(data: Dataset[Any], examples: int, size: int = 64) -> list[NDArray[np.float32]]:
+    """The first examples of a data set, without labels, in batches."""
+    taken: list[NDArray[np.float32]] = []
+    left = examples
+    for x, _ in batches(data, min(size, examples)):
+        taken.append(x[:left])
+        left -= len(taken[-1])
+        if not left:
+            break
+    return taken
 
 
 def arrays(x: Any, y: Any, where: str, scale: float = PIXEL) -> Arrays:

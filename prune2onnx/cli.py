@@ -108,8 +108,9 @@ def _recipe_options(
         kind, repeated = _click_type(field.annotation)
         default = field.get_default(call_default_factory=True)
         shown = "" if default in (None, {}, ()) else f"  [default: {_shown(default)}]"
+        flag = dotted.replace(".", "-").replace("_", "-")
         command = click.option(
-            f"--{dotted.replace('.', '-').replace('_', '-')}",
+            f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}",
             dotted.replace(".", "__"),  # a parameter of the function must be an identifier
             type=kind,
             multiple=repeated,

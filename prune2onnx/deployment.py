@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx
 from torch import nn
@@ -10,6 +10,8 @@ from torch import nn
 from prune2onnx.exporter import Template
 from prune2onnx.pack import Packed, pack
 from prune2onnx.shrink import settle, shrink
+
+Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
 
 
 class Deployment:
@@ -19,10 +21,19 @@ class Deployment:
         input_shape: of one example.
         opset: ONNX operator set, 18 or newer.
         anonymize: as of `pack`.
+        rewrite: what becomes of the graph between shrinking and packing, for training to measure.
     """
 
-    def __init__(self, input_shape: Sequence[int], opset: int, *, anonymize: bool = False) -> None:
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        opset: int,
+        *,
+        anonymize: bool = False,
+        rewrite: Rewrite | None = None,
+    ) -> None:
         self._shape, self._opset, self._anonymize = tuple(input_shape), opset, anonymize
+        self._rewrite = rewrite
         self._template: Template | None = None
 
     def _filled(self, model: nn.Module) -> onnx.ModelProto:
@@ -40,14 +51,22 @@ class Deployment:
         assert self._template is not None
         self._template.take(model, values)
 
-    def pack(self, model: nn.Module) -> Packed:
+    def shrunk(self, model: nn.Module, *, gather_inputs: bool = False) -> onnx.ModelProto:
+        """The graph without what is dead, not packed."""
+        return shrink(self._filled(model), gather_inputs=gather_inputs).model
+
+    def pack(self, model: nn.Module, rewrite: Rewrite | None = None) -> Packed:
         """The smallest file of a model with plain parameters, BatchNorm folded.
 
         Inputs that the first layer does not use are left out by a Gather where that is smaller.
+
+        Args:
+            model: the network.
+            rewrite: in place of that for training.
         """
-        dense = self._filled(model)
+        rewrite = rewrite or self._rewrite or (lambda graph: graph)
         ways = [
-            pack(shrink(dense, gather_inputs=gather).model, anonymize=self._anonymize)
+            pack(rewrite(self.shrunk(model, gather_inputs=gather)), anonymize=self._anonymize)
             for gather in (False, True)
         ]
         return min(ways, key=lambda packed: packed.model.ByteSize())

@@ -98,43 +98,70 @@ def quantize_file(
         raise RecipeError(f"{examples} examples, a drop of {max_drop}: expected 1 and 0 or more")
     given = load(source)
     before = plain(unpack(given)).model
-    found = load_data(data, seed=seed)
-    made = quantize_int8(
-        before,
-        calibration_of(before, found, examples),
-        method=method,
-        evaluate=error_on(found),
-        max_drop=max_drop,
-        keep=keep,
-    )
-    timing = timed(before, made.model)
-    files = save(made.model, target)
-    assert made.float_error is not None and made.error is not None  # there was a measure
-    notes = tuple(_notes(given, made, timing))
+    chosen = choose(before, load_data(data, seed=seed), examples, method, max_drop, keep)
+    notes = list(chosen.notes)
+    if is_packed(given):
+        notes.append("the file was packed; the result is not: pack it as the last step")
+    result = chosen.made.model
+    files = save(result, target)
+    assert chosen.made.float_error is not None and chosen.made.error is not None  # measured
     return Done(
-        made.layers,
-        made.float_error,
-        made.error,
-        timing,
-        notes,
+        chosen.made.layers,
+        chosen.made.float_error,
+        chosen.made.error,
+        chosen.timing,
+        tuple(notes),
         nbytes(before),
-        nbytes(made.model),
+        nbytes(result),
         files,
     )
 
 
-def _notes(given: ModelProto, made: Int8, timing: Timing) -> list[str]:
+@dataclass(frozen=True)
+class Choice:
+    """A model in int8, beside itself in float.
+
+    Attributes:
+        made: it, with the errors on validation data.
+        timing: an inference of one example, beside the float model's.
+        is_faster: whether int8 saves time on this machine, beyond noise.
+        notes: what there is to know, in words.
+    """
+
+    made: Int8
+    timing: Timing
+    is_faster: bool
+    notes: tuple[str, ...]
+
+
+def choose(
+    model: ModelProto,
+    data: Data,
+    examples: int = 512,
+    method: str = "minmax",
+    max_drop: float = 0.1,
+    keep: Collection[str] = (),
+) -> Choice:
+    """Quantises what accuracy allows, and measures what that saves; see `quantize_file`."""
+    made = quantize_int8(
+        model,
+        calibration_of(model, data, examples),
+        method=method,
+        evaluate=error_on(data),
+        max_drop=max_drop,
+        keep=keep,
+    )
+    timing = timed(model, made.model)
+    assert timing.ratio is not None  # it is the second file
+    is_faster = timing.ratio < 1 and not timing.is_noise
     notes = []
-    if is_packed(given):
-        notes.append("the file was packed; the result is not: pack it as the last step")
     if not any(layer.is_int8 for layer in made.layers):
-        notes.append("no layer could be int8; the file is the float one")
-    elif timing.ratio is not None and (timing.ratio >= 1 or timing.is_noise):
-        how = (
-            "is no faster than" if timing.is_noise else f"takes {timing.ratio:.2f} times as long as"
-        )
-        notes.append(f"int8 {how} float32 on this machine")
-    return notes
+        notes.append("no layer could be int8 within the allowed error")
+    elif timing.is_noise:
+        notes.append("int8 is no faster than float32 on this machine")
+    elif not is_faster:
+        notes.append(f"int8 takes {timing.ratio:.2f} times as long as float32 on this machine")
+    return Choice(made, timing, is_faster, tuple(notes))
 
 
 def calibration_of(model: ModelProto, data: Data, examples: int) -> list[dict[str, NDArray[Any]]]:

@@ -160,6 +160,11 @@ class Recipe(_Section):
         description="shortest names for weights, less for readers of the file; inputs and outputs "
         "keep their names",
     )
+    int8: bool = Field(
+        False,
+        description="compute in int8: layers for which that costs little accuracy, and none if the "
+        "whole is no faster on this machine",
+    )
     teacher: str | None = Field(
         None,
         description="weights of the network to learn from; default: the network before pruning",

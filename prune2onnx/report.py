@@ -175,6 +175,7 @@ class Report:
         budget: what was asked for, and what became of it.
         validation: "dense_error" and "error", percent of the validation split, on which all
             choices were made; None where nothing was chosen.
+        notes: what there is to know besides, in words.
     """
 
     version: str
@@ -189,6 +190,7 @@ class Report:
     skipped: str = ""
     budget: tuple[Goal, ...] = ()
     validation: dict[str, float] | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def missed(self) -> tuple[Goal, ...]:
@@ -224,6 +226,7 @@ class Report:
             "skipped": self.skipped,
             "budget": [goal.to_dict() for goal in self.budget],
             "validation": self.validation,
+            "notes": list(self.notes),
             "weights": [row.to_dict() for row in self.weights],
         }
 
@@ -258,7 +261,7 @@ class Report:
             told = f"the network was not run: {self.skipped}"
         else:
             told = f"outputs within {self.max_abs_diff:.1e} of the reference's"
-        asked = "".join(f"\n{goal}" for goal in self.budget)
+        asked = "".join(f"\n{line}" for line in (*self.budget, *self.notes))
         table.caption = f"decoders {folded}; {told}{asked}"
         return table
 

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 import prune2onnx
 from prune2onnx import Prune2OnnxError, RecipeError, compress, load_data, read_recipe, resolve
+from prune2onnx.benchmark import Timing
 from prune2onnx.onnxfile import load
 from prune2onnx.pack import unpack
 from prune2onnx.pipeline import make_model, recipe_of
@@ -288,3 +289,36 @@ def test_the_teacher_may_be_another_file_than_the_weights(finished, tmp_path):
     again = compress(resolve(content), tmp_path / "run", cpu=True)
     assert again.dense.error == report.dense.error
     assert (tmp_path / "run" / "dense.onnx").read_bytes() == (folder / "dense.onnx").read_bytes()
+
+
+def measured(ratio: float) -> Timing:
+    """An inference that takes so much of the float model's time."""
+    return Timing("f", 1, 0, 100, 1.0, 1.0, 1.0, 1.0, ratio, (0.99 * ratio, 1.01 * ratio))
+
+
+def test_int8_is_taken_where_it_is_faster_and_within_the_budgets(tmp_path, monkeypatch):
+    monkeypatch.setattr("prune2onnx.quantizing.timed", lambda before, after: measured(0.5))
+    recipe = resolve({**QUICK, "int8": True, "target_size": "15KB", "max_drop": 40.0})
+    report = compress(recipe, tmp_path / "run", cpu=True)
+    (note,) = report.notes
+    assert note.startswith("computes in int8, in 0.50 of the time")
+    assert {row.dtype for row in report.weights if row.name.endswith("_quantized")} >= {"int8"}
+    assert 10_000 < report.compressed.nbytes <= 15_000 and report.folded and not report.missed
+    data = load_data("digits")
+    x, y = (np.stack([np.asarray(one[i]) for one in data.validation]) for i in (0, 1))
+    (scores,) = ort.InferenceSession(tmp_path / "run" / "model.onnx").run(None, {"input": x})
+    assert report.validation["error"] == pytest.approx(100 * np.mean(scores.argmax(1) != y))
+    # what does not fit in int8 is float32
+    dear = resolve({**QUICK, "int8": True, "target_size": 300})
+    (note,) = compress(dear, tmp_path / "dear", cpu=True).notes
+    assert note.startswith("computes in float32: in int8 it would take")
+
+
+def test_int8_that_is_slower_is_not_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr("prune2onnx.quantizing.timed", lambda before, after: measured(1.2))
+    report = compress(resolve({**QUICK, "int8": True}), tmp_path / "run", cpu=True)
+    assert report.notes == (
+        "computes in float32: int8 takes 1.20 times as long as float32 on this machine",
+    )
+    assert {row.dtype for row in report.weights} == {"float32"}
+    assert report.max_abs_diff < 1e-3 and "int8 takes 1.20" in str(report.table().caption)

@@ -46,3 +46,23 @@ def test_a_continued_run_takes_up_its_state():
     other.restore(one.state())
     assert other.state() == one.state()
     assert float(other.factor(torch.tensor(0.1))) == float(one.factor(torch.tensor(0.1)))
+
+
+def test_the_schedule_may_begin_with_less_than_all():
+    one = pressure(goal=0.01, ramp=0.5)
+    less = Pressure(Prune(ramp=0.5), 1000, 100, 0.01, torch.device("cpu"), start=0.1)
+    alive = torch.tensor(100)
+    assert float(less.above(alive, 0.0)) == pytest.approx(0) and float(one.above(alive, 0)) < 0
+    assert float(less.above(alive, 0.1)) > float(one.above(alive, 0.1))
+    assert float(less.above(alive, 0.9)) == pytest.approx(9) == float(one.above(alive, 0.9))
+
+
+@pytest.mark.parametrize(("density", "amount"), [(0.0, 2000), (0.1, 0)])
+def test_a_network_of_which_nothing_is_left_may_grow_again(density, amount):
+    one = pressure(goal=0.05)
+    one.aim(0.2, 4000, 400)
+    before = one.goal
+    one.aim(density, amount, 400)
+    assert one.goal >= 2 * before
+    one.aim(0.1, 3000, 400)
+    assert 0 < one.goal < 0.1

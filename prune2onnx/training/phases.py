@@ -120,11 +120,13 @@ class Run(Loop):
 
     def _begin_prune(self, model: nn.Module) -> Callable[[], object]:
         lift: Callable[[], object] = lambda: None  # noqa: E731
+        start = 1.0
         if self.recipe.narrow.epochs:
             weights = {name: model.get_parameter(name) for name in self.pruned}
             lift = hold_zeros(model, {name: w.detach() != 0 for name, w in weights.items()})
+            start = self._count(model) / self.size
         self._put_thresholds("prune", model)
-        self._press("prune", min(1.0, _SPARE["prune"] * self._first_goal()))
+        self._press("prune", min(start, _SPARE["prune"] * self._first_goal()), start)
 
         def finish() -> None:
             self._meet_goal("prune", model, lambda one: self._over(one, _SPARE["prune"]))
@@ -157,10 +159,11 @@ class Run(Loop):
             return self.goal
         return min(self.goal, 8 * self._target / _BITS / self.size)
 
-    def _press(self, phase: str, goal: float) -> None:
+    def _press(self, phase: str, goal: float, start: float = 1.0) -> None:
         chosen: Any = self.recipe.phase(phase)
         steps = chosen.epochs * len(self._order())
-        self.pressure = Pressure(chosen, self.size, steps, goal, self.accelerator.device)
+        device = self.accelerator.device
+        self.pressure = Pressure(chosen, self.size, steps, goal, device, start=start)
 
     def _meet_goal(self, phase: str, model: nn.Module, over: Callable[[nn.Module], bool]) -> None:
         """Ends the pressure; moves all thresholds by one factor, so that not too much is left."""

@@ -42,12 +42,21 @@ class Pressure:
         steps: of the phase.
         goal: density to end at, 0-1.
         device: where survivors are counted.
+        start: density to begin with, 0-1.
     """
 
     def __init__(
-        self, settings: Prune, size: int, steps: int, goal: float, device: torch.device
+        self,
+        settings: Prune,
+        size: int,
+        steps: int,
+        goal: float,
+        device: torch.device,
+        *,
+        start: float = 1.0,
     ) -> None:
         self.settings, self.size, self.steps, self.goal = settings, size, steps, goal
+        self._start = start
         self._log = torch.zeros((), device=device)
         self._seen: tuple[float, float] | None = None
 
@@ -57,7 +66,7 @@ class Pressure:
         On a logarithmic scale the wanted density falls quickly at first, slowly towards the end.
         """
         done = min(1.0, progress / self.settings.ramp) if self.settings.ramp else 1.0
-        wanted = self.goal ** (1 - (1 - done) ** 2)
+        wanted = self._start * (self.goal / self._start) ** (1 - (1 - done) ** 2)
         excess: Tensor = alive / (self.size * wanted) - 1
         return excess
 
@@ -88,7 +97,7 @@ class Pressure:
             slopes: how the amount falls with the density.
         """
         least, slope, largest = slopes
-        if not amount:  # nothing that reaches an output
+        if not amount or not density:  # nothing is left, or reaches an output
             self.goal = min(1.0, 2 * max(self.goal, density))
             return
         if self._seen is not None and not math.isclose(self._seen[0], density, rel_tol=0.01):

@@ -358,7 +358,12 @@ def test_ctrl_c_has_status_130_and_says_how_to_continue(tmp_path):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "prune2onnx", "compress", LENET, "-o", str(folder), "--cpu"]
     process = subprocess.Popen(
-        [*command, "--dense-epochs=5000"], stderr=subprocess.PIPE, text=True, stdout=subprocess.PIPE
+        [*command, "--dense-epochs=5000"],
+        stderr=subprocess.PIPE,
+        text=True,
+        stdout=subprocess.PIPE,
+        # a shell starts what runs in the background with SIGINT ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     try:
         deadline = time.monotonic() + 60

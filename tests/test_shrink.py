@@ -1249,7 +1249,7 @@ def test_resnet20_with_its_published_weights(real_data):
     file = real_data / "weights" / "resnet20_cifar10.safetensors"
     if not file.exists():
         pytest.skip(f"no {file}")
-    net = network("resnet.py", "resnet20")
+    net = network("resnet_cifar.py", "resnet20")
     net.load_state_dict(load_file(file), strict=False)
     m = export(net, (3, 32, 32))
     assert_kept(m)

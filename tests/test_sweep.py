@@ -161,14 +161,14 @@ def pretend(log: Path, seconds: float, act=lambda name: None) -> None:
 
     sweeping.compress = compress
     sweeping.train_dense = lambda _, folder, **__: folder / "dense.safetensors"
-    sweeping._check = lambda _: None
+    sweeping.prepared = lambda _: None
     sweeping._POLL = 0.05
 
 
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     """Where runs are noted; what `pretend` replaces is put back."""
-    for name in ("compress", "train_dense", "_check", "_POLL"):
+    for name in ("compress", "train_dense", "prepared", "_POLL"):
         monkeypatch.setattr(sweeping, name, getattr(sweeping, name))
     path = tmp_path / "log"
     pretend(path, 0)

@@ -121,7 +121,7 @@ def test_a_report_has_the_promised_schema(dense, packed, tmp_path):
     content = json.loads(report.to_json())
     assert " ".join(content) == (
         "schema version seed environment dense compressed ratio drop density folded "
-        "max_abs_diff skipped budget validation weights"
+        "max_abs_diff skipped budget validation notes weights"
     )
     assert " ".join(content["dense"]) == "nbytes error load_ms peak_rss_bytes latency_ms"
     assert list(content["compressed"]) == list(content["dense"])

@@ -63,7 +63,7 @@ def images(part: str, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64
 
 def resnet(name: str) -> onnx.ModelProto:
     """A trained ResNet as a dense file."""
-    model = load_callable(f"{MODELS / 'resnet.py'}:{name}")()
+    model = load_callable(f"{MODELS / 'resnet_cifar.py'}:{name}")()
     model.load_state_dict(load_file(DATA / "weights" / f"{name}_cifar10.safetensors"), strict=False)
     return export(model.eval(), (3, 32, 32))  # folds BatchNorm
 

@@ -96,10 +96,10 @@ def _exported(name: str) -> bytes:
     from safetensors.torch import load_file
 
     torch.manual_seed(0)
-    file = "resnet" if name.startswith("resnet") else "lenet"
-    input_shape = (3, 32, 32) if file == "resnet" else (1, 28, 28)
+    file = "resnet_cifar" if name.startswith("resnet") else "lenet"
+    input_shape = (3, 32, 32) if file == "resnet_cifar" else (1, 28, 28)
     model = load_callable(f"{MODELS / file}.py:{name}")(input_shape, 10)
-    if file == "resnet":
+    if file == "resnet_cifar":
         model.load_state_dict(load_file(_data(f"weights/{name}_cifar10.safetensors")))
         fold_batch_norm(model, torch.zeros(2, *input_shape))
     return export(model, input_shape).SerializeToString()

@@ -1,10 +1,9 @@
 """Latency and throughput of several files, by turns in one run: what differs, and what is noise.
 
-Timings on a shared machine drift by more than most models differ. So every file is run once in each
-round, in random order (a small model is slower after a large one, which empties the caches), and
-files are compared within blocks of successive rounds: the ratio of two files' medians in a block is
-free of drift that is slower than the block. The spread of those ratios, by the bootstrap, says what
-is within noise.
+Timings on a shared machine drift by more than most models differ. So every file is run once in
+each round, and files are compared within blocks of successive rounds: the ratio of two files'
+medians in a block is free of drift that is slower than the block. The spread of those ratios, by
+the bootstrap, says what is within noise.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,17 +26,17 @@ from prune2onnx.errors import Prune2OnnxError, RecipeError, printable
 from prune2onnx.running import (
     environment,
     file_nbytes,
-    load_in_fresh_process,
+    loads,
     random_inputs,
     run_once,
     session,
+    timed,
 )
 
 _BLOCKS = 20  # of rounds, for the spread of ratios
-_FEWEST = 5  # blocks, and rounds whatever they take
+_FEWEST = 5  # blocks
 _RESAMPLES = 2000
 _SAME = 0.03  # two sessions of one file may differ by as much, for as long as they live
-_LOADS = 7  # fresh processes for each file
 _PROFILED = 50  # runs under the profiler
 _MOST_ROUNDS = 20_000
 
@@ -141,10 +139,10 @@ class Benchmark:
 
     def tables(self) -> list[Table]:
         """Files, inferences, and operators if there is a profile."""
-        loads = _table("files", "file", "bytes", "load ms", "peak memory MB")
+        opened = _table("files", "file", "bytes", "load ms", "peak memory MB")
         for load in self.loads:
             memory = f"{load.peak_rss_bytes / 1e6:.1f}"
-            loads.add_row(_name(load.file), f"{load.nbytes:,}", f"{load.load_ms:.1f}", memory)
+            opened.add_row(_name(load.file), f"{load.nbytes:,}", f"{load.load_ms:.1f}", memory)
         headings = ("file", "batch", "threads", "p50 ms", "p95 ms", "p99 ms", "examples/s")
         timings = _table("inferences, by turns", *headings, "time / first file's")
         for timing in self.timings:
@@ -152,7 +150,7 @@ class Benchmark:
             threads = str(timing.threads or "default")
             cells = [str(timing.batch), threads, *times, f"{timing.throughput:,.0f}"]
             timings.add_row(_name(timing.file), *cells, _compared(timing))
-        tables = [loads, timings]
+        tables = [opened, timings]
         if self.operators:
             headings = ("file", "batch", "threads", "operator", "kernels", "ms", "share")
             operators = _table("kernels in an inference", *headings)
@@ -188,6 +186,24 @@ def benchmark(
         RecipeError: a number out of range.
         Prune2OnnxError: a file cannot be opened or run, or its batch is fixed to another number.
     """
+    found = timings(files, batches=batches, threads=threads, seconds=seconds, warm_up=warm_up)
+    operators: list[Operator] = []
+    for each in found if profile else ():
+        operators += _operators(Path(each.file), each.batch, each.threads)
+    taken = zip(files, loads(files), strict=True)
+    sizes = tuple(Load(str(path), file_nbytes(path), ms, peak) for path, (ms, peak) in taken)
+    return Benchmark(environment(), sizes, tuple(found), tuple(operators))
+
+
+def timings(
+    files: Sequence[Path],
+    *,
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] = (0,),
+    seconds: float = 5.0,
+    warm_up: int = 20,
+) -> list[Timing]:
+    """Times inferences of files, as `benchmark` does: for each number of threads and each batch."""
     if not files:
         raise RecipeError("no file to measure")
     for value, what, least in ((min(batches), "batch", 1), (min(threads), "threads", 0)):
@@ -195,30 +211,17 @@ def benchmark(
             raise RecipeError(f"{what} is {value}, expected {least} or more")
     if not 0 < seconds < math.inf or warm_up < 0:
         raise RecipeError(f"{seconds} seconds and {warm_up} to warm up, expected positive numbers")
-    for path in files:
-        session(path)  # a file that cannot be opened is named before anything is measured
-    taken = [[load_in_fresh_process(path) for path in files] for _ in range(_LOADS)]
-    loads = tuple(
-        Load(
-            str(path),
-            file_nbytes(path),
-            float(np.median([each[index][0] for each in taken])),
-            int(np.median([each[index][1] for each in taken])),
-        )
-        for index, path in enumerate(files)
-    )
-    timings: list[Timing] = []
-    operators: list[Operator] = []
+    found: list[Timing] = []
     for count in threads:
+        opened = [session(path, threads=count) for path in files]
         for batch in batches:
-            opened = [session(path, threads=count) for path in files]
             inputs = [_inputs(path, one, batch) for path, one in zip(files, opened, strict=True)]
-            times = _timed(files, opened, inputs, seconds, warm_up)
+            times = timed(
+                files, opened, inputs, seconds=seconds, rounds=_MOST_ROUNDS, warm_up=warm_up
+            )
             for index, path in enumerate(files):
-                timings.append(_timing(str(path), batch, count, times, index))
-                if profile:
-                    operators += _operators(path, batch, count, inputs[index])
-    return Benchmark(environment(), loads, tuple(timings), tuple(operators))
+                found.append(_timing(str(path), batch, count, times, index))
+    return found
 
 
 def _inputs(path: Path, opened: Any, batch: int) -> dict[str, NDArray[Any]]:
@@ -231,33 +234,6 @@ def _inputs(path: Path, opened: Any, batch: int) -> dict[str, NDArray[Any]]:
                 f"for; export it with a dynamic first axis, or measure with --batch {there[0]}"
             )
     return inputs
-
-
-def _timed(
-    files: Sequence[Path],
-    opened: Sequence[Any],
-    inputs: Sequence[dict[str, NDArray[Any]]],
-    seconds: float,
-    warm_up: int,
-) -> NDArray[np.float64]:
-    """Milliseconds, [rounds, files]."""
-    for path, one, given in zip(files, opened, inputs, strict=True):
-        run_once(one, given, path)
-        for _ in range(warm_up - 1):
-            one.run(None, given)
-    rounds: list[list[float]] = []
-    order = np.random.default_rng(0)
-    began = time.perf_counter()
-    while len(rounds) < _FEWEST or (
-        time.perf_counter() - began < seconds and len(rounds) < _MOST_ROUNDS
-    ):
-        taken = [0.0] * len(opened)
-        for index in order.permutation(len(opened)).tolist():
-            start = time.perf_counter()
-            opened[index].run(None, inputs[index])
-            taken[index] = 1e3 * (time.perf_counter() - start)
-        rounds.append(taken)
-    return np.array(rounds)
 
 
 def _timing(file: str, batch: int, threads: int, times: NDArray[np.float64], index: int) -> Timing:
@@ -282,11 +258,10 @@ def _ratio(
     return math.exp(logs.mean()), (float(low), float(high))
 
 
-def _operators(
-    path: Path, batch: int, threads: int, inputs: dict[str, NDArray[Any]]
-) -> list[Operator]:
+def _operators(path: Path, batch: int, threads: int) -> list[Operator]:
     with tempfile.TemporaryDirectory() as folder:
         opened = session(path, threads=threads, profile=Path(folder) / "profile")
+        inputs = _inputs(path, opened, batch)
         for _ in range(_PROFILED):
             run_once(opened, inputs, path)
         events = json.loads(Path(opened.end_profiling()).read_text())

@@ -33,6 +33,8 @@ from prune2onnx.running import run_once, session
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 METHODS = ("minmax", "entropy", "percentile")
+MAX_DROP = 0.1
+"""Points of error that int8 may add where nobody says more or less."""
 
 Batches = Sequence[dict[str, NDArray[Any]]]
 """Inputs by name, a batch each."""
@@ -82,7 +84,7 @@ def quantize_int8(
     *,
     method: str = "minmax",
     evaluate: Callable[[ModelProto], float] | None = None,
-    max_drop: float = 0.1,
+    max_drop: float = MAX_DROP,
     keep: Collection[str] = (),
 ) -> Int8:
     """Quantises a model's layers and what lies between them to int8.

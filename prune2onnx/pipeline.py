@@ -29,7 +29,7 @@ from prune2onnx.deployment import Deployment
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
 from prune2onnx.exporter import export
 from prune2onnx.files import write_whole
-from prune2onnx.int8 import quantize_int8
+from prune2onnx.int8 import MAX_DROP, quantize_int8
 from prune2onnx.pack import Packed, pack
 from prune2onnx.recipe import Recipe, read_recipe, resolve
 from prune2onnx.report import Report
@@ -46,9 +46,6 @@ from prune2onnx.training import (
     with_epochs,
 )
 from prune2onnx.validate import check_outputs, scores, validate
-
-INT8_DROP = 0.1
-"""Points of validation error that int8 may add where no budget says more or less."""
 
 _FEW = 8  # examples for ranges where only bytes are measured
 
@@ -194,7 +191,7 @@ def _made(
     graph = deployment.shrunk(fitted.model)
     got, _ = scores(session(graph), batches(data.test, recipe.batch_size))
     check_outputs(MODEL, got, expected)  # torch's; what int8 gives differs from it
-    allowed = INT8_DROP
+    allowed = MAX_DROP
     if recipe.max_drop is not None:
         allowed = max(0.0, recipe.max_drop - (fitted.error - fitted.dense_error))
     choice = choose(graph, data, max_drop=allowed)

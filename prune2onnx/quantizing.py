@@ -13,11 +13,11 @@ from onnx import ModelProto
 from rich.table import Table
 from rich.text import Text
 
-from prune2onnx.benchmark import Timing, benchmark
+from prune2onnx.benchmark import Timing, timings
 from prune2onnx.data import Data, batches, first, load_data
 from prune2onnx.errors import RecipeError, printable
 from prune2onnx.inline import is_packed
-from prune2onnx.int8 import Int8, Layer, quantize_int8
+from prune2onnx.int8 import MAX_DROP, Int8, Layer, quantize_int8
 from prune2onnx.intake import plain
 from prune2onnx.onnxfile import load, nbytes, save
 from prune2onnx.pack import unpack
@@ -73,7 +73,7 @@ def quantize_file(
     *,
     examples: int = 512,
     method: str = "minmax",
-    max_drop: float = 0.1,
+    max_drop: float = MAX_DROP,
     keep: Collection[str] = (),
     seed: int = 0,
 ) -> Done:
@@ -139,7 +139,7 @@ def choose(
     data: Data,
     examples: int = 512,
     method: str = "minmax",
-    max_drop: float = 0.1,
+    max_drop: float = MAX_DROP,
     keep: Collection[str] = (),
 ) -> Choice:
     """Quantises what accuracy allows, and measures what that saves; see `quantize_file`."""
@@ -186,4 +186,4 @@ def timed(before: ModelProto, after: ModelProto) -> Timing:
         paths = [Path(folder) / "before.onnx", Path(folder) / "after.onnx"]
         for path, model in zip(paths, (before, after), strict=True):
             save(model, path)
-        return benchmark(paths, seconds=_SECONDS).timings[1]
+        return timings(paths, seconds=_SECONDS)[1]

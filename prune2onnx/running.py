@@ -27,8 +27,9 @@ from prune2onnx.report import Measured
 
 _LOADS = 7  # fresh processes per file
 _WARM_UP = 20
-_RUNS = 300  # timed inferences per file
-_MOST_SECONDS = 8.0  # timing stops there, however slow the model
+_FEWEST = 5  # timed inferences per file, whatever they take
+_RUNS = 300  # of `measure`, at most
+_MOST_SECONDS = 8.0  # of `measure`, however slow the model
 
 # what onnxruntime says of an operator it does not have
 _UNKNOWN_OPERATOR = ("is not a registered function/op", "Could not find an implementation")
@@ -175,6 +176,62 @@ def load_in_fresh_process(path: Path) -> tuple[float, int]:
     return float(load_ms), int(peak)
 
 
+def loads(files: Sequence[Path]) -> list[tuple[float, int]]:
+    """As `load_in_fresh_process` for each file, medians of seven processes each, by turns."""
+    taken = [[load_in_fresh_process(path) for path in files] for _ in range(_LOADS)]
+    return [
+        (float(np.median([ms for ms, _ in runs])), int(np.median([peak for _, peak in runs])))
+        for runs in zip(*taken, strict=True)
+    ]
+
+
+def timed(
+    files: Sequence[Path],
+    opened: Sequence[ort.InferenceSession],
+    inputs: Sequence[dict[str, NDArray[Any]]],
+    *,
+    seconds: float,
+    rounds: int,
+    warm_up: int = _WARM_UP,
+) -> NDArray[np.float64]:
+    """Latency of several files, each run once in every round, in random order.
+
+    (In a fixed order a small model would always suffer from the same large one before it, which
+    empties the caches.)
+
+    Args:
+        files: for errors.
+        opened: a session for each.
+        inputs: of each.
+        seconds: after which no further round is begun, but for the first 5.
+        rounds: at most.
+        warm_up: inferences of each before any is timed.
+
+    Returns:
+        Milliseconds, [rounds, files].
+
+    Raises:
+        Prune2OnnxError: an input does not fit.
+    """
+    for path, one, given in zip(files, opened, inputs, strict=True):
+        run_once(one, given, path)
+        for _ in range(warm_up - 1):
+            one.run(None, given)
+    times: list[list[float]] = []
+    order = np.random.default_rng(0)
+    began = time.perf_counter()
+    while len(times) < min(_FEWEST, rounds) or (
+        time.perf_counter() - began < seconds and len(times) < rounds
+    ):
+        taken = [0.0] * len(opened)
+        for index in order.permutation(len(opened)).tolist():
+            start = time.perf_counter()
+            opened[index].run(None, inputs[index])
+            taken[index] = 1e3 * (time.perf_counter() - start)
+        times.append(taken)
+    return np.array(times)
+
+
 def measure(
     files: Sequence[Path], inputs: dict[str, NDArray[Any]], errors: Sequence[float | None]
 ) -> list[Measured]:
@@ -189,30 +246,18 @@ def measure(
         One `Measured` per file: medians of 7 loads in fresh processes, percentiles of up to 300
         runs after 20 to warm up, with onnxruntime's default number of threads.
     """
-    loads = [[load_in_fresh_process(path) for path in files] for _ in range(_LOADS)]
+    taken = loads(files)
     opened = [session(path) for path in files]
-    for one in opened:
-        for _ in range(_WARM_UP):
-            one.run(None, inputs)
-    times: list[list[float]] = [[] for _ in files]
-    began = time.perf_counter()
-    while len(times[0]) < _RUNS and time.perf_counter() - began < _MOST_SECONDS:
-        for one, taken in zip(opened, times, strict=True):
-            start = time.perf_counter()
-            one.run(None, inputs)
-            taken.append(1e3 * (time.perf_counter() - start))
+    times = timed(files, opened, [inputs] * len(files), seconds=_MOST_SECONDS, rounds=_RUNS)
     return [
         Measured(
             nbytes=file_nbytes(path),
             error=error,
-            load_ms=float(np.median([run[index][0] for run in loads])),
-            peak_rss_bytes=int(np.median([run[index][1] for run in loads])),
-            latency_ms={
-                "p50": float(np.percentile(times[index], 50)),
-                "p95": float(np.percentile(times[index], 95)),
-            },
+            load_ms=load_ms,
+            peak_rss_bytes=peak,
+            latency_ms={f"p{percent}": float(np.percentile(own, percent)) for percent in (50, 95)},
         )
-        for index, (path, error) in enumerate(zip(files, errors, strict=True))
+        for path, error, (load_ms, peak), own in zip(files, errors, taken, times.T, strict=True)
     ]
 
 

@@ -146,6 +146,13 @@ def test_a_comparison_is_run_once_and_at_equal_survivors(tmp_path):
     assert left / ours["pruned"]["size"] == pytest.approx(ours["pruned"]["density"], rel=1e-3)
     assert theirs["density"] == pytest.approx(ours["density"], rel=0.1)  # culled alike
     assert theirs["dense_error"] == ours["dense_error"]
+    longer = call(tmp_path, "--methods", "imp", "--rounds", "2", "--imp-epochs", "6")
+    assert longer.exit_code == 0, longer.output
+    times = [
+        json.loads((folder / name / "pruning.json").read_text())["seconds"]
+        for name in ("imp", "imp-6")
+    ]
+    assert times[1] > times[0]
     other = call(tmp_path, "--set", "prune.epochs=3")
     assert other.exit_code == 1
     assert "prune.epochs was 2" in other.stderr

@@ -11,8 +11,9 @@ epochs: iterative magnitude pruning (imp), gradual (gmp), soft thresholds (str) 
 survivors imp needs for the error that the learned run has at the end of tuning, before levels. That
 is read off imp's curve (the dense network, every round as it is and tuned): the least error at or
 below each density, interpolated over log density. Where imp never gets there, the row has its best
-point, which is worse, and a ">"; where it is better everywhere, its sparsest and a "<". Second
-form: the learned method alone at several sizes, all from one dense network.
+point, which is worse, and a ">"; where it is better everywhere, its sparsest and a "<". With
+--imp-epochs its pruning takes so many epochs, not the recipe's: how long until it is as good?
+Second form: the learned method alone at several sizes, all from one dense network.
 
 Seconds of the first table: from nothing to the report, dense training included; of a baseline's
 pruning its epochs alone. Of the second: the epochs, dense ones included. All choices are made on
@@ -176,6 +177,12 @@ class Options:
 
     rounds: int
     gmp: str
+    imp_epochs: int | None = None
+
+    def folder(self, method: str) -> str:
+        """Name of the folder for a method's run."""
+        longer = method == "imp" and self.imp_epochs is not None
+        return f"imp-{self.imp_epochs}" if longer else method
 
 
 def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Facts:
@@ -193,7 +200,7 @@ def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Fac
     dense, target = dense_of(folder), run(recipe, folder / "learned")["pruned"]
     before: float = history(dense)["seconds"]
     recipe = recipe.model_copy(update={"weights": str(dense)})
-    place = folder / method
+    place = folder / options.folder(method)
     place.mkdir(parents=True, exist_ok=True)
     record, weights = place / "pruning.json", place / "pruned.safetensors"
     settings = settings_of(recipe) | {"target": target["density"]}
@@ -222,7 +229,7 @@ def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Fac
 def prune(method: str, course: Course, options: Options) -> Pruned:
     """The pruning of one method."""
     if method == "imp":
-        return iterative(course, options.rounds)
+        return iterative(course, options.rounds, options.imp_epochs)
     if method == "gmp":
         return gradual(course, options.gmp)
     return {"str": soft, "oneshot": one_shot}[method](course)
@@ -425,6 +432,7 @@ def dense_point(recipe: Recipe, path: Path) -> Facts:
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="of the recipe")
 @click.option("--front", default="", metavar="SIZES", help="learned alone at these, as 4KB,8.4KB")
 @click.option("--rounds", default=6, type=click.IntRange(min=1), help="of imp")
+@click.option("--imp-epochs", type=click.IntRange(min=1), help="of imp  [default: the recipe's]")
 @click.option("--gmp", default="better", type=click.Choice(["better", *RULES]), help="layer rule")
 def main(
     network: str,
@@ -435,6 +443,7 @@ def main(
     overrides: tuple[str, ...],
     front: str,
     rounds: int,
+    imp_epochs: int | None,
     gmp: str,
 ) -> None:
     """Run the methods, or the learned one at several sizes, over the seeds; print the tables."""
@@ -463,7 +472,7 @@ def main(
         ours = run(recipe, folder / "learned")
         rows.append((METHODS["learned"], seed, ours))
         for method in [name for name in METHODS if name in wanted and name != "learned"]:
-            facts = baseline(method, recipe, folder, Options(rounds, gmp))
+            facts = baseline(method, recipe, folder, Options(rounds, gmp, imp_epochs))
             rows.append((METHODS[method], seed, facts))
             if method == "imp":
                 dense = dense_point(recipe, dense_of(folder))

@@ -233,23 +233,24 @@ def one_shot(course: Course) -> Pruned:
     return Pruned(model, train(course, model, course.epochs, (10,), masks=masks))
 
 
-def iterative(course: Course, rounds: int = 6) -> Pruned:
+def iterative(course: Course, rounds: int = 6, epochs: int | None = None) -> Pruned:
     """Rounds of pruning and retraining, densities in geometric progression.
 
     Han et al., "Learning both weights and connections for efficient neural networks" (arXiv
-    1506.02626): per-layer thresholds q * std(w); the prune phase's epochs are shared out among the
-    rounds. The curve holds every round twice: as it is, and after the recipe's tuning of a copy,
-    which does not count in the seconds of later points (the last round is tuned by `compress`).
-    `BEYOND` further rounds are for the curve only.
+    1506.02626): per-layer thresholds q * std(w); the epochs, by default those of the recipe's
+    pruning, are shared out among the rounds. The curve holds every round twice: as it is, and after
+    the recipe's tuning of a copy, which does not count in the seconds of later points (the last
+    round is tuned by `compress`). `BEYOND` further rounds are for the curve only.
     """
     model = course.model()
-    shares = np.diff(np.linspace(0, course.epochs, rounds + 1).round().astype(int)).tolist()
+    total = epochs or course.epochs
+    shares = np.diff(np.linspace(0, total, rounds + 1).round().astype(int)).tolist()
     shares += [max(shares)] * BEYOND
     seconds, curve = 0.0, []
-    for number, epochs in enumerate(shares, 1):
+    for number, share in enumerate(shares, 1):
         masks = by_deviation(model, course.names, course.density ** (number / rounds))
         hold(model, masks)
-        seconds += train(course, model, epochs, (20, number), masks=masks)
+        seconds += train(course, model, share, (20, number), masks=masks)
         curve.append(measure(course, model, seconds))
         if number == rounds:
             done, spent = copy.deepcopy(model), seconds

@@ -157,11 +157,11 @@ class _LearnedThreshold(nn.Module):
         """Differentiable number of surviving elements, or their bytes; a scalar."""
         measure = self.granularity.measure(w)
         sharpness = self.beta / self.scale
-        if self.gone is None:
-            gate = differentiable(survivor_gate, measure, self.threshold(), sharpness)
-        else:
+        if self.gone is not None:
             measure = measure.detach()
-            gate = differentiable(survivor_gate, measure, self.threshold(), sharpness) * ~self.gone
+        gate = differentiable(survivor_gate, measure, self.threshold(), sharpness)
+        if self.gone is not None:
+            gate = gate * ~self.gone
         if self.bits is None:
             return gate.sum() * (w.numel() / measure.numel())
         nbytes = self.bits.expand_as(w).sum_to_size(measure.shape) / 8
@@ -172,9 +172,9 @@ class _LearnedThreshold(nn.Module):
         sharpness = self.beta / self.scale
         pruned = differentiable(self.function, measure, self.threshold(), sharpness)
         w_pruned = self.granularity.spread(w, pruned)
-        if self.training and self.gone is None:
-            return w_pruned
-        if self.training and self.gone is not None:
+        if self.training:
+            if self.gone is None:
+                return w_pruned
             with torch.no_grad():
                 self.gone.logical_or_(measure <= self.threshold())
         hard = torch.where(self.alive(w), w_pruned, torch.zeros_like(w_pruned))

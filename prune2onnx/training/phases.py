@@ -122,8 +122,7 @@ class Run(Loop):
         lift: Callable[[], object] = lambda: None  # noqa: E731
         start = 1.0
         if self.recipe.narrow.epochs:
-            weights = {name: model.get_parameter(name) for name in self.pruned}
-            lift = hold_zeros(model, {name: w.detach() != 0 for name, w in weights.items()})
+            lift = self._hold(model)
             start = self._count(model) / self.size
         self._put_thresholds("prune", model)
         self._press("prune", min(start, _SPARE["prune"] * self._first_goal()), start)
@@ -183,8 +182,12 @@ class Run(Loop):
         if not self.pruned:
             self._pruned_before(model)
         self._meet_budget(model, _SPARE["tune"])
-        weights = {name: model.get_parameter(name) for name in self.pruned}
-        return hold_zeros(model, {name: w.detach() != 0 for name, w in weights.items()})
+        return self._hold(model)
+
+    def _hold(self, model: nn.Module) -> Callable[[], None]:
+        """Keeps the zeros of the pruned weights, until what it returns is called."""
+        weights = {name: model.get_parameter(name).detach() for name in self.pruned}
+        return hold_zeros(model, {name: w != 0 for name, w in weights.items()})
 
     def _pruned_before(self, model: nn.Module) -> None:
         """Takes the zeros that a model came with for its masks."""

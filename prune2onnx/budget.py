@@ -12,24 +12,28 @@ from prune2onnx.recipe import Recipe
 from prune2onnx.report import Goal
 
 _FIRST_STEP = 2.0
-"""Factor between densities as long as only one side of the limit is known."""
+"""Factor between parts as long as only one side of the limit is known."""
 
 _CLOSE = 1.08
-"""Densities this near to each other need no trial between them."""
+"""Parts this near to each other need no trial between them."""
 
 
-def goals(recipe: Recipe, *, nbytes: int, density: float, drop: float) -> tuple[Goal, ...]:
+def goals(
+    recipe: Recipe, *, nbytes: int, density: float, macs: float, drop: float
+) -> tuple[Goal, ...]:
     """One line for each budget of a recipe.
 
     Args:
         recipe: what was asked for.
         nbytes: of the file.
         density: of the pruned weights, 0-1.
+        macs: part of the dense network's multiply-adds, 0-1.
         drop: points of validation error that were added.
     """
     asked = (
         ("size", recipe.target_size, nbytes),
         ("density", recipe.target_density, density),
+        ("multiply-adds", recipe.target_macs, macs),
         ("drop", recipe.max_drop, drop),
     )
     return tuple(
@@ -42,22 +46,22 @@ class Trial:
     """One pruning of a search.
 
     Attributes:
-        density: that was asked for, 0-1.
+        asked: density, or part of the multiply-adds, that was asked for, 0-1.
         drop: points of validation error that it added.
-        nbytes: of its file.
+        cost: bytes, or multiply-adds, of what came out.
     """
 
-    density: float
+    asked: float
     drop: float
-    nbytes: int
+    cost: int
 
 
 class Search:
-    """Looks for the smallest density whose drop is allowed: steps by a factor, then bisection.
+    """Looks for the smallest part whose drop is allowed: steps by a factor, then bisection.
 
     Args:
         limit: points of validation error that may be added.
-        first: density to begin with, 0-1.
+        first: part to begin with, 0-1.
         trials: how many there may be.
     """
 
@@ -66,17 +70,17 @@ class Search:
         self.trials: list[Trial] = []
 
     def next(self) -> float | None:
-        """The density to try next; None when the search is over."""
+        """The part to try next; None when the search is over."""
         if not self.trials:
             return self.first
         if len(self.trials) >= self.most:
             return None
-        good = [t.density for t in self.trials if t.drop <= self.limit]
-        bad = [t.density for t in self.trials if t.drop > self.limit]
+        good = [t.asked for t in self.trials if t.drop <= self.limit]
+        bad = [t.asked for t in self.trials if t.drop > self.limit]
         if not bad:
             return min(good) / _FIRST_STEP
-        # noise: a density below one that failed is not believed
-        good = [density for density in good if density > max(bad)]
+        # noise: a part below one that failed is not believed
+        good = [asked for asked in good if asked > max(bad)]
         if not good:
             return None if max(bad) >= 1 else min(1.0, max(bad) * _FIRST_STEP)
         between = math.sqrt(min(good) * max(bad))
@@ -84,8 +88,8 @@ class Search:
 
     @property
     def best(self) -> int:
-        """Index of the smallest file that keeps to the limit; else of the smallest drop."""
+        """Index of the cheapest that keeps to the limit; else of the smallest drop."""
         kept = [i for i, t in enumerate(self.trials) if t.drop <= self.limit]
         if kept:
-            return min(kept, key=lambda i: self.trials[i].nbytes)
+            return min(kept, key=lambda i: self.trials[i].cost)
         return min(range(len(self.trials)), key=lambda i: self.trials[i].drop)

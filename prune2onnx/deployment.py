@@ -9,7 +9,7 @@ from torch import nn
 
 from prune2onnx.exporter import Template
 from prune2onnx.pack import Packed, pack
-from prune2onnx.shrink import settle, shrink
+from prune2onnx.shrink import Structure, settle, shrink, structure
 
 Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
 
@@ -50,6 +50,10 @@ class Deployment:
         values = settle(self._filled(model))
         assert self._template is not None
         self._template.take(model, values)
+
+    def structure(self, model: nn.Module) -> Structure:
+        """Which channels are one, and what each layer costs; BatchNorm folded."""
+        return structure(self._filled(model))
 
     def shrunk(self, model: nn.Module, *, gather_inputs: bool = False) -> onnx.ModelProto:
         """The graph without what is dead, not packed."""

@@ -31,9 +31,10 @@ from prune2onnx.exporter import export
 from prune2onnx.files import write_whole
 from prune2onnx.int8 import MAX_DROP, quantize_int8
 from prune2onnx.pack import Packed, pack
-from prune2onnx.recipe import Recipe, read_recipe, resolve
+from prune2onnx.recipe import MACS, Recipe, read_recipe, resolve
 from prune2onnx.report import Report
 from prune2onnx.running import session
+from prune2onnx.shrink import multiply_adds
 from prune2onnx.strip import strip
 from prune2onnx.training import (
     Epoch,
@@ -105,7 +106,7 @@ def compress(
         write_whole(directory / RECIPE, recipe.to_yaml())
     accelerator.wait_for_everyone()
     rewrite = None
-    if recipe.int8:  # the first examples will do where only bytes are measured
+    if recipe.tries_int8:  # the first examples will do where only bytes are measured
         rewrite = partial(_roughly_int8, data=data)
     deployment = Deployment(
         data.input_shape, recipe.opset, anonymize=recipe.anonymize, rewrite=rewrite
@@ -130,9 +131,8 @@ def compress(
             on_epoch=on_epoch,
         )
 
-    searching = recipe.max_drop is not None and not (recipe.target_size or recipe.target_density)
-    if searching and recipe.first_phase != "tune":
-        fitted = _search(model, recipe, checkpoints, run, deployment)
+    if recipe.searches and recipe.first_phase != "tune":
+        fitted = _search(model, recipe, data, checkpoints, run, deployment)
     else:
         fitted = run(model, recipe, checkpoints, recipe.first_phase, "share")
     if not accelerator.is_main_process:
@@ -156,12 +156,20 @@ def compress(
         density=fitted.density,
         seed=recipe.seed,
     )
-    nbytes, drop = packed.model.ByteSize(), made.error - fitted.dense_error
+    before, after = multiply_adds(dense_graph), multiply_adds(deployment.shrunk(fitted.model))
     report = replace(
         report,
-        budget=goals(recipe, nbytes=nbytes, density=fitted.density, drop=drop),
+        dense=replace(report.dense, macs=before),
+        compressed=replace(report.compressed, macs=after),
+        budget=goals(
+            recipe,
+            nbytes=packed.model.ByteSize(),
+            density=fitted.density,
+            macs=after / before,
+            drop=made.error - fitted.dense_error,
+        ),
         validation={"dense_error": fitted.dense_error, "error": made.error},
-        notes=made.notes,
+        notes=(*made.notes, *_on_zeros(report, after / before, made.is_float)),
     )
     write_whole(directory / REPORT, report.to_json())
     return report
@@ -184,7 +192,7 @@ def _made(
 ) -> _Made:
     """The file: in int8 where that was asked for, pays, and keeps the budgets."""
     as_float = partial(deployment.pack, fitted.model, lambda graph: graph)
-    if not recipe.int8:
+    if not recipe.tries_int8:
         return _Made(as_float(), fitted.error)
     from prune2onnx.quantizing import choose
 
@@ -218,26 +226,51 @@ def _roughly_int8(graph: onnx.ModelProto, data: Data) -> onnx.ModelProto:
     return strip(quantize_int8(graph, calibration_of(graph, data, _FEW)).model)
 
 
+def _on_zeros(report: Report, macs: float, is_float: bool) -> tuple[str, ...]:
+    """Why zeros alone save no time, with what was measured here."""
+    was, now = report.dense.latency_ms, report.compressed.latency_ms
+    if was is None or now is None or report.density == 1:
+        return ()
+    ratio = now["p50"] / was["p50"]
+    number = "float32" if is_float else "int8"
+    return (
+        f"takes {ratio:.2f} of dense's time, with {100 * macs:.0f} % of its multiply-adds, in "
+        f"{number}: zeros alone save none, for onnxruntime multiplies with them as with any number; "
+        "fewer channels and int8 do (--goal latency)",
+    )
+
+
 def _search(
     model: nn.Module,
     recipe: Recipe,
+    data: Data,
     checkpoints: Path,
     run: Callable[[nn.Module, Recipe, Path, str, str], Fitted],
     deployment: Deployment,
 ) -> Fitted:
-    """The smallest network within the allowed drop: prunings of the same dense one, by turns."""
+    """The smallest, or fastest, network within the allowed drop: prunings of the same dense one."""
     assert recipe.max_drop is not None
     if recipe.first_phase == "dense":
         model = run(model, recipe, checkpoints, "dense", "dense").model
-    search = Search(recipe.max_drop, recipe.goal, recipe.trials)
+    aim, first = "target_macs", MACS
+    if recipe.goal == "size":
+        aim, first = "target_density", recipe.wanted_density
+    search = Search(recipe.max_drop, first, recipe.trials)
     best: Fitted | None = None
-    while (density := search.next()) is not None:
-        wish = recipe.model_copy(update={"target_density": density})
+    while (asked := search.next()) is not None:
+        wish = recipe.model_copy(update={aim: asked})
         folder = checkpoints / f"trial-{1 + len(search.trials)}"
         fitted = run(copy.deepcopy(model), wish, folder, "prune", "share")
-        nbytes = deployment.nbytes(fitted.model)
-        drop = fitted.error - fitted.dense_error
-        search.trials.append(Trial(density, drop, nbytes))
+        graph = deployment.shrunk(fitted.model)
+        cost = multiply_adds(graph)
+        if recipe.goal == "size":
+            cost = deployment.nbytes(fitted.model)
+        error = fitted.error
+        if recipe.tries_int8:  # what int8 adds is part of the drop
+            from prune2onnx.quantizing import int8_error
+
+            error = max(error, int8_error(graph, data))
+        search.trials.append(Trial(asked, error - fitted.dense_error, cost))
         if search.best == len(search.trials) - 1:
             best = fitted
     assert best is not None  # there is at least one trial

@@ -170,6 +170,11 @@ def calibration_of(model: ModelProto, data: Data, examples: int) -> list[dict[st
     return [{name: x} for x in first(data.train, examples)]
 
 
+def int8_error(model: ModelProto, data: Data, examples: int = 512) -> float:
+    """Percent of the validation split that a model gets wrong with all its layers in int8."""
+    return error_on(data)(quantize_int8(model, calibration_of(model, data, examples)).model)
+
+
 def error_on(data: Data) -> Callable[[ModelProto], float]:
     """Percent of the validation split that a model gets wrong."""
     held = list(batches(data.validation))

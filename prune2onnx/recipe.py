@@ -17,8 +17,11 @@ from pydantic_core import ErrorDetails
 
 from prune2onnx.errors import RecipeError
 
-GOAL = 0.07
+DENSITY = 0.07
 """Density of the pruned weights where no budget is given."""
+
+MACS = 0.5
+"""Part of the multiply-adds where speed is the goal and no budget is given."""
 
 
 class _Section(BaseModel):
@@ -36,11 +39,19 @@ class Dense(_Section):
 
 
 class Narrow(_Section):
-    """Before phase 2: whole channels and neurons go, as settled there. Skipped unless asked for."""
+    """Before phase 2: whole channels and neurons go, so that all that is left is smaller."""
 
-    epochs: int = Field(0, ge=0, description="epochs in which whole channels are pruned")
+    epochs: int | None = Field(
+        None,
+        ge=0,
+        description="epochs in which whole channels are pruned; default: none if only the size "
+        "counts, else 2,000 steps, at least 6 epochs",
+    )
     spare: float = Field(
-        5.0, ge=1, description="what is left then, in multiples of the density to be reached"
+        5.0,
+        ge=1,
+        description="weights left then, in multiples of the density to be reached, where only the "
+        "size counts",
     )
 
 
@@ -137,6 +148,11 @@ class Recipe(_Section):
         description="first phase: dense, prune (the weights are trained) or tune (and pruned); "
         "default: prune with weights, else dense",
     )
+    goal: Literal["size", "latency", "balanced"] = Field(
+        "size",
+        description="what is to become less: bytes, the time of an inference (whole channels go by "
+        "their multiply-adds, and int8 is tried), or both",
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="seed of initialisation, order and split")
     target_size: ByteSize | None = Field(
         None, gt=0, description="budget: bytes of the whole file, such as 12KB; never exceeded"
@@ -144,11 +160,17 @@ class Recipe(_Section):
     target_density: float | None = Field(
         None, gt=0, le=1, description="budget: surviving part of the pruned weights, 0-1"
     )
+    target_macs: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="budget: part of the dense network's multiply-adds that may be left, 0-1",
+    )
     max_drop: float | None = Field(
         None,
         ge=0,
         description="budget: points of validation error that may be added; alone: the "
-        "smallest file within it is searched for",
+        "smallest file within it is searched for, or the fewest multiply-adds",
     )
     trials: int = Field(6, ge=1, description="prunings that a search for max_drop may take")
     distill: float = Field(
@@ -160,10 +182,10 @@ class Recipe(_Section):
         description="shortest names for weights, less for readers of the file; inputs and outputs "
         "keep their names",
     )
-    int8: bool = Field(
-        False,
+    int8: bool | None = Field(
+        None,
         description="compute in int8: layers for which that costs little accuracy, and none if the "
-        "whole is no faster on this machine",
+        "whole is no faster on this machine; default: unless only the size counts",
     )
     teacher: str | None = Field(
         None,
@@ -188,9 +210,25 @@ class Recipe(_Section):
         return self.start or ("prune" if self.weights else "dense")
 
     @property
-    def goal(self) -> float:
+    def wanted_density(self) -> float:
         """Density at which pruning aims where no size is asked for."""
-        return self.target_density or GOAL
+        return self.target_density or DENSITY
+
+    @property
+    def tries_int8(self) -> bool:
+        """Whether the result may compute in int8."""
+        return self.goal != "size" if self.int8 is None else self.int8
+
+    @property
+    def narrows(self) -> bool:
+        """Whether whole channels go where the recipe does not say for how many epochs."""
+        return self.goal != "size" or self.target_macs is not None
+
+    @property
+    def searches(self) -> bool:
+        """Whether an allowed drop is all there is to aim at."""
+        targets = (self.target_size, self.target_density, self.target_macs)
+        return self.max_drop is not None and not any(targets)
 
     def phase(self, name: str) -> Dense | Prune | Tune | Share:
         """The settings of a phase of training; "narrow" has those of "prune", for channels."""
@@ -198,7 +236,6 @@ class Recipe(_Section):
             changes = {
                 "epochs": self.narrow.epochs,
                 "granularity": "channel",
-                "thresholds": "channel",
                 "weigh": "count",
                 "start": 0.5,  # channels of a layer are alike: no threshold is passed on the way
                 "threshold_lr": self.prune.threshold_lr / 2,

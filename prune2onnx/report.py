@@ -111,6 +111,7 @@ class Measured:
         load_ms: creating a session, in a fresh process; None where it was not run, as the next two.
         peak_rss_bytes: peak memory of that process, the runtime itself included.
         latency_ms: "p50" and "p95" of one inference, batch 1.
+        macs: multiply-adds of one example, in layers with weights; None where nobody counted.
     """
 
     nbytes: int
@@ -118,6 +119,7 @@ class Measured:
     load_ms: float | None = None
     peak_rss_bytes: int | None = None
     latency_ms: dict[str, float] | None = None
+    macs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ class Goal:
     """A budget and what became of it.
 
     Attributes:
-        what: "size" in bytes, "density" of the pruned weights, 0-1, or "drop" in points of
-            validation error.
+        what: "size" in bytes, "density" of the pruned weights, 0-1, "multiply-adds" over the
+            dense network's, 0-1, or "drop" in points of validation error.
         limit: what was asked for.
         reached: what came out.
     """
@@ -149,7 +151,9 @@ class Goal:
     def _shown(self, value: float) -> str:
         if self.what == "size":
             return f"{value:,.0f} bytes"
-        return f"{100 * value:.3g} %" if self.what == "density" else f"{value:.3g} points"
+        if self.what == "drop":
+            return f"{value:.3g} points"
+        return f"{100 * value:.3g} %"
 
     def to_dict(self) -> dict[str, Any]:
         """The goal as it stands in report.json."""
@@ -243,6 +247,9 @@ class Report:
         table.add_row("file", _bytes(a.nbytes), _bytes(b.nbytes), f"{self.ratio:.1f}x smaller")
         if a.error is not None and b.error is not None:
             table.add_row("test error", f"{a.error:.2f} %", f"{b.error:.2f} %", f"{self.drop:+.2f}")
+        if a.macs and b.macs:
+            fewer = f"{a.macs / b.macs:.2f}x fewer"
+            table.add_row("multiply-adds", f"{a.macs:,}", f"{b.macs:,}", fewer)
         if a.load_ms is not None and b.load_ms is not None:
             table.add_row("load", f"{a.load_ms:.1f} ms", f"{b.load_ms:.1f} ms", "")
         if a.peak_rss_bytes is not None and b.peak_rss_bytes is not None:

@@ -401,8 +401,7 @@ def recipe_for(network: str, data: str, seed: int, overrides: Sequence[str]) -> 
         recipe = resolve(content, changes, f"{network}.yaml")
     except (RecipeError, yaml.YAMLError) as error:
         raise click.ClickException(str(error)) from error
-    searching = recipe.max_drop is not None and not (recipe.target_size or recipe.target_density)
-    if searching or recipe.precision != "no" or recipe.first_phase != "dense":
+    if recipe.searches or recipe.precision != "no" or recipe.first_phase != "dense":
         raise click.ClickException(
             "the comparison needs a size, a density or no budget (max_drop alone is a search), "
             "float32, and a run that begins with the dense phase"

@@ -17,15 +17,18 @@ from prune2onnx.pruning.learned import (
     thresholds_of,
     weigh_by_bits,
 )
+from prune2onnx.pruning.widths import Widths, narrow, widths_of
 
 __all__ = [
     "FUNCTIONS",
     "GRANULARITIES",
     "Density",
     "LayerDensity",
+    "Widths",
     "bake",
     "density",
     "hold_zeros",
+    "narrow",
     "penalty",
     "prunable_weights",
     "prune",
@@ -34,4 +37,5 @@ __all__ = [
     "survivors",
     "thresholds_of",
     "weigh_by_bits",
+    "widths_of",
 ]

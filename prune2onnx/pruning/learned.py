@@ -277,6 +277,11 @@ def prunable_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     return {name: tuple(modules) for name, modules in holders.values()}
 
 
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of a prunable layer's weight along which its output channels lie."""
+    return next(axis for kind, axis in PRUNABLE.items() if isinstance(layer, kind))
+
+
 def selected_weights(
     model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
 ) -> tuple[str, ...]:
@@ -369,7 +374,7 @@ def prune(
             )
         _check_weight(name, weight)
         _check_ties(name, weight, modules, model)
-        axis = next(axis for kind, axis in PRUNABLE.items() if isinstance(modules[0], kind))
+        axis = channel_axis(modules[0])
         learned = _LearnedThreshold(
             name,
             weight,
@@ -432,9 +437,13 @@ def scale_thresholds(model: nn.Module, factor: float) -> None:
     """Multiplies every learned threshold by one factor, in place."""
     with torch.no_grad():
         for site in _sites(model):
-            t = nn.functional.softplus(site.threshold.rho.double()) * factor
-            # the inverse of softplus, exact for large and for small t
-            site.threshold.rho.copy_(t + torch.log(-torch.expm1(-t)))
+            site.threshold.rho.copy_(scaled(site.threshold.rho, factor))
+
+
+def scaled(rho: Tensor, factor: float) -> Tensor:
+    """What makes softplus(rho) larger by a factor."""
+    t = nn.functional.softplus(rho.double()) * factor
+    return t + torch.log(-torch.expm1(-t))  # softplus's inverse, exact for large and small t
 
 
 def survivors(model: nn.Module) -> Tensor:

@@ -10,7 +10,8 @@ cannot go is kept, with the reason.
 2. `fate`: who is dead, who can go.
 3. `cut`: zeros and constants first (`settle` is this alone), then smaller weights.
 4. `ties`: while that goes on, each layer has its own bias, also where the file shares one.
-5. `inputs`: what the first layers do not use of the graph's inputs, where the caller wants it.
+5. `structure`: what each layer costs, and which channels are one, for those who prune them.
+6. `inputs`: what the first layers do not use of the graph's inputs, where the caller wants it.
 
 Weights are seen in initializers that are no inputs of the graph, and in Constant nodes; `intake`
 brings other models to that form. Kept whole: quantised weights, weights that are computed (also
@@ -31,9 +32,10 @@ from prune2onnx.shrink.cut import cut, settled
 from prune2onnx.shrink.fate import decide
 from prune2onnx.shrink.flow import FLOATS, Array
 from prune2onnx.shrink.rules import trace
+from prune2onnx.shrink.structure import Structure, multiply_adds, structure
 from prune2onnx.shrink.ties import tie, untie
 
-__all__ = ["Row", "Shrunk", "settle", "shrink"]
+__all__ = ["Row", "Shrunk", "Structure", "multiply_adds", "settle", "shrink", "structure"]
 
 
 @dataclass(frozen=True)

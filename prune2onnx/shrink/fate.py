@@ -33,7 +33,7 @@ class Fate:
 
 def decide(flow: Flow) -> Fate:
     """Channels that are one share their fate; what must stay needs all that it is made from."""
-    family = _families(flow)
+    family = families(flow)
     pinned = np.zeros(flow.count, bool)
     pinned[family[list(flow.pinned)]] = True
     dead = ~_needed(flow, family, pinned)
@@ -41,8 +41,8 @@ def decide(flow: Flow) -> Fate:
     return Fate(dead[family], gone[family], _kept(flow, family, gone, left))
 
 
-def _families(flow: Flow) -> Ids:
-    """[count] one number for all channels that are one."""
+def families(flow: Flow) -> Ids:
+    """[count] one number, from 0, for all channels that are one."""
     from scipy.sparse import coo_array  # late: it takes as long as all other imports together
     from scipy.sparse.csgraph import connected_components
 

@@ -113,15 +113,20 @@ class Link:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """Channels that a weight makes, for the report.
+    """A weight and the channels that it makes.
 
     Attributes:
+        node: that reads the weight.
         weight: its name.
         channels: what comes out.
+        inputs: channels that each row sums over; None where they are not followed, or each row has
+            one of its own.
     """
 
+    node: NodeProto
     weight: str
     channels: Channels
+    inputs: Ids | None
 
 
 @dataclass(eq=False)

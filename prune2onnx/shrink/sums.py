@@ -202,7 +202,8 @@ def _sum(
         flow.grouped.append((ids, others, groups))
         flow.edits.append(lambda kept: _regroup(node, kept(others), kept(ids), groups))
     flow.claims.append(Claim(node.input[1], along, groups, zeroed=True))
-    _finish(flow, node, Channels(axis, ids, finite(constants, factors)), bias)
+    made = Channels(axis, ids, finite(constants, factors))
+    _finish(flow, node, made, bias, None if inputs is None else inputs.ids)
 
 
 def _each(
@@ -236,12 +237,14 @@ def _each(
     _finish(flow, node, Channels(1, ids, finite(constants, summed.factors)), bias)
 
 
-def _finish(flow: Flow, node: NodeProto, made: Channels, bias: _Added) -> None:
+def _finish(
+    flow: Flow, node: NodeProto, made: Channels, bias: _Added, inputs: Ids | None = None
+) -> None:
     if bias.name:
         axes = {} if bias.axis is None else {bias.axis: made.ids}
         flow.claims.append(Claim(bias.name, axes, zeroed=True))
     flow.channels[node.output[0]] = made
-    flow.layers.append(Layer(node.input[1], made))
+    flow.layers.append(Layer(node, node.input[1], made, inputs))
 
 
 def _regroup(

@@ -30,8 +30,8 @@ from prune2onnx.training.phases import Deployment, Run
 from prune2onnx.training.scoring import check_output
 
 # Where the recipe gives no epochs: the steps a phase takes, and the fewest epochs.
-_DEFAULT_STEPS = {"dense": 1500, "prune": 4000, "tune": 1500, "share": 800}
-_FEWEST_EPOCHS = {"dense": 5, "prune": 10, "tune": 3, "share": 2}
+_DEFAULT_STEPS = {"dense": 1500, "narrow": 2000, "prune": 4000, "tune": 1500, "share": 800}
+_FEWEST_EPOCHS = {"dense": 5, "narrow": 6, "prune": 10, "tune": 3, "share": 2}
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,12 @@ def with_epochs(recipe: Recipe, examples: int) -> Recipe:
     sections = {}
     for phase in _DEFAULT_STEPS:
         section = getattr(recipe, phase)
-        epochs = section.epochs or max(
-            _FEWEST_EPOCHS[phase], math.ceil(_DEFAULT_STEPS[phase] / steps_per_epoch)
-        )
+        epochs = section.epochs
+        if epochs is None:
+            needed = math.ceil(_DEFAULT_STEPS[phase] / steps_per_epoch)
+            epochs = max(_FEWEST_EPOCHS[phase], needed)
+            if phase == "narrow" and not recipe.narrows:
+                epochs = 0
         sections[phase] = section.model_copy(update={"epochs": epochs})
     return recipe.model_copy(update=sections)
 

@@ -33,7 +33,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
-def fold_batch_norm(model: nn.Module, example: Tensor) -> tuple[str, ...]:
+def fold_batch_norm(model: nn.Module, example: Tensor) -> dict[str, str]:
     """Folds every BatchNorm whose only input is one Linear or convolution layer, in place.
 
     The model goes to evaluation mode, in which its output stays the same to rounding; zeros of a
@@ -45,14 +45,14 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> tuple[str, ...]:
         example: [2, ...], a batch of the model's input on its device.
 
     Returns:
-        The names of the BatchNorm layers that became `Identity`.
+        Name of each BatchNorm layer that became `Identity` -> name of the layer it went into.
 
     Raises:
         Prune2OnnxError: torch cannot trace the model.
     """
     model.eval()
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        return ()
+        return {}
     try:
         program = torch.export.export(model, (example,))
     except Exception as error:  # the tracer raises what the model's own code raises, and more
@@ -61,7 +61,7 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> tuple[str, ...]:
             f"BatchNorm needs: {type(error).__name__}: {first_line(error)}"
         ) from error
     names = program.graph_signature.inputs_to_parameters
-    folded = []
+    folded = {}
     for node in program.graph.nodes:
         if node.target is not torch.ops.aten.batch_norm.default:
             continue
@@ -85,8 +85,8 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> tuple[str, ...]:
             continue  # after a sequence, BatchNorm's channels are its positions
         _fold(layer, norm)
         model.set_submodule(norm_name, nn.Identity())
-        folded.append(norm_name)
-    return tuple(folded)
+        folded[norm_name] = layer_name
+    return folded
 
 
 def _fold(layer: Any, norm: Any) -> None:

@@ -28,6 +28,7 @@ from prune2onnx.pruning import (
     survivors,
     thresholds_of,
     weigh_by_bits,
+    widths_of,
 )
 from prune2onnx.recipe import Recipe
 from prune2onnx.training.augment import augment
@@ -54,7 +55,8 @@ class Epoch:
         epoch: 1 to `epochs`.
         epochs: of this phase.
         loss: mean training loss, penalty included.
-        density: survivors over elements of the pruned weights, 0-1.
+        density: survivors over elements of the pruned weights, 0-1; while channels are pruned,
+            what is left of their cost.
         validation_error: percent of the validation split.
         validation_loss: mean cross entropy there.
         seconds: wall-clock time, evaluation included.
@@ -109,7 +111,7 @@ class Loop:
         self.history: list[Epoch] = []
         self.pruned: tuple[str, ...] = ()
         self.size = 0  # elements of the pruned weights
-        self.goal = recipe.goal  # their density, where no size is asked for
+        self.goal = recipe.wanted_density  # their density, where no size is asked for
         self.teacher: Teacher | None = None
         self.dense_error = math.nan
         self.pressure: Pressure | None = None
@@ -166,7 +168,9 @@ class Loop:
     def _train(self, phase: str, model: nn.Module) -> None:
         settings: Any = self.recipe.phase(phase)
         accelerator = self.accelerator
-        thresholds, scales = thresholds_of(model), scales_of(model)
+        widths = widths_of(model)
+        thresholds = [widths.rho] if widths else thresholds_of(model)
+        scales = scales_of(model)
         known = {id(p) for p in (*thresholds, *scales)}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
         decay = getattr(settings, "weight_decay", 0.0)
@@ -247,8 +251,10 @@ class Loop:
             if pressure:
                 if pressure.settings.weigh == "bytes" and (step - 1) % _WEIGH_EVERY == 0:
                     weigh_by_bits(model)
-                above = pressure.above(survivors(model), progress)
-                loss = loss + pressure.factor(above) * penalty(model)
+                widths = widths_of(model)
+                above = pressure.above(widths.left() if widths else survivors(model), progress)
+                pressed = widths.penalty() if widths else penalty(model)
+                loss = loss + pressure.factor(above) * pressed
             optimiser.zero_grad()
             accelerator.backward(loss)
             if pressure:
@@ -273,7 +279,12 @@ class Loop:
         return evaluate(model, data, self.accelerator, batch_size=batch_size)
 
     def _density(self, phase: str, model: nn.Module) -> float:
-        """Survivors over elements of the pruned weights; 1 before there are any."""
+        """Survivors over elements of the pruned weights; 1 before there are any.
+
+        While channels go: what is left of their cost.
+        """
+        if (widths := widths_of(model)) is not None:
+            return float(widths.left())
         if self.pressure is not None:
             return density(model).total
         layers = density(model).layers if self.pruned else ()

@@ -1,7 +1,8 @@
 """What each phase does to a model before and after it is trained, and how a size is met.
 
-dense: nothing. narrow: learned thresholds on whole channels. prune: learned thresholds on weights.
-At the end of both all thresholds are moved by one factor, so that the density or the size is met.
+dense: nothing. narrow: learned thresholds on whole channels, by what they cost. prune: learned
+thresholds on weights. At the end of both all thresholds are moved by one factor, so that the budget
+is met.
 tune: masks held. share: BatchNorm folded, dead parts settled, weights put on few levels; where the
 file is too large, the survivors that are worth least go.
 """
@@ -21,15 +22,20 @@ from torch.utils.data import DataLoader
 from prune2onnx.data import collate
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.pruning import (
+    Widths,
     bake,
     density,
     hold_zeros,
+    narrow,
     prunable_weights,
     prune,
     scale_thresholds,
     selected_weights,
     thresholds_of,
+    widths_of,
 )
+from prune2onnx.recipe import MACS
+from prune2onnx.shrink import Structure
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.fold import fold_batch_norm
 from prune2onnx.training.levels import (
@@ -52,7 +58,12 @@ _SPARE = {"prune": 1.25, "tune": 1.1, "share": 1.03}
 lets through is culled by what it is worth, which finds weights that no output misses; in steps,
 between which the others make up for it."""
 
-_CHANNEL_SLOPES = (1.0, 2.0, 2.5)  # channels take the inputs of the next layer along
+_MACS_COUNT = {"size": 0.0, "balanced": 0.5, "latency": 1.0}
+"""How much multiply-adds count in what a channel costs; the rest is for weights."""
+
+_KEPT = {"balanced": 0.25, "latency": 0.5}
+"""Density of what channels leave, where speed counts: zeros bring none, so few are made."""
+
 _MEASURE_FROM = 0.4  # part of the ramp after which files are measured
 _REACH = {"narrow": 32.0, "prune": 2.0}
 """Thresholds may be moved by this factor at the end, and by its inverse."""
@@ -66,6 +77,9 @@ class Deployment(Protocol):
 
     def nbytes(self, model: nn.Module) -> int:
         """Bytes of the file of a model with plain parameters; it may be changed."""
+
+    def structure(self, model: nn.Module) -> Structure:
+        """Which channels of a model with plain parameters are one, and what its layers cost."""
 
     def settle(self, model: nn.Module) -> None:
         """Zeroes what no output depends on, and carries constants into the next layer's bias."""
@@ -100,13 +114,14 @@ class Run(Loop):
         return lambda: None
 
     def _begin_narrow(self, model: nn.Module) -> Callable[[], object]:
-        self._put_thresholds("narrow", model)
-        # a channel takes the inputs of the next layer along
-        self._press("narrow", math.sqrt(self._narrowed()))
+        self._put_thresholds("prune", self._copied(model))  # what cannot be pruned is told now
+        widths = self._narrow(model)
+        goal = self._narrowed()
+        self._press("narrow", 1, goal)
 
         def finish() -> None:
-            self._meet_goal("narrow", model, lambda one: self._left(one) > self._narrowed())
-            bake(model)
+            self._meet_goal("narrow", model, lambda one: self._wider(one, goal))
+            widths.bake()
             settled = self._deployed(model, levels=False)
             with torch.no_grad():  # inputs that no channel feeds any more
                 for name in self.pruned:
@@ -114,9 +129,42 @@ class Run(Loop):
 
         return finish
 
+    def _narrow(self, model: nn.Module) -> Widths:
+        """Puts thresholds on channels, as far as they are one in the graph."""
+        if self.deployment is None:
+            raise Prune2OnnxError(
+                "whole channels are to be pruned, but nobody tells which of them are one; "
+                "give fit a deployment, or no narrow.epochs"
+            )
+        plain = self._copied(model)
+        norms = fold_batch_norm(plain, self._example())
+        settings: Any = self.recipe.phase("narrow")
+        return narrow(
+            model,
+            self.deployment.structure(plain.cpu()),
+            norms,
+            macs=_MACS_COUNT[self.recipe.goal if self.recipe.target_macs is None else "latency"],
+            chosen=self.pruned,
+            function=settings.function,
+            beta=settings.beta,
+            start=settings.start,
+        )
+
+    def _wider(self, model: nn.Module, goal: float) -> bool:
+        """Whether more is left of the channels than wanted."""
+        widths = widths_of(model)
+        assert widths is not None  # they are what is scaled
+        target = self.recipe.target_macs
+        if target is not None and float(widths.macs_left()) > target:
+            return True
+        return float(widths.left()) > goal
+
     def _narrowed(self) -> float:
-        """Density that whole channels are pruned to."""
-        return min(1.0, self.recipe.narrow.spare * self._first_goal())
+        """Part of what channels cost that is to be left."""
+        recipe = self.recipe
+        if recipe.goal == "size" and recipe.target_macs is None:
+            return min(1.0, recipe.narrow.spare * self._first_goal())
+        return recipe.target_macs or MACS
 
     def _begin_prune(self, model: nn.Module) -> Callable[[], object]:
         lift: Callable[[], object] = lambda: None  # noqa: E731
@@ -124,8 +172,10 @@ class Run(Loop):
         if self.recipe.narrow.epochs:
             lift = self._hold(model)
             start = self._count(model) / self.size
+            if self.recipe.goal != "size" and not self.recipe.target_density:
+                self.goal = _KEPT[self.recipe.goal] * start
         self._put_thresholds("prune", model)
-        self._press("prune", min(start, _SPARE["prune"] * self._first_goal()), start)
+        self._press("prune", self.size, min(start, _SPARE["prune"] * self._first_goal()), start)
 
         def finish() -> None:
             self._meet_goal("prune", model, lambda one: self._over(one, _SPARE["prune"]))
@@ -158,11 +208,16 @@ class Run(Loop):
             return self.goal
         return min(self.goal, 8 * self._target / _BITS / self.size)
 
-    def _press(self, phase: str, goal: float, start: float = 1.0) -> None:
+    def _press(self, phase: str, size: int, goal: float, start: float = 1.0) -> None:
+        if not start:
+            raise Prune2OnnxError(
+                "no weight is left of the channels that remained; raise --narrow-spare or "
+                "--narrow-epochs, or ask for less"
+            )
         chosen: Any = self.recipe.phase(phase)
         steps = chosen.epochs * len(self._order())
         device = self.accelerator.device
-        self.pressure = Pressure(chosen, self.size, steps, goal, device, start=start)
+        self.pressure = Pressure(chosen, size, steps, goal, device, start=start)
 
     def _meet_goal(self, phase: str, model: nn.Module, over: Callable[[nn.Module], bool]) -> None:
         """Ends the pressure; moves all thresholds by one factor, so that not too much is left."""
@@ -174,9 +229,9 @@ class Run(Loop):
         for _ in range(_HALVINGS):
             middle = math.sqrt(low * high)
             trial.load_state_dict(model.state_dict())
-            scale_thresholds(trial, middle)
+            _scale(trial, middle)
             low, high = (middle, high) if over(trial) else (low, middle)
-        scale_thresholds(model, high)
+        _scale(model, high)
 
     def _begin_tune(self, model: nn.Module) -> Callable[[], object]:
         if not self.pruned:
@@ -282,11 +337,6 @@ class Run(Loop):
                 module.__class__ = type(kind.__name__, kind.__bases__, own)
         return model
 
-    def _left(self, model: nn.Module) -> float:
-        """Density once everything is gone that no output depends on."""
-        model = self._deployed(model, levels=False)
-        return self._count(model) / self.size
-
     def _count(self, model: nn.Module) -> int:
         return sum(int(torch.count_nonzero(model.get_parameter(name))) for name in self.pruned)
 
@@ -348,12 +398,18 @@ class Run(Loop):
         """Measures what would come out, and moves the density to end at."""
         if self.pressure is None or progress <= _MEASURE_FROM * self.recipe.prune.ramp:
             return
-        now = density(model).total
-        if phase == "narrow":
-            self.pressure.aim(now, self._left(model), self._narrowed(), _CHANNEL_SLOPES)
-        elif self._target is not None and self.deployment is not None:
+        if phase == "prune" and self._target is not None and self.deployment is not None:
+            now = density(model).total
             nbytes = self._nbytes(self._deployed(model))
             self.pressure.aim(now, nbytes, round(_SPARE["prune"] * self._target))
             if self.recipe.target_density:
                 limit = _SPARE["prune"] * self.recipe.target_density
                 self.pressure.goal = min(self.pressure.goal, limit)
+
+
+def _scale(model: nn.Module, factor: float) -> None:
+    """Multiplies all thresholds of a model, on channels or on weights."""
+    if (widths := widths_of(model)) is not None:
+        widths.scale_thresholds(factor)
+    else:
+        scale_thresholds(model, factor)

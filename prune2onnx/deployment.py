@@ -9,7 +9,8 @@ from torch import nn
 
 from prune2onnx.exporter import Template
 from prune2onnx.pack import Packed, pack
-from prune2onnx.shrink import Structure, settle, shrink, structure
+from prune2onnx.shrink import settle, shrink, structure
+from prune2onnx.structure import Structure
 
 Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
 

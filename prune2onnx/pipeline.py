@@ -235,8 +235,8 @@ def _on_zeros(report: Report, macs: float, is_float: bool) -> tuple[str, ...]:
     number = "float32" if is_float else "int8"
     return (
         f"takes {ratio:.2f} of dense's time, with {100 * macs:.0f} % of its multiply-adds, in "
-        f"{number}: zeros alone save none, for onnxruntime multiplies with them as with any number; "
-        "fewer channels and int8 do (--goal latency)",
+        f"{number}: zeros alone save none, for onnxruntime multiplies with them as with any "
+        "number; fewer channels and int8 do (--goal latency)",
     )
 
 

@@ -113,7 +113,9 @@ class _KilledError(Exception):
 @pytest.mark.parametrize("moment", ["in the epoch", "after the epoch"])
 def test_a_continued_run_ends_in_the_same_bits(phase, moment, tiny_data, tmp_path):
     recipe = tiny_recipe(**{"narrow.epochs": 2})
-    whole = fit(tiny_conv(), tiny_data, recipe)
+    deployment = Deployment(tiny_data.input_shape, recipe.opset)
+    known = {"deployment": deployment}
+    whole = fit(tiny_conv(), tiny_data, recipe, **known)
 
     def kill(event):
         if event.phase == phase and event.epoch == 2:
@@ -121,10 +123,10 @@ def test_a_continued_run_ends_in_the_same_bits(phase, moment, tiny_data, tmp_pat
 
     stops = {"on_step": kill} if moment == "in the epoch" else {"on_epoch": kill}
     with pytest.raises(_KilledError):
-        fit(tiny_conv(), tiny_data, recipe, checkpoints=tmp_path, **stops)
+        fit(tiny_conv(), tiny_data, recipe, checkpoints=tmp_path, **known, **stops)
     fresh = tiny_conv()
     nn.init.ones_(fresh[0].weight)  # what the model starts from must not matter any more
-    rest = fit(fresh, tiny_data, recipe, checkpoints=tmp_path, resume=True)
+    rest = fit(fresh, tiny_data, recipe, checkpoints=tmp_path, resume=True, **known)
     assert states(rest.model) == states(whole.model)
     assert rest.pruned == whole.pruned
     assert [e.density for e in rest.history] == [e.density for e in whole.history]

@@ -2,7 +2,7 @@
 
 A channel lies in many tensors at once: a row of each layer that makes it, a column of each that
 reads it; in a residual network several layers make the same one, for it is added to itself. So
-thresholds are put not on weights but on classes of channels (`shrink.structure` finds them), and a
+thresholds are put not on weights but on classes of channels (`structure` tells which), and a
 class is whole or exactly zero in all its tensors.
 
     narrow(model, structure, norms, macs=1.0)      # before the optimiser is made
@@ -29,7 +29,7 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
 from prune2onnx.pruning.granularity import Channel
 from prune2onnx.pruning.learned import channel_axis, prunable_weights, scaled
-from prune2onnx.shrink.structure import Structure
+from prune2onnx.structure import Structure
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,8 +211,8 @@ class Widths(nn.Module):
         self.eval()
         with torch.no_grad():
             factor = self.factor()
-            for module, name in self.gates:
-                value = getattr(module, name).clone()
+            values = [getattr(module, name).clone() for module, name in self.gates]
+            for (module, name), value in zip(self.gates, values, strict=True):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 getattr(module, name).copy_(value)
             for maker in self.makers:  # what BatchNorm has multiplied with zero

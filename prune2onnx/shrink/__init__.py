@@ -10,7 +10,7 @@ cannot go is kept, with the reason.
 2. `fate`: who is dead, who can go.
 3. `cut`: zeros and constants first (`settle` is this alone), then smaller weights.
 4. `ties`: while that goes on, each layer has its own bias, also where the file shares one.
-5. `structure`: what each layer costs, and which channels are one, for those who prune them.
+5. `costs`: what each layer costs, and which channels are one, for those who prune them.
 6. `inputs`: what the first layers do not use of the graph's inputs, where the caller wants it.
 
 Weights are seen in initializers that are no inputs of the graph, and in Constant nodes; `intake`
@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from prune2onnx.shrink import inputs
+from prune2onnx.shrink.costs import multiply_adds, structure
 from prune2onnx.shrink.cut import cut, settled
 from prune2onnx.shrink.fate import decide
 from prune2onnx.shrink.flow import FLOATS, Array
 from prune2onnx.shrink.rules import trace
-from prune2onnx.shrink.structure import Structure, multiply_adds, structure
 from prune2onnx.shrink.ties import tie, untie
 
-__all__ = ["Row", "Shrunk", "Structure", "multiply_adds", "settle", "shrink", "structure"]
+__all__ = ["Row", "Shrunk", "multiply_adds", "settle", "shrink", "structure"]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from prune2onnx.pruning import (
     widths_of,
 )
 from prune2onnx.recipe import MACS
-from prune2onnx.shrink import Structure
+from prune2onnx.structure import Structure
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.fold import fold_batch_norm
 from prune2onnx.training.levels import (
@@ -143,7 +143,8 @@ class Run(Loop):
             model,
             self.deployment.structure(plain.cpu()),
             norms,
-            macs=_MACS_COUNT[self.recipe.goal if self.recipe.target_macs is None else "latency"],
+            # a budget of multiply-adds counts nothing else, where speed is no goal of its own
+            macs=_MACS_COUNT[self.recipe.goal] or float(self.recipe.narrows),
             chosen=self.pruned,
             function=settings.function,
             beta=settings.beta,

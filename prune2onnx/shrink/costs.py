@@ -1,85 +1,17 @@
-"""What a network computes per channel: which channels are one, and what each layer costs.
-
-A *class* is all channels that live and die together: those a residual sum adds, one after another
-through activations, pooling and padding. A layer multiplies and adds once for each pair of a row
-(output channel) and a column (input channel) that are there, at every place and tap; so what it
-costs is what it costs whole, times the part of its rows, times the part of its columns.
-"""
+"""What the layers of a graph cost, and which channels they share: `Structure`, from what flows."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from prune2onnx.graphs import without_weights
 from prune2onnx.shrink.fate import families
-from prune2onnx.shrink.flow import Ids
 from prune2onnx.shrink.rules import trace
-
-
-@dataclass(frozen=True, eq=False)
-class LayerCost:
-    """What one layer takes, whole.
-
-    Attributes:
-        weight: its name.
-        rows: [out] the class of each output channel.
-        columns: [in] the class of each input channel; None where they are no one's to remove, or
-            each row has one of its own.
-        size: elements of the weight.
-        macs: multiply-adds for one example.
-    """
-
-    weight: str
-    rows: Ids
-    columns: Ids | None
-    size: int
-    macs: int
-
-
-@dataclass(frozen=True, eq=False)
-class Norm:
-    """A BatchNormalization of its own, which makes a constant of a channel of zeros.
-
-    Attributes:
-        scale: name of its scale.
-        bias: name of its bias.
-        channels: [channels] their classes.
-    """
-
-    scale: str
-    bias: str
-    channels: Ids
-
-
-@dataclass(frozen=True, eq=False)
-class Structure:
-    """The layers of a network, and its classes of channels.
-
-    Attributes:
-        layers: those with a weight of their own, in the order of the graph.
-        norms: those that are not folded into a layer.
-        fixed: bool [classes], those that must stay: inputs, outputs, and what is not followed.
-    """
-
-    layers: tuple[LayerCost, ...]
-    norms: tuple[Norm, ...]
-    fixed: NDArray[np.bool_]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-adds of all layers for one example."""
-        return sum(layer.macs for layer in self.layers)
-
-    @property
-    def size(self) -> int:
-        """Elements of all weights."""
-        return sum(layer.size for layer in self.layers)
+from prune2onnx.structure import LayerCost, Norm, Structure
 
 
 def structure(model: ModelProto) -> Structure:

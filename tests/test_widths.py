@@ -1,0 +1,239 @@
+"""Thresholds on channels: tied as the network ties them, priced by what they cost, exact."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_conv, tiny_mlp, tiny_recipe
+from torch import nn
+from torch.nn import functional
+
+from prune2onnx.deployment import Deployment
+from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.exporter import export
+from prune2onnx.pruning import narrow, prunable_weights, widths_of
+from prune2onnx.shrink import multiply_adds, shrink, structure
+from prune2onnx.training import fit
+from prune2onnx.training.fold import fold_batch_norm
+
+IMAGE = (1, 8, 8)
+
+
+class Residual(nn.Module):
+    """A stem, a block that adds to it, and one that doubles the channels by padding with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(1, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.c1, self.b1 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.c2, self.b2 = nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6)
+        self.c3, self.b3 = nn.Conv2d(6, 10, 3, 2, padding=1, bias=False), nn.BatchNorm2d(10)
+        self.last = nn.Linear(10, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.bn(self.stem(x)))
+        x = functional.relu(x + self.b2(self.c2(functional.relu(self.b1(self.c1(x))))))
+        y = functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        return self.last(functional.relu(y + self.b3(self.c3(x))).mean((2, 3)))
+
+
+class Plain(nn.Module):
+    """No BatchNorm; a grouped, a depthwise and a transposed convolution, and a wide layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3)
+        self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+        self.wide, self.last = nn.Linear(4 * 144, 20), nn.Linear(20, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.relu(self.depthwise(functional.relu(self.grouped(self.first(x)))))
+        x = functional.relu(self.up(x)).flatten(1)
+        return self.last(functional.relu(self.wide(x)))
+
+
+class Before(nn.Module):
+    """BatchNorm before the convolutions, as in later residual networks: none can be folded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 6, 3, padding=1)
+        self.b1, self.c1 = nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, padding=1)
+        self.b2, self.last = nn.BatchNorm2d(6), nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        x = x + self.c1(functional.relu(self.b1(x)))
+        return self.last(functional.relu(self.b2(x)).mean((2, 3)))
+
+
+def ready(model: nn.Module, **settings: object):
+    """A network with thresholds on its channels, BatchNorm statistics not those of a new one."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.2, 2.0)
+            nn.init.uniform_(module.bias, -1.0, 1.0)
+    model.train()
+    model(torch.randn(32, *IMAGE))
+    plain = copy.deepcopy(model)
+    norms = fold_batch_norm(plain, torch.zeros(2, *IMAGE))
+    found = structure(export(plain, IMAGE))
+    chosen = settings.pop("chosen", tuple(prunable_weights(model)))
+    return narrow(model, found, norms, macs=1.0, chosen=chosen, **settings), found
+
+
+def finished(model: nn.Module) -> nn.Module:
+    """The network without thresholds, BatchNorm folded, and what nobody needs set to zero."""
+    widths_of(model).bake()
+    fold_batch_norm(model, torch.zeros(2, *IMAGE))
+    Deployment(IMAGE, 18).settle(model)
+    return model
+
+
+def test_multiply_adds_are_those_of_a_hand_count():
+    model = Plain()
+    by_hand = 36 * 8 * 9 + 36 * 8 * 4 * 9 + 36 * 8 * 9 + 36 * 8 * 4 * 4 + 576 * 20 + 60
+    assert multiply_adds(export(model, IMAGE)) == by_hand
+    assert multiply_adds(export(Residual(), IMAGE)) == 64 * 54 + 2 * 64 * 324 + 16 * 540 + 30
+
+
+def test_a_residual_sum_ties_all_who_add_to_it():
+    _, found = ready(Residual())
+    rows = {layer.weight: layer.rows for layer in found.layers}
+    assert np.array_equal(rows["stem.weight"], rows["c2.weight"])
+    assert np.array_equal(rows["c3.weight"][2:8], rows["stem.weight"])
+    assert not set(rows["c1.weight"]) & set(rows["stem.weight"])
+    assert len(set(rows["c3.weight"])) == 10
+    assert found.fixed[rows["last.weight"]].all() and not found.fixed[rows["c3.weight"]].any()
+
+
+@pytest.mark.parametrize("make", [Residual, Plain, Before])
+@pytest.mark.parametrize("threshold", [0.8, 1.0, 3.0])
+def test_what_is_left_is_what_the_shrunk_graph_has(make, threshold):
+    model = make()
+    before = multiply_adds(export(copy.deepcopy(model), IMAGE))
+    widths, _ = ready(model, start=threshold)
+    with torch.no_grad():  # no class like another
+        widths.rho.add_(0.5 * torch.randn(len(widths.rho)))
+    model.eval()
+    x = torch.randn(5, *IMAGE)
+    expected = model(x)
+    left = float(widths.macs_left())
+    assert left < 1
+    model = finished(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
+    graph = shrink(export(model, IMAGE)).model
+    assert multiply_adds(graph) <= before * left + 0.5
+    if make is not Plain:  # the groups of a convolution must stay even, so of one more may be cut
+        assert multiply_adds(graph) == pytest.approx(before * left)
+
+
+def test_a_channel_is_whole_or_zero_in_training_too_and_one_that_is_gone_stays_away():
+    model = Residual()
+    widths, found = ready(model, start=0.9)
+    model(torch.randn(4, *IMAGE))
+    gone = widths.gone.clone()
+    assert 0 < gone.sum() < len(gone)
+    rows = torch.tensor(found.layers[0].rows)
+    assert torch.equal(model.bn.weight == 0, gone[rows])
+    assert torch.equal(model.bn.bias == 0, gone[rows])
+    widths.scale_thresholds(0.01)
+    model(torch.randn(4, *IMAGE))
+    assert torch.equal(widths.gone, gone)
+    assert not widths.alive()[gone].any()
+
+
+def test_something_of_each_layer_stays():
+    model = Residual()
+    widths, found = ready(model, start=50.0)
+    alive = widths.alive().numpy()
+    assert all(alive[layer.rows].any() for layer in found.layers)
+    assert float(widths.macs_left()) < 0.1
+    assert finished(model)(torch.randn(2, *IMAGE)).isfinite().all()
+
+
+def test_the_penalty_moves_thresholds_alone_and_presses_what_costs_more():
+    model = Residual()
+    widths, found = ready(model)
+    widths.penalty().backward()
+    assert all(p.grad is None for n, p in model.named_parameters() if not n.endswith("rho"))
+    pressed = widths.rho.grad.neg()
+    rows = {layer.weight: torch.tensor(layer.rows) for layer in found.layers}
+    assert (pressed >= 0).all() and (pressed[rows["c1.weight"]] > 0).any()
+    # a channel of the sum is in every layer of the first stage, one of c3 alone in nearly none
+    assert pressed[rows["stem.weight"]].mean() > 5 * pressed[rows["c3.weight"][:2]].mean()
+    assert not pressed[torch.tensor(found.fixed)].any()
+
+
+def test_the_penalty_is_the_cost_where_thresholds_are_clear():
+    model = tiny_mlp()
+    x = torch.zeros(2, 1, 6, 6)
+    found = structure(export(model, (1, 6, 6)))
+    widths = narrow(model, found, {}, macs=0.0, chosen=("1.weight", "3.weight"), start=1e-3)
+    assert float(widths.penalty().detach()) == pytest.approx(1.0, abs=0.01)
+    assert float(widths.left()) == 1.0 and model(x).shape == (2, 3)
+
+
+def test_channels_of_weights_that_are_not_chosen_stay():
+    model = Residual()
+    widths, found = ready(model, start=50.0, chosen=("c1.weight", "c2.weight", "last.weight"))
+    alive = widths.alive().numpy()
+    rows = {layer.weight: layer.rows for layer in found.layers}
+    assert alive[rows["stem.weight"]].all()  # so does what is added to them
+    assert alive[rows["c1.weight"]].sum() == 1
+
+
+def test_a_network_without_a_free_channel_is_told():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+    found = structure(export(model, IMAGE))
+    with pytest.raises(Prune2OnnxError, match=r"no channel that could go.*--goal"):
+        narrow(model, found, {}, macs=1.0, chosen=("1.weight",))
+
+
+def test_tied_layers_are_gated_once():
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(64, 32), nn.Linear(32, 3)
+            self.one, self.two = nn.Linear(32, 32), nn.Linear(32, 32)
+            self.two.weight = self.one.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.one(self.first(x.flatten(1)).relu()).relu()
+            return self.last(self.two(x).relu())
+
+    model = Twice()
+    found = structure(export(model, IMAGE))
+    before = multiply_adds(export(model, IMAGE))
+    chosen = tuple(prunable_weights(model))
+    widths = narrow(model, found, {}, macs=1.0, chosen=chosen, start=0.99)
+    x = torch.randn(3, *IMAGE)
+    expected = model.eval()(x)
+    left = float(widths.macs_left())
+    torch.testing.assert_close(finished(model)(x), expected, rtol=1e-4, atol=1e-5)
+    assert multiply_adds(shrink(export(model, IMAGE)).model) <= before * left + 0.5
+
+
+@pytest.mark.parametrize("goal", ["latency", "balanced"])
+def test_fit_meets_a_budget_of_multiply_adds(goal, tiny_data):
+    recipe = tiny_recipe(
+        **{"goal": goal, "target_macs": 0.6, "narrow.epochs": 12, "target_density": None},
+        **{"prune.threshold_lr": 0.05},
+    )
+    deployment = Deployment(tiny_data.input_shape, recipe.opset)
+    fitted = fit(tiny_conv(), tiny_data, recipe, deployment=deployment)
+    before = multiply_adds(export(tiny_conv(), tiny_data.input_shape))
+    part = multiply_adds(deployment.shrunk(fitted.model)) / before
+    assert 0.3 < part <= 0.6
+    assert 0.1 < fitted.density < 0.6  # few zeros: they bring no speed
+    assert fitted.error < 20
+
+
+def test_without_a_deployment_nobody_knows_the_channels(tiny_data):
+    recipe = tiny_recipe(goal="latency", **{"narrow.epochs": 2})
+    with pytest.raises(Prune2OnnxError, match="give fit a deployment"):
+        fit(tiny_mlp(), tiny_data, recipe)

@@ -70,11 +70,11 @@ class Before(nn.Module):
         return self.last(functional.relu(self.b2(x)).mean((2, 3)))
 
 
-def ready(model: nn.Module, **settings: object):
+def ready(model: nn.Module, alike: bool = False, **settings: object):
     """A network with thresholds on its channels, BatchNorm statistics not those of a new one."""
     torch.manual_seed(0)
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and not alike:
             nn.init.uniform_(module.weight, 0.2, 2.0)
             nn.init.uniform_(module.bias, -1.0, 1.0)
     model.train()
@@ -127,9 +127,7 @@ def test_what_is_left_is_what_the_shrunk_graph_has(make, threshold):
     model = finished(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
     graph = shrink(export(model, IMAGE)).model
-    assert multiply_adds(graph) <= before * left + 0.5
-    if make is not Plain:  # the groups of a convolution must stay even, so of one more may be cut
-        assert multiply_adds(graph) == pytest.approx(before * left)
+    assert multiply_adds(graph) == pytest.approx(before * left)
 
 
 def test_a_channel_is_whole_or_zero_in_training_too_and_one_that_is_gone_stays_away():
@@ -158,12 +156,12 @@ def test_something_of_each_layer_stays():
 
 def test_the_penalty_moves_thresholds_alone_and_presses_what_costs_more():
     model = Residual()
-    widths, found = ready(model)
+    widths, found = ready(model, alike=True)
     widths.penalty().backward()
     assert all(p.grad is None for n, p in model.named_parameters() if not n.endswith("rho"))
     pressed = widths.rho.grad.neg()
     rows = {layer.weight: torch.tensor(layer.rows) for layer in found.layers}
-    assert (pressed >= 0).all() and (pressed[rows["c1.weight"]] > 0).any()
+    assert (pressed[rows["c1.weight"]] > 0).all()
     # a channel of the sum is in every layer of the first stage, one of c3 alone in nearly none
     assert pressed[rows["stem.weight"]].mean() > 5 * pressed[rows["c3.weight"][:2]].mean()
     assert not pressed[torch.tensor(found.fixed)].any()
@@ -229,7 +227,7 @@ def test_fit_meets_a_budget_of_multiply_adds(goal, tiny_data):
     before = multiply_adds(export(tiny_conv(), tiny_data.input_shape))
     part = multiply_adds(deployment.shrunk(fitted.model)) / before
     assert 0.3 < part <= 0.6
-    assert 0.1 < fitted.density < 0.6  # few zeros: they bring no speed
+    assert 0.05 < fitted.density < 0.6  # few zeros: they bring no speed
     assert fitted.error < 20
 
 

@@ -274,25 +274,28 @@ def narrow(
         Prune2OnnxError: there is no channel that could go.
     """
     holders = prunable_weights(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    # a weight that layers share has several names, and the graph may know it by another
+    known_as = {id(parameters[name]): name for name in holders}
     behind = {layer: norm for norm, layer in norms.items()}
     fixed = torch.tensor(structure.fixed)
     makers: dict[str, _Maker] = {}
     for layer in structure.layers:
-        modules = holders.get(layer.weight, ()) if layer.weight in chosen else ()
+        weight = known_as.get(id(parameters.get(layer.weight)), "")
+        modules = holders[weight] if weight in chosen else ()
         axis = channel_axis(modules[0]) if modules else 0
         if not modules or _original(modules[0], "weight").shape[axis] != len(layer.rows):
             for ids in (layer.rows, layer.columns):
                 if ids is not None:
                     fixed[torch.tensor(ids)] = True
-        elif layer.weight not in makers:
-            norm = behind.get(layer.weight.removesuffix(".weight"))
+        elif weight not in makers:
+            norm = behind.get(weight.removesuffix(".weight"))
             made_by = None if norm is None else model.get_submodule(norm)
-            makers[layer.weight] = _Maker(modules, made_by, axis, torch.tensor(layer.rows))
-    known = {name for name, _ in model.named_parameters()}
+            makers[weight] = _Maker(modules, made_by, axis, torch.tensor(layer.rows))
     alone = []
     for lone in structure.norms:
         path, _, name = lone.scale.rpartition(".")
-        if name == "weight" and {lone.scale, lone.bias} <= known:
+        if name == "weight" and {lone.scale, lone.bias} <= parameters.keys():
             alone.append((model.get_submodule(path), torch.tensor(lone.channels)))
         else:  # its constant cannot be taken away
             fixed[torch.tensor(lone.channels)] = True

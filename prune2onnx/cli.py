@@ -450,6 +450,7 @@ _max_bytes = click.option(
     help="packed: coded weights; sparse-initializer: ONNX's own sparse tensors, far larger",
 )
 @click.option("--strip", is_flag=True, help="leave out notes, default attributes, inner names")
+@click.option("--shrink", is_flag=True, help="take dead channels and neurons away, as shrink does")
 @click.option(
     "--anonymize", is_flag=True, help="shortest names for weights; less for readers of the file"
 )
@@ -469,6 +470,7 @@ def pack(
     load: str,
     form: str,
     strip: bool,
+    shrink: bool,
     anonymize: bool,
     bits: float | None,
     prune: float | None,
@@ -487,7 +489,7 @@ def pack(
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
     from prune2onnx.packing import Wish, pack_file
 
-    wish = Wish(load, form, strip, bits, prune, max_rel_error, data, external, anonymize)
+    wish = Wish(load, form, strip, shrink, bits, prune, max_rel_error, data, external, anonymize)
     done = pack_file(source, target, wish)
     for note in done.notes:
         _say(note)

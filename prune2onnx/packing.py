@@ -23,6 +23,7 @@ from prune2onnx.onnxfile import load, nbytes, save
 from prune2onnx.pack import pack, unpack
 from prune2onnx.report import WeightRow
 from prune2onnx.running import UnrunnableError, random_inputs, session
+from prune2onnx.shrink import shrink
 from prune2onnx.strip import strip
 from prune2onnx.validate import check_same, outputs_of
 
@@ -38,6 +39,7 @@ class Wish:
         load: "small" or "fast", as for `pack`.
         form: "packed", or "sparse-initializer".
         strip: whether what running does not need is left out (`strip`).
+        shrink: whether dead channels and neurons are taken away first (`shrink`).
         bits: lossy: bits a weight, 1 to 8.
         prune: lossy: share of the weights that become zero.
         max_rel_error: lossy: largest relative error of each weight, or, with `data`, of outputs.
@@ -49,6 +51,7 @@ class Wish:
     load: str = "small"
     form: str = "packed"
     strip: bool = False
+    shrink: bool = False
     bits: float | None = None
     prune: float | None = None
     max_rel_error: float | None = None
@@ -87,8 +90,8 @@ def pack_file(
 ) -> Done:
     """Packs a file.
 
-    Where the graph had to be changed so that it can be packed (an old operator set), onnxruntime
-    must find the outputs equal before anything is written.
+    Where the graph had to be changed (an old operator set, dead channels), onnxruntime must find
+    the outputs equal before anything is written.
 
     Args:
         source: the file to pack.
@@ -109,13 +112,18 @@ def pack_file(
     unpacked = unpack(given)
     intake = plain(unpacked)
     notes = list(intake.notes)
-    if opset(given.opset_import) != opset(intake.model.opset_import):
+    model, changed = intake.model, False
+    if wish.shrink:
+        shrunk = shrink(model)
+        model, changed = shrunk.model, bool(shrunk.rows)
+        notes.append(f"{shrunk.removed:,} dead channels and neurons removed")
+    if changed or opset(given.opset_import) != opset(model.opset_import):
         try:
-            check_same(source.name, intake.model, unpacked)
+            check_same(source.name, model, unpacked)
             notes.append("onnxruntime gives equal outputs before and after")
         except UnrunnableError as error:
             notes.append(f"not run in onnxruntime: {error}")
-    model = strip(intake.model) if wish.strip else intake.model
+    model = strip(model) if wish.strip else model
     quantized = None
     if wish.lossy:
         made = _approximated(model, wish, evaluate)

@@ -12,7 +12,7 @@ from onnx import ModelProto, helper
 
 from prune2onnx.cli import main
 from prune2onnx.onnxfile import load
-from prune2onnx.pack import pack
+from prune2onnx.pack import pack, unpack
 
 
 def network(dead: int) -> ModelProto:
@@ -47,6 +47,19 @@ def test_dead_neurons_leave_the_file(tmp_path):
     assert shapes == {"a.weight": (5, 6), "a.bias": (5,), "b.weight": (3, 5), "b.bias": (3,)}
     np.testing.assert_allclose(run(made)[0], run(network(dead=3))[0], atol=1e-5)
     assert "3 channels and neurons fewer" in told and "8x6" in told and not out
+
+
+def test_pack_shrinks_first_where_asked(tmp_path):
+    onnx.save(network(dead=3), tmp_path / "in.onnx")
+    arguments = ["pack", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]
+    result = CliRunner().invoke(main, [*arguments, "--shrink"])
+    assert result.exit_code == 0, result.stderr
+    assert "3 dead channels and neurons removed" in result.stderr
+    assert "equal outputs before and after" in result.stderr
+    made = load(tmp_path / "out.onnx")
+    assert {t.name: tuple(t.dims) for t in unpack(made).graph.initializer}["a.weight"] == (5, 6)
+    np.testing.assert_allclose(run(made)[0], run(network(dead=3))[0], atol=1e-5)
+    assert "dead channels" not in CliRunner().invoke(main, arguments).stderr
 
 
 def test_programs_get_json(tmp_path):

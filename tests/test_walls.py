@@ -46,6 +46,7 @@ MAY_IMPORT = {
         "pack",
         "report",
         "running",
+        "shrink",
         "sparse",
         "strip",
         "validate",

@@ -24,8 +24,8 @@ def structure(model: ModelProto) -> Structure:
         Prune2OnnxError: external data are not loaded, or a tensor is damaged.
     """
     flow = trace(model)
-    for rows, columns, groups in flow.grouped:  # they must stay of one size
-        for ids in (rows.reshape(groups, -1), columns.reshape(groups, -1)):
+    for made, read, groups in flow.grouped:  # they must stay of one size
+        for ids in (made.reshape(groups, -1), read.reshape(groups, -1)):
             for part in ids[1:]:
                 flow.unite(ids[0], part)
     family = families(flow)

@@ -1,14 +1,16 @@
 """From a network and its data to a small ONNX file with proof: the whole way of `compress`.
 
 One folder holds a run: recipe.yaml (written first, so that a killed run can be continued),
-checkpoints/, dense.onnx, model.onnx and report.json. The steps themselves live in their own rooms.
+checkpoints/, dense.onnx, model.onnx, report.json and history.json (what each epoch came to). The
+steps themselves live in their own rooms.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,7 @@ from prune2onnx.validate import check_outputs, scores, validate
 _FEW = 8  # examples for ranges where only bytes are measured
 
 RECIPE, DENSE, MODEL, REPORT = "recipe.yaml", "dense.onnx", "model.onnx", "report.json"
+HISTORY = "history.json"
 
 
 def compress(
@@ -97,7 +100,7 @@ def compress(
     accelerator = make_accelerator(recipe, cpu=cpu)
     checkpoints = directory / "checkpoints"
     if accelerator.is_main_process:
-        outdated = [directory / name for name in (DENSE, MODEL, REPORT)]
+        outdated = [directory / name for name in (DENSE, MODEL, HISTORY, REPORT)]
         if not resume:
             # the recipe first: a kill must leave no old checkpoint beside a new recipe
             outdated = [directory / RECIPE, *checkpoints.rglob("*.safetensors"), *outdated]
@@ -171,6 +174,8 @@ def compress(
         validation={"dense_error": fitted.dense_error, "error": made.error},
         notes=(*made.notes, *_on_zeros(report, after / before, made.is_float)),
     )
+    epochs = [asdict(epoch) for epoch in fitted.history]
+    write_whole(directory / HISTORY, json.dumps(epochs, indent=1, allow_nan=False) + "\n")
     write_whole(directory / REPORT, report.to_json())
     return report
 
@@ -250,8 +255,10 @@ def _search(
 ) -> Fitted:
     """The smallest, or fastest, network within the allowed drop: prunings of the same dense one."""
     assert recipe.max_drop is not None
+    past: tuple[Epoch, ...] = ()
     if recipe.first_phase == "dense":
-        model = run(model, recipe, checkpoints, "dense", "dense").model
+        dense = run(model, recipe, checkpoints, "dense", "dense")
+        model, past = dense.model, dense.history
     aim, first = "target_macs", MACS
     if recipe.goal == "size":
         aim, first = "target_density", recipe.wanted_density
@@ -272,7 +279,7 @@ def _search(
             error = max(error, int8_error(graph, data))
         search.trials.append(Trial(asked, error - fitted.dense_error, cost))
         if search.best == len(search.trials) - 1:
-            best = fitted
+            best = replace(fitted, history=(*past, *fitted.history))
     assert best is not None  # there is at least one trial
     return best
 

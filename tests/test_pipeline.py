@@ -46,6 +46,7 @@ def test_a_run_leaves_result_reference_recipe_report_and_checkpoints(finished):
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
         "dense.onnx",
+        "history.json",
         "model.onnx",
         "recipe.yaml",
         "report.json",
@@ -54,6 +55,27 @@ def test_a_run_leaves_result_reference_recipe_report_and_checkpoints(finished):
     assert report.folded and report.max_abs_diff < 1e-3
     assert report.ratio == (folder / "dense.onnx").stat().st_size / report.compressed.nbytes
     assert report.ratio > 8 and report.density < 0.4
+    assert report.dense.macs == 64 * 300 + 300 * 100 + 100 * 10 >= report.compressed.macs
+
+
+def test_the_history_tells_each_epoch_and_weight(finished):
+    epochs = json.loads((finished[0] / "history.json").read_text())
+    assert [e["phase"] for e in epochs] == [
+        *["dense"] * 4,
+        *["prune"] * 4,
+        *["tune"] * 3,
+        *["share"] * 3,
+    ]
+    first, last = epochs[4], epochs[7]
+    assert last["densities"].keys() == {"fc1.weight", "fc2.weight", "fc3.weight"}
+    assert all(last["thresholds"][name] > 0 for name in last["densities"])
+    assert last["densities"]["fc1.weight"] < first["densities"]["fc1.weight"] <= 1
+    assert not epochs[0]["densities"] and not epochs[-1]["thresholds"]
+
+
+def test_the_report_says_why_zeros_save_no_time(finished):
+    (note,) = finished[1].notes
+    assert "of dense's time" in note and "zeros alone save none" in note
 
 
 def test_the_report_says_what_onnxruntime_answers(finished):
@@ -300,8 +322,9 @@ def test_int8_is_taken_where_it_is_faster_and_within_the_budgets(tmp_path, monke
     monkeypatch.setattr("prune2onnx.quantizing.timed", lambda before, after: measured(0.5))
     recipe = resolve({**QUICK, "int8": True, "target_size": "15KB", "max_drop": 40.0})
     report = compress(recipe, tmp_path / "run", cpu=True)
-    (note,) = report.notes
+    note, told = report.notes
     assert note.startswith("computes in int8, in 0.50 of the time")
+    assert "of its multiply-adds, in int8" in told
     assert {row.dtype for row in report.weights if row.name.endswith("_quantized")} >= {"int8"}
     assert 10_000 < report.compressed.nbytes <= 15_000 and report.folded and not report.missed
     data = load_data("digits")
@@ -310,15 +333,29 @@ def test_int8_is_taken_where_it_is_faster_and_within_the_budgets(tmp_path, monke
     assert report.validation["error"] == pytest.approx(100 * np.mean(scores.argmax(1) != y))
     # what does not fit in int8 is float32
     dear = resolve({**QUICK, "int8": True, "target_size": 300})
-    (note,) = compress(dear, tmp_path / "dear", cpu=True).notes
+    note, _ = compress(dear, tmp_path / "dear", cpu=True).notes
     assert note.startswith("computes in float32: in int8 it would take")
+
+
+def test_the_fewest_multiply_adds_within_a_drop_are_searched_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("prune2onnx.quantizing.timed", lambda before, after: measured(0.5))
+    fast = {"goal": "latency", "narrow": {"epochs": 3}, "max_drop": 60.0, "trials": 2}
+    recipe = resolve({**QUICK, **fast, "prune": {"epochs": 3}})
+    report = compress(recipe, tmp_path / "run", cpu=True)
+    assert report.notes[0].startswith("computes in int8") and not report.missed
+    # the second trial asks for a quarter
+    assert 0.1 < report.compressed.macs / report.dense.macs <= 0.25
+    assert report.density > 0.05  # zeros bring no speed
+    epochs = json.loads((tmp_path / "run" / "history.json").read_text())
+    phases = ["dense"] * 4 + ["narrow"] * 3 + ["prune"] * 3 + ["tune"] * 3 + ["share"] * 3
+    assert [epoch["phase"] for epoch in epochs] == phases
 
 
 def test_int8_that_is_slower_is_not_taken(tmp_path, monkeypatch):
     monkeypatch.setattr("prune2onnx.quantizing.timed", lambda before, after: measured(1.2))
     report = compress(resolve({**QUICK, "int8": True}), tmp_path / "run", cpu=True)
-    assert report.notes == (
-        "computes in float32: int8 takes 1.20 times as long as float32 on this machine",
+    assert report.notes[0] == (
+        "computes in float32: int8 takes 1.20 times as long as float32 on this machine"
     )
     assert {row.dtype for row in report.weights} == {"float32"}
     assert report.max_abs_diff < 1e-3 and "int8 takes 1.20" in str(report.table().caption)

@@ -107,6 +107,7 @@ class Widths(nn.Module):
         self.makers, self.beta, self.function = makers, beta, FUNCTIONS[function]
         self.gates: list[tuple[nn.Module, str]] = []
         count, layers = len(fixed), structure.layers
+        self.names = [layer.weight for layer in layers]
         first = makers[0].measure()
         rho = torch.expm1(torch.tensor(start)).log()  # softplus(rho) = start
         self.rho = nn.Parameter(torch.full((count,), float(rho), device=first.device))
@@ -200,6 +201,17 @@ class Widths(nn.Module):
         gate = differentiable(survivor_gate, measure, self.threshold(), self.beta)
         gate = torch.where(self.fixed, torch.ones_like(gate), gate * ~self.gone)
         return self._left(gate, self.costs)
+
+    def densities(self) -> dict[str, float]:
+        """Part of each layer's output channels that is left, by the weight's name."""
+        parts = self.row_parts @ self.alive().float()
+        return dict(zip(self.names, parts.tolist(), strict=True))
+
+    def thresholds(self) -> dict[str, float]:
+        """Mean threshold of each layer's output channels, by the weight's name."""
+        with torch.no_grad():
+            means = self.row_parts @ self.threshold()
+        return dict(zip(self.names, means.tolist(), strict=True))
 
     def scale_thresholds(self, factor: float) -> None:
         """Multiplies every threshold by one factor, in place."""

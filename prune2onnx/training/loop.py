@@ -60,6 +60,10 @@ class Epoch:
         validation_error: percent of the validation split.
         validation_loss: mean cross entropy there.
         seconds: wall-clock time, evaluation included.
+        densities: of each pruned weight, 0-1, by name; while channels are pruned, of each layer's
+            channels.
+        thresholds: learned ones, by the weight's name, mean over channels; in the weight's units,
+            and while channels are pruned in those of `Widths.measure`.
     """
 
     phase: str
@@ -70,6 +74,8 @@ class Epoch:
     validation_error: float
     validation_loss: float
     seconds: float
+    densities: dict[str, float]
+    thresholds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,15 @@ class Loop:
             left = self._density(phase, model)
             seconds = time.perf_counter() - began
             record = Epoch(
-                phase, epoch, settings.epochs, loss, left, error, validation_loss, seconds
+                phase,
+                epoch,
+                settings.epochs,
+                loss,
+                left,
+                error,
+                validation_loss,
+                seconds,
+                *self._layers(model),
             )
             self.history.append(record)
             self.checkpoints.save_running(phase, epoch, model, optimiser, self._facts())
@@ -290,6 +304,14 @@ class Loop:
         layers = density(model).layers if self.pruned else ()
         nnz = sum(layer.nnz for layer in layers if layer.name in self.pruned)
         return nnz / self.size if self.pruned else 1.0
+
+    def _layers(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
+        """Density of each pruned weight, and its threshold where it has a learned one."""
+        if (widths := widths_of(model)) is not None:
+            return widths.densities(), widths.thresholds()
+        layers = [layer for layer in density(model).layers if layer.name in self.pruned]
+        densities = {layer.name: layer.density for layer in layers}
+        return densities, {x.name: x.threshold for x in layers if x.threshold is not None}
 
     def _look(self, losses: list[Tensor], phase: str, epoch: int, step: int) -> float:
         """Sum of the latest losses; one wait for the device instead of one a step."""

@@ -27,6 +27,7 @@ class Done:
         rows: one for each weight that changed.
         kept: (what, reason) of dead or constant channels that are still there.
         removed: output channels and neurons that were taken from layers.
+        bypassed: sums that went, with the branches that added nothing to them.
         difference: largest difference of an output on made-up inputs; None where nothing changed,
             or onnxruntime cannot run the model.
         notes: what else was changed, or could not be done, in words.
@@ -38,6 +39,7 @@ class Done:
     rows: tuple[Row, ...]
     kept: tuple[tuple[str, str], ...]
     removed: int
+    bypassed: int
     difference: float | None
     notes: tuple[str, ...]
     nbytes_before: int
@@ -49,7 +51,8 @@ class Done:
         table = Table("weight", "shape before", "after", title="shrunk")
         for row in self.rows:
             old, new = ("x".join(map(str, shape)) for shape in (row.before, row.after))
-            table.add_row(Text(printable(row.name)), old or "none", "same" if old == new else new)
+            after = "same" if old == new else new or "gone"
+            table.add_row(Text(printable(row.name)), old or "none", after)
         return table
 
     def reasons(self) -> list[str]:
@@ -104,6 +107,7 @@ def shrink_file(
         made.rows,
         made.kept,
         made.removed,
+        made.bypassed,
         difference,
         tuple(notes),
         nbytes(given),

@@ -18,6 +18,7 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.exporter import export
 from prune2onnx.intake import plain
 from prune2onnx.shrink import settle, shrink
+from prune2onnx.shrink.fate import FULL
 
 
 @dataclass
@@ -959,6 +960,86 @@ def test_of_a_dead_layer_one_channel_of_zeros_is_left():
     small = assert_shrunk(m, first=(1, 3, 3, 3), last=(2, 1, 3, 3))
     assert not numpy_helper.to_array(small.graph.initializer[2]).any()
     assert ("first[0]", "something has to be left of it") in shrink(small).kept
+
+
+def block(zeros: tuple[str, ...]) -> ModelProto:
+    """Two residual blocks behind a convolution, of which some weights and biases are zero."""
+    tensors = {"stem": dense(4, 3, 3, 3)}
+    nodes = [node("Conv", ["x", "stem"], ["s0"])]
+    for n in (1, 2):
+        tensors |= {
+            f"in{n}": dense(5, 4, 3, 3, seed=2 * n),
+            f"out{n}": dense(4, 5, 3, 3, seed=2 * n + 1),
+            f"bias{n}": bias(4),
+        }
+        nodes += [
+            node("Conv", [f"s{n - 1}", f"in{n}"], [f"h{n}"], pads=[1, 1, 1, 1]),
+            node("Relu", [f"h{n}"], [f"r{n}"]),
+            node("Conv", [f"r{n}", f"out{n}", f"bias{n}"], [f"b{n}"], pads=[1, 1, 1, 1]),
+            node("Add", [f"s{n - 1}", f"b{n}"], [f"s{n}"]),
+        ]
+    tensors |= {name: np.zeros_like(tensors[name]) for name in zeros}
+    nodes.append(node("Conv", ["s2", "last"], ["y"]))
+    return model(
+        nodes, tensors | {"last": dense(2, 4, 1, 1)}, {"x": ["N", 3, 8, 8]}, {"y": [None] * 4}
+    )
+
+
+def test_a_branch_that_adds_nothing_goes_whole():
+    small = assert_shrunk(
+        block(("out1", "bias1")),
+        stem=(4, 3, 3, 3), in2=(5, 4, 3, 3), out2=(4, 5, 3, 3), bias2=(4,), last=(2, 4, 1, 1),
+    )  # fmt: skip
+    assert [n.op_type for n in small.graph.node] == ["Conv", "Conv", "Relu", "Conv", "Add", "Conv"]
+    assert shrink(block(("out1", "bias1"))).bypassed == 1
+    rows = {row.name: (row.before, row.after) for row in shrink(block(("out1", "bias1"))).rows}
+    assert rows["in1"] == ((5, 4, 3, 3), ())
+
+
+def test_one_branch_after_the_other_goes():
+    small = assert_shrunk(
+        block(("out1", "bias1", "out2", "bias2")), stem=(4, 3, 3, 3), last=(2, 4, 1, 1)
+    )
+    assert [n.op_type for n in small.graph.node] == ["Conv", "Conv"]
+    assert [n.input[0] for n in small.graph.node] == ["x", "s0"]
+
+
+def test_a_branch_that_adds_a_constant_stays():
+    assert not shrink(block(("out1",))).bypassed
+
+
+def test_a_sum_that_broadcasts_stays():
+    m = model(
+        [
+            node("Conv", ["x", "w"], ["a"]),
+            node("Add", ["z", "a"], ["s"]),
+            node("Relu", ["s"], ["y"]),
+        ],
+        {"w": np.zeros((4, 3, 1, 1), np.float32)},
+        {"x": ["N", 3, 6, 6], "z": ["M", 4, 6, 6]},
+        {"y": [None] * 4},
+    )
+    assert not shrink(m).bypassed
+    (entry,) = [v for v in m.graph.input if v.name == "z"]
+    entry.type.tensor_type.shape.dim[0].dim_param = "N"
+    assert shrink(m).bypassed == 1
+
+
+@pytest.mark.parametrize(("multiple", "left"), [(1, 5), (2, 6), (4, 8), (16, 10)])
+def test_layers_keep_a_multiple_of_channels_where_asked(multiple, left):
+    m = model(
+        [node("Conv", ["x", "first"], ["h"]), node("Conv", ["h", "last"], ["y"])],
+        {"first": dense(10, 3, 3, 3, dead=(0, 3, 4, 7, 9)), "last": dense(2, 10, 1, 1)},
+        {"x": ["N", 3, 6, 6]},
+        {"y": [None] * 4},
+    )
+    small = shrink(m, multiple=multiple)
+    shapes = {t.name: tuple(t.dims) for t in small.model.graph.initializer}
+    assert shapes == {"first": (left, 3, 3, 3), "last": (2, left, 1, 1)}
+    assert_same_answers(m, small.model)
+    assert shrink(small.model, multiple=multiple).model == small.model
+    if multiple == 4:
+        assert ("first[0, 3, 4]", FULL) in small.kept
 
 
 def test_a_weight_for_two_is_cut_for_both():

@@ -235,3 +235,26 @@ def test_without_a_deployment_nobody_knows_the_channels(tiny_data):
     recipe = tiny_recipe(goal="latency", **{"narrow.epochs": 2})
     with pytest.raises(Prune2OnnxError, match="give fit a deployment"):
         fit(tiny_mlp(), tiny_data, recipe)
+
+
+def test_gradients_are_those_of_finite_differences_and_may_be_gathered_over_batches():
+    model = Residual()
+    widths, found = ready(model, start=0.9)
+    model.eval()  # whole or zero, the same function as in training
+    widths.train()
+    x = torch.randn(4, *IMAGE)
+    scale = model.bn.parametrizations.weight.original
+    model(x).square().sum().backward()
+    first = scale.grad.clone()
+    model(x).square().sum().backward()  # a second batch before the step
+    torch.testing.assert_close(scale.grad, 2 * first)
+    assert copy.deepcopy(model)(x).shape == (4, 3)
+    alive = widths.alive()
+    channel = int(alive[torch.tensor(found.layers[0].rows)].nonzero()[0])
+    with torch.no_grad():
+        changes = []
+        for step in (1e-3, -2e-3):
+            scale[channel] += step
+            changes.append(float(model(x).square().sum()))
+        scale[channel] += 1e-3
+    assert float(first[channel]) == pytest.approx((changes[0] - changes[1]) / 2e-3, rel=0.03)

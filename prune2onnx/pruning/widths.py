@@ -54,6 +54,11 @@ class _Maker:
             return _original(self.norm, "weight").abs()
         return Channel(self.axis).measure(_original(self.layers[0], "weight")).flatten()
 
+    def version(self) -> int:
+        """Another number after each change of what is measured."""
+        module: Any = self.layers[0] if self.norm is None else self.norm
+        return _original(module, "weight")._version
+
     def gated(self) -> Iterator[tuple[nn.Module, str, int]]:
         """The tensors that send a channel on: module, name, and axis of the channels."""
         if self.norm is not None:
@@ -106,6 +111,7 @@ class Widths(nn.Module):
         super().__init__()
         self.makers, self.beta, self.function = makers, beta, FUNCTIONS[function]
         self.gates: list[tuple[nn.Module, str]] = []
+        self._shared: tuple[tuple[int, ...], Tensor] | None = None
         count, layers = len(fixed), structure.layers
         self.names = [layer.weight for layer in layers]
         first = makers[0].measure()
@@ -172,7 +178,28 @@ class Widths(nn.Module):
         return alive.index_fill(0, best[empty], True)
 
     def factor(self) -> Tensor:
-        """[classes], what each class is multiplied with: 0 for one that is pruned."""
+        """[classes], what each class is multiplied with: 0 for one that is pruned.
+
+        All gates of one forward pass share it, and its gradient.
+        """
+        if not torch.is_grad_enabled():
+            return self._factor()
+        now = (self.training, self.rho._version, *(maker.version() for maker in self.makers))
+        if self._shared is None or self._shared[0] != now:
+            factor = self._factor()
+            # the graph behind it goes with the first backward pass
+            factor.register_hook(self._forget)  # type: ignore[no-untyped-call]
+            self._shared = now, factor
+        return self._shared[1]
+
+    def _forget(self, _: Tensor) -> None:
+        self._shared = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what belongs to a forward pass, for copies."""
+        return {**self.__dict__, "_shared": None}
+
+    def _factor(self) -> Tensor:
         measure = self.measure()
         pruned = differentiable(self.function, measure, self.threshold(), self.beta)
         soft = torch.where(self.fixed, torch.ones_like(measure), pruned / measure)
@@ -327,6 +354,8 @@ def narrow(
         start=start,
     )
     for maker in widths.makers:
+        if fixed[maker.classes].all():
+            continue
         for module, name, axis in maker.gated():
             widths.gate(module, name, maker.classes, axis)
     for module, classes in alone:

@@ -12,6 +12,7 @@ from prune2onnx.shrink.flow import Flow, Ids
 Mask = NDArray[np.bool_]
 
 LAST = "something has to be left of it"
+FULL = "kernels compute several channels at a time, so it costs nothing"
 UNEVEN = "groups of one convolution must stay of one size"
 
 
@@ -31,13 +32,18 @@ class Fate:
     kept: tuple[tuple[str, str], ...]
 
 
-def decide(flow: Flow) -> Fate:
-    """Channels that are one share their fate; what must stay needs all that it is made from."""
+def decide(flow: Flow, multiple: int = 1) -> Fate:
+    """Channels that are one share their fate; what must stay needs all that it is made from.
+
+    Args:
+        flow: what the rules found.
+        multiple: of which layers keep their channels, where any is alive.
+    """
     family = families(flow)
     pinned = np.zeros(flow.count, bool)
     pinned[family[list(flow.pinned)]] = True
     dead = ~_needed(flow, family, pinned)
-    gone, left = _can_go(flow, family, dead)
+    gone, left = _can_go(flow, family, dead, multiple)
     return Fate(dead[family], gone[family], _kept(flow, family, gone, left))
 
 
@@ -63,8 +69,8 @@ def _needed(flow: Flow, family: Ids, pinned: Mask) -> Mask:
     return needed
 
 
-def _can_go(flow: Flow, family: Ids, dead: Mask) -> tuple[Mask, dict[int, str]]:
-    """All that are dead, but for those that would leave an axis empty or groups uneven."""
+def _can_go(flow: Flow, family: Ids, dead: Mask, multiple: int) -> tuple[Mask, dict[int, str]]:
+    """All that are dead, but for those that would leave an axis empty, or a size uneven."""
     gone = dead.copy()
     left: dict[int, str] = {}
 
@@ -78,6 +84,12 @@ def _can_go(flow: Flow, family: Ids, dead: Mask) -> tuple[Mask, dict[int, str]]:
         for channels in flow.channels.values():
             if gone[family[channels.ids]].all():
                 leave(channels.ids[:1], LAST)
+        for layer in flow.layers if multiple > 1 else ():
+            ids = layer.channels.ids
+            going = gone[family[ids]]
+            if not dead[family[ids]].all():
+                surplus = going & (going.cumsum() <= -int((~going).sum()) % multiple)
+                leave(ids[surplus], FULL)
         for rows, columns, groups in flow.grouped:
             sides = [ids.reshape(groups, -1) for ids in (rows, columns)]
             whole = np.logical_and.reduce([gone[family[side]].all(axis=1) for side in sides])

@@ -183,14 +183,18 @@ class Flow:
         except Exception:  # of several kinds; what is not known is not followed
             known = self.model
         self._shapes: dict[str, tuple[int | None, ...]] = {}
+        self._symbols: dict[str, tuple[int | str, ...]] = {}
         self.kinds: dict[str, int] = {}
         for value in (*known.graph.input, *known.graph.output, *known.graph.value_info):
             declared = value.type.tensor_type
             self.kinds[value.name] = declared.elem_type
             if declared.HasField("shape"):
+                dims = declared.shape.dim
                 self._shapes[value.name] = tuple(
-                    dim.dim_value if dim.HasField("dim_value") else None
-                    for dim in declared.shape.dim
+                    dim.dim_value if dim.HasField("dim_value") else None for dim in dims
+                )
+                self._symbols[value.name] = tuple(
+                    dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims
                 )
         for name, tensor in self.stored.items():
             self.kinds[name] = tensor.data_type
@@ -205,6 +209,13 @@ class Flow:
         if name not in self._shapes:
             raise Opaque(f"as {name!r}, whose shape is not known")
         return self._shapes[name]
+
+    def alike(self, one: str, other: str) -> bool:
+        """Whether two computed values surely have one type and shape, whatever the input is."""
+        shape = self._symbols.get(one)
+        if shape is None or "" in shape or shape != self._symbols.get(other):
+            return False
+        return self.kinds[one] == self.kinds[other]
 
     def array(self, name: str) -> Array | None:
         """The values of an initializer or Constant; None for anything else."""

@@ -1,0 +1,158 @@
+"""Features of a network: what a layer of an ONNX file makes of each example of a data set.
+
+By default those that the last layer reads, which is what transfers to other tasks (Manessi et al.,
+arXiv 1712.01721, section on transfer; Razavian et al., arXiv 1403.6382). They are written as the
+arrays that `npz:FILE` reads, so that anything can be trained on them. What is learned from them is
+not this room's business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto
+
+from prune2onnx.data import batches, load_data
+from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.files import write_whole
+from prune2onnx.onnxfile import load
+from prune2onnx.pack import unpack
+from prune2onnx.running import session
+from prune2onnx.validate import Batches, answers
+
+_LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+_NAMED = 6  # values that an error lists
+
+
+def layer_value(model: ModelProto, layer: str | None = None) -> str:
+    """The name of the value that a layer's name means.
+
+    Args:
+        model: a plain model, not packed.
+        layer: a value of the graph; or a node or a weight, for what comes out of that layer, before
+            its activation. Default: what the last layer with a weight reads.
+
+    Raises:
+        RecipeError: nothing is called so.
+        Prune2OnnxError: there is no layer with a weight.
+    """
+    moving = _moving(model)
+    nodes = [node for node in model.graph.node if set(node.output) & moving]
+    if layer is None:
+        layers = [n for n in nodes if n.op_type in _LAYERS and n.input[1] not in moving]
+        if not layers:
+            raise Prune2OnnxError(
+                f"no layer with a weight ({', '.join(_LAYERS)}) in the graph; name a value "
+                f"with --layer: {_listed(nodes)}"
+            )
+        return layers[-1].input[0]
+    if layer in moving:
+        return layer
+    for node in nodes:
+        if node.name == layer:
+            return node.output[0]
+    if (reader := _reader(model, layer, moving)) is not None:
+        return reader.output[0]
+    weights = [tensor.name for tensor in model.graph.initializer]
+    known = [*moving, *(node.name for node in nodes), *weights]
+    near = difflib.get_close_matches(layer, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {_listed(nodes)}"
+    raise RecipeError(f"layer {layer!r}: no value, node or weight of that name{hint}")
+
+
+def _moving(model: ModelProto) -> set[str]:
+    """Values that depend on the graph's inputs."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    moving = {value.name for value in model.graph.input if value.name not in stored}
+    for node in model.graph.node:
+        if moving & set(node.input):
+            moving.update(filter(None, node.output))
+    return moving
+
+
+def _reader(model: ModelProto, weight: str, moving: set[str]) -> NodeProto | None:
+    """The layer that a weight belongs to, through whatever is computed of it alone."""
+    names = {weight}
+    for node in model.graph.node:
+        if names & set(node.input):
+            if set(node.output) & moving:
+                return node
+            names.update(node.output)
+    return None
+
+
+def _listed(nodes: Iterable[NodeProto]) -> str:
+    """The last values that nodes make."""
+    values = [name for node in nodes for name in node.output if name]
+    more = f" and {len(values) - _NAMED} before" if len(values) > _NAMED else ""
+    return ", ".join(values[-_NAMED:]) + more
+
+
+def features(
+    model: ModelProto, batches: Batches, layer: str | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """What a layer makes of each example, by onnxruntime.
+
+    Args:
+        model: packed or plain, of one input; not modified.
+        batches: examples and labels.
+        layer: as for `layer_value`.
+
+    Returns:
+        ([n, ...] float32, labels [n] int64).
+
+    Raises:
+        RecipeError: nothing is called so.
+        Prune2OnnxError: onnxruntime cannot run the model on the data, or the value is not numbers,
+            some for each example.
+    """
+    plain = unpack(model)
+    name = layer_value(plain, layer)
+    del plain.graph.output[:]
+    plain.graph.output.append(onnx.ValueInfoProto(name=name))
+    x, y = answers(session(plain), batches)
+    if x.dtype.kind not in "fiub":
+        raise Prune2OnnxError(f"{name}: of type {x.dtype}, expected numbers; name another --layer")
+    return x.astype(np.float32), y
+
+
+def features_file(
+    source: Path, target: Path, data: str, *, layer: str | None = None, batch_size: int = 128
+) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """Writes the features of a data set: x_train, y_train, x_test, y_test.
+
+    The training arrays hold all that is not the test set, what `compress` holds out for choices
+    included.
+
+    Args:
+        source: the ONNX file, packed or plain.
+        target: the archive to write (numpy's .npz).
+        data: where examples come from (`load_data`).
+        layer: as for `layer_value`.
+        batch_size: examples at a time.
+
+    Returns:
+        The value's name, and the shape of each array.
+
+    Raises:
+        RecipeError: nothing is called so, or an unknown source.
+        Prune2OnnxError: a file cannot be read or written, or the model does not take the data.
+    """
+    model = load(source)
+    name = layer_value(unpack(model), layer)
+    found = load_data(data)
+    arrays: dict[str, Any] = {}
+    for part, splits in (("train", (found.train, found.validation)), ("test", (found.test,))):
+        every = (batch for split in splits for batch in batches(split, batch_size))
+        arrays[f"x_{part}"], arrays[f"y_{part}"] = features(model, every, layer)
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_whole(target, content.getvalue())
+    return name, {key: array.shape for key, array in arrays.items()}

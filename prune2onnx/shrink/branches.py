@@ -1,0 +1,63 @@
+"""Branches that add nothing: a sum of which one side is always zero is its other side.
+
+Of a residual block whose last layer is dead, only the shortcut is left. Such sums are taken away,
+and all that was computed for them alone.
+"""
+
+from __future__ import annotations
+
+from onnx import ModelProto, NodeProto
+
+from prune2onnx.graphs import DEFAULT_DOMAINS, keep, rename, used_in
+from prune2onnx.shrink.flow import Flow
+
+
+def bypass(flow: Flow) -> int:
+    """Takes sums with zero away, and what nobody reads then; changes the flow's model.
+
+    Returns:
+        The number of sums that went.
+    """
+    graph = flow.model.graph
+    given_out = {value.name for value in graph.output}
+    others = {}
+    for node in graph.node:
+        if node.op_type == "Add" and node.domain in DEFAULT_DOMAINS:
+            other = _other(flow, node)
+            if other is not None and node.output[0] not in given_out:
+                others[node.output[0]] = other
+    if not others:
+        return 0
+    keep(graph.node, lambda node: not set(node.output) & others.keys())
+    for name, other in others.items():
+        while other in others:  # a sum of such a sum
+            other = others[other]
+        rename(graph, {name: other})
+    _forget(flow.model)
+    return len(others)
+
+
+def _other(flow: Flow, node: NodeProto) -> str | None:
+    """The side of a sum that is all of it; None where there is none."""
+    for zero, other in (node.input, reversed(node.input)):
+        channels = flow.channels.get(zero)
+        if channels is None or (channels.constants != 0).any():
+            continue
+        if flow.alike(other, node.output[0]):
+            return other
+    return None
+
+
+def _forget(model: ModelProto) -> None:
+    """Nodes and weights that nobody reads."""
+    graph = model.graph
+    given_out = {value.name for value in graph.output}
+    before = -1
+    while before != (before := len(graph.node)):
+        used = used_in(graph.node) | given_out
+        keep(graph.node, lambda node: bool(set(node.output) & used))  # noqa: B023  # read at once
+    inputs = {value.name for value in graph.input}
+    used = used_in(graph.node) | given_out | inputs
+    keep(graph.initializer, lambda tensor: tensor.name in used)
+    made = {name for node in graph.node for name in node.output}
+    keep(graph.value_info, lambda value: value.name in made)

@@ -1,0 +1,250 @@
+"""Whether features of a pruned network transfer as well as the dense one's (arXiv 1712.01721).
+
+    python tools/transfer.py RUN... --letters idx:DIR
+
+RUN is a folder that `compress` left. Two other tasks: EMNIST's letters (26 classes, drawn like
+MNIST) and scikit-learn's digits, brought to the same frame. Of each run, dense.onnx and model.onnx:
+
+1. Features: what the last layer reads (`prune2onnx.features`), scaled to unit variance; on them a
+   linear SVM and a logistic regression, C chosen by 3-fold cross-validation on training examples
+   (200 of each class at most, to keep it short), then fitted to all of them.
+2. Fine-tuning: the network with a new last layer, all of it trained on by Adam, from the dense
+   weights, from the pruned ones with their zeros held, and from those free to grow again.
+
+Runs of one network and file size are taken together, as seeds. The interval is that of the paired
+difference, compressed less dense on the same test examples, at 95 %, by the normal approximation;
+with several runs it is over their mean, test examples of each taken for independent.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.svm import LinearSVC
+from torch import nn
+
+from prune2onnx import hold_zeros, load_data
+from prune2onnx.data import Arrays, Data
+from prune2onnx.features import features
+from prune2onnx.onnxfile import load
+from prune2onnx.pipeline import make_model, recipe_of
+from prune2onnx.pruning import prunable_weights
+from prune2onnx.training import denormals
+
+GRID = (0.001, 0.01, 0.1, 1.0)
+MOST_FOR_CHOICE = 200  # training examples of a class
+FRAME, BOX = 28, 20  # of MNIST: a digit fills a box within a frame
+EPOCHS, BATCH, RATE = 8, 128, 1e-3  # of fine-tuning
+
+MNIST = Data("mnist", *[None] * 3, (1, FRAME, FRAME), 10)  # type: ignore[arg-type]
+"""What networks are made for; no examples."""
+
+Xy = tuple[NDArray[np.float32], NDArray[np.int64]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Another task: images [n, 1, 28, 28] of 0-1, and labels."""
+
+    name: str
+    train: Xy
+    test: Xy
+    classes: int
+
+
+def task(name: str, data: Data) -> Task:
+    """A data set as arrays; what is held out for choices counts as training here."""
+    train, held, test = (arrays_of(split) for split in (data.train, data.validation, data.test))
+    both = np.concatenate([train[0], held[0]]), np.concatenate([train[1], held[1]])
+    return Task(name, both, test, data.classes)
+
+
+def arrays_of(split: Any) -> Xy:
+    """All examples of a split; images are brought to MNIST's frame."""
+    assert isinstance(split, Arrays)
+    x, y = split.__getitems__(range(len(split)))
+    return np.stack([framed(image) for image in x.numpy()]), y.numpy()
+
+
+def framed(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[1, h, w] to [1, 28, 28]: enlarged to MNIST's box and put in the middle."""
+    if image.shape[1:] == (FRAME, FRAME):
+        return image
+    grey = Image.fromarray(np.uint8(255 * image[0])).resize((BOX, BOX), Image.Resampling.BILINEAR)
+    edge = (FRAME - BOX) // 2
+    return np.pad(np.asarray(grey, np.float32)[None] / 255, ((0, 0), (edge, edge), (edge, edge)))
+
+
+# -- a linear classifier on features ----------------------------------------------------------
+
+
+def batches_of(xy: Xy) -> list[Xy]:
+    """In batches, for onnxruntime."""
+    return [(xy[0][i : i + 512], xy[1][i : i + 512]) for i in range(0, len(xy[1]), 512)]
+
+
+def rights(kind: str, file: Path, given: Task, seed: int) -> NDArray[np.bool_]:
+    """Which test examples a linear classifier on a file's features gets right."""
+    model = load(file)
+    (x, y), (u, v) = (features(model, batches_of(part)) for part in (given.train, given.test))
+    x, u = x.reshape(len(x), -1), u.reshape(len(u), -1)
+    order = np.random.default_rng(seed).permutation(len(y))
+    few = np.concatenate([order[y[order] == c][:MOST_FOR_CHOICE] for c in range(given.classes)])
+    linear: Any = LinearSVC(dual=False, random_state=seed)
+    if kind == "logistic":
+        linear = LogisticRegression(max_iter=300, random_state=seed)
+    grid = {f"{type(linear).__name__.lower()}__C": GRID}
+    search = GridSearchCV(make_pipeline(StandardScaler(), linear), grid, cv=3)
+    best = search.fit(x[few], y[few]).best_params_
+    return make_pipeline(StandardScaler(), linear).set_params(**best).fit(x, y).predict(u) == v
+
+
+# -- fine-tuning ------------------------------------------------------------------------------
+
+
+def tuned(run: Path, weights: str, held: bool, given: Task, seed: int) -> NDArray[np.bool_]:
+    """Which test examples a network gets right that was trained on from a run's weights.
+
+    Args:
+        run: the folder.
+        weights: a checkpoint's name.
+        held: whether zeros stay zeros, but for the new last layer.
+        given: the task.
+        seed: of the new layer and the order of examples.
+    """
+    recipe = recipe_of(run)
+    file = run / "checkpoints" / f"{weights}.safetensors"
+    model = make_model(recipe.model_copy(update={"weights": str(file)}), MNIST)
+    torch.manual_seed(seed)
+    *others, last = prunable_weights(model)
+    name = last.removesuffix(".weight")
+    old: Any = model.get_submodule(name)
+    model.set_submodule(name, nn.Linear(old.in_features, given.classes))
+    if held:
+        hold_zeros(model, {other: model.get_parameter(other).detach() != 0 for other in others})
+    x, y = torch.from_numpy(given.train[0]), torch.from_numpy(given.train[1])
+    optimiser = torch.optim.Adam(model.parameters(), lr=RATE)
+    steps = EPOCHS * (len(y) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    with denormals(flushed=True):
+        for _ in range(EPOCHS):
+            for chosen in torch.randperm(len(y), generator=generator).split(BATCH):
+                if len(chosen) == BATCH:
+                    loss = nn.functional.cross_entropy(model(x[chosen]), y[chosen])
+                    optimiser.zero_grad()
+                    loss.backward()
+                    optimiser.step()
+                    schedule.step()
+    model.eval()
+    with torch.no_grad():
+        parts = torch.from_numpy(given.test[0]).split(512)
+        answers = np.concatenate([model(part).argmax(1).numpy() for part in parts])
+    return answers == given.test[1]
+
+
+# -- tables -----------------------------------------------------------------------------------
+
+
+def difference(ours: Sequence[NDArray[np.bool_]], dense: Sequence[NDArray[np.bool_]]) -> str:
+    """Mean paired difference in points, and its 95 % interval."""
+    each = [100 * (a.astype(float) - b) for a, b in zip(ours, dense, strict=True)]
+    mean = float(np.mean([d.mean() for d in each]))
+    error = float(np.sqrt(np.sum([d.var(ddof=1) / len(d) for d in each])) / len(each))
+    return f"{mean:+.2f} ({mean - 1.96 * error:+.2f} to {mean + 1.96 * error:+.2f})"
+
+
+def percent(rights: Sequence[NDArray[np.bool_]]) -> str:
+    """Accuracy, mean over runs and standard deviation."""
+    each = [100 * right.mean() for right in rights]
+    spread = f" ± {np.std(each, ddof=1):.2f}" if len(each) > 1 else ""
+    return f"{np.mean(each):.2f}{spread}"
+
+
+def title(run: Path) -> tuple[str, str]:
+    """A run's network and how much smaller its file is."""
+    report = json.loads((run / "report.json").read_text())
+    network = recipe_of(run).model.rpartition(":")[2]
+    target = recipe_of(run).target_size
+    size = f"{target or report['compressed']['nbytes']:,} bytes"
+    return network, f"{size}, {report['ratio']:.0f}x"
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--letters", required=True, help="EMNIST's letters, as idx:DIR")
+@click.option("--skip-tuning", is_flag=True, help="features alone")
+def main(runs: tuple[Path, ...], letters: str, skip_tuning: bool) -> None:
+    """Print the table of features, then that of fine-tuning."""
+    tasks = [task("letters", load_data(letters)), task("digits", load_data("digits"))]
+    groups: dict[tuple[str, str], list[Path]] = {}
+    for run in runs:
+        groups.setdefault(title(run), []).append(run)
+    click.echo("| network | file | task | classifier | runs | dense | compressed | difference |")
+    click.echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    known: dict[tuple[Path, str, str], NDArray[np.bool_]] = {}
+    for (network, size), members in groups.items():
+        for given in tasks:
+            for kind in ("svm", "logistic"):
+                found = []
+                for file in ("dense.onnx", "model.onnx"):
+                    for run in members:
+                        seed = recipe_of(run).seed
+                        known[run, kind, file] = rights(kind, run / file, given, seed)
+                    found.append([known[run, kind, file] for run in members])
+                row(network, size, given.name, kind, *found)
+    if skip_tuning:
+        return
+    began = time.perf_counter()
+    click.echo("\n| network | file | task | start | runs | dense | compressed | difference |")
+    click.echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for (network, size), members in groups.items():
+        for given in tasks:
+            seeds = [recipe_of(run).seed for run in members]
+            both = list(zip(members, seeds, strict=True))
+            dense = [tuned(start_of(run), "dense", False, given, seed) for run, seed in both]
+            for how, held in (("zeros held", True), ("all free", False)):
+                ours = [tuned(run, "share", held, given, seed) for run, seed in both]
+                row(network, size, given.name, how, dense, ours)
+    click.echo(f"\nfine-tuning: {time.perf_counter() - began:.0f} s", err=True)
+
+
+def start_of(run: Path) -> Path:
+    """The run with the dense checkpoint: its own, or the one whose weights it began with."""
+    if (run / "checkpoints" / "dense.safetensors").exists():
+        return run
+    weights = recipe_of(run).weights
+    assert weights is not None  # it began with pruning
+    return Path(weights).parents[1]
+
+
+def row(
+    network: str,
+    size: str,
+    name: str,
+    how: str,
+    dense: Sequence[NDArray[np.bool_]],
+    ours: Sequence[NDArray[np.bool_]],
+) -> None:
+    """A line of a table."""
+    cells = [network, size, name, how, str(len(ours)), percent(dense), percent(ours)]
+    click.echo(f"| {' | '.join([*cells, difference(ours, dense)])} |")
+
+
+if __name__ == "__main__":
+    main()

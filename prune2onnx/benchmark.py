@@ -187,12 +187,12 @@ def benchmark(
         Prune2OnnxError: a file cannot be opened or run, or its batch is fixed to another number.
     """
     found = timings(files, batches=batches, threads=threads, seconds=seconds, warm_up=warm_up)
-    operators: list[Operator] = []
+    kernels: list[Operator] = []
     for each in found if profile else ():
-        operators += _operators(Path(each.file), each.batch, each.threads)
+        kernels += operators(Path(each.file), each.batch, each.threads)
     taken = zip(files, loads(files), strict=True)
     sizes = tuple(Load(str(path), file_nbytes(path), ms, peak) for path, (ms, peak) in taken)
-    return Benchmark(environment(), sizes, tuple(found), tuple(operators))
+    return Benchmark(environment(), sizes, tuple(found), tuple(kernels))
 
 
 def timings(
@@ -258,7 +258,8 @@ def _ratio(
     return math.exp(logs.mean()), (float(low), float(high))
 
 
-def _operators(path: Path, batch: int, threads: int) -> list[Operator]:
+def operators(path: Path, batch: int, threads: int = 0) -> list[Operator]:
+    """What the kernels of a file take, by onnxruntime's profiler, the slowest first."""
     with tempfile.TemporaryDirectory() as folder:
         opened = session(path, threads=threads, profile=Path(folder) / "profile")
         inputs = _inputs(path, opened, batch)

@@ -218,7 +218,8 @@ def compress(
         return
     _console.print(weights_table(report.weights, report.compressed.nbytes))
     _console.print(report.table())
-    _console.print(f"{directory / 'model.onnx'}", markup=False, soft_wrap=True)
+    for name in ("model.onnx", "report.html"):
+        _say(f"{directory / name}")
     if as_json:
         click.echo(report.to_json(), nl=False)
     _must_fold(report, directory / "model.onnx")
@@ -346,7 +347,7 @@ def sweep(
                 _say(f"continue with: prune2onnx sweep --resume {directory}")
             raise
     _console.print(front.table())
-    for name in ("front.json", "front.svg"):
+    for name in ("front.json", "front.svg", "report.html"):
         _say(f"{directory / name}")
     if as_json:
         click.echo(front.to_json(), nl=False)
@@ -545,7 +546,8 @@ def shrink(
         _say(f"{target}: nothing could go; the same model")
         return
     sizes = f"{done.nbytes_before:,} bytes before, {done.nbytes:,} now"
-    _say(f"{target}: {done.removed} channels and neurons fewer, {sizes}")
+    branches = f", {done.bypassed} branches that added nothing gone" if done.bypassed else ""
+    _say(f"{target}: {done.removed} channels and neurons fewer{branches}, {sizes}")
     if done.difference is not None:
         _say(f"outputs within {done.difference:.1e} of the file's before")
 
@@ -647,6 +649,35 @@ def quantize(
 
 
 @main.command()
+@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.onnx")
+@click.option("--data", required=True, help="examples, as for compress")
+@click.option(
+    "--layer",
+    metavar="NAME",
+    help="a value, node or weight of the graph  [default: what the last layer reads]",
+)
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help=".npz file")
+@click.option("--json", "as_json", is_flag=True, help="print name and shapes as JSON on stdout")
+def features(file: Path, data: str, layer: str | None, output: Path, as_json: bool) -> None:
+    """Write what a layer of FILE.onnx makes of each example, for others to learn from.
+
+    x_train, y_train, x_test and y_test, as --data npz:FILE reads them.
+
+    \b
+    prune2onnx features runs/digits/model.onnx --data digits -o features.npz
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.features import features_file
+
+    name, shapes = features_file(file, output, data, layer=layer)
+    if as_json:
+        found = {"layer": name, "shapes": {key: list(shape) for key, shape in shapes.items()}}
+        click.echo(json.dumps(found, indent=2))
+        return
+    told = ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+    _say(f"{output}: {name}: {told}")
+
+
+@main.command()
 @click.argument(
     "files", type=click.Path(path_type=Path), metavar="FILE.onnx...", nargs=-1, required=True
 )
@@ -710,6 +741,19 @@ def _say(text: str) -> None:
 
 
 @main.command()
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+def report(folder: Path) -> None:
+    """Make the page of the run in DIR again: report.html, to be opened in any browser.
+
+    Of a sweep's folder: the sweep's page, and those of its runs. Nothing is trained or measured.
+    """
+    from prune2onnx.page import write_pages
+
+    for path in write_pages(folder):
+        _say(f"{path}: {path.stat().st_size:,} bytes")
+
+
+@main.command()
 @click.argument("file", type=click.Path(path_type=Path), metavar="FILE.onnx")
 @click.option(
     "--reference",
@@ -732,3 +776,35 @@ def validate(file: Path, reference: Path | None, data: str | None, as_json: bool
     else:
         _console.print(report.table())
     _must_fold(report, file)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="folder for the page"
+)
+@click.option("--data", help="what DIR was trained on, as for compress; default: as its run says")
+@click.option(
+    "--ort-web",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    envvar="PRUNE2ONNX_ORT_WEB",
+    help="the npm package onnxruntime-web  [default: the one in ./node_modules]",
+)
+def demo(source: Path, output: Path, data: str | None, ort_web: Path | None) -> None:
+    """Write a web page that runs the model of DIR, a finished run or an .onnx file.
+
+    For classifiers of images: one draws on it, or shows it an image.
+
+    \b
+    npm install onnxruntime-web
+    prune2onnx demo runs/digits -o page
+    python -m http.server -d page
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.demo import MODEL, write_demo
+
+    done = write_demo(source, output, data=data, ort_web=ort_web)
+    for note in done.notes:
+        _say(note)
+    _say(f"{output}: {done.nbytes:,} bytes, {done.files[MODEL]:,} of them the model")
+    _say(f"look at it with: python -m http.server -d {output}")

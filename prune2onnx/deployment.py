@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx
 from torch import nn
@@ -23,6 +23,8 @@ class Deployment:
         opset: ONNX operator set, 18 or newer.
         anonymize: as of `pack`.
         rewrite: what becomes of the graph between shrinking and packing, for training to measure.
+        prices: of layers, by their weights' names, where not their multiply-adds count.
+        multiple: of which layers keep their channels (`shrink`).
     """
 
     def __init__(
@@ -32,7 +34,10 @@ class Deployment:
         *,
         anonymize: bool = False,
         rewrite: Rewrite | None = None,
+        prices: Mapping[str, float] | None = None,
+        multiple: int = 1,
     ) -> None:
+        self._prices, self._multiple = prices, multiple
         self._shape, self._opset, self._anonymize = tuple(input_shape), opset, anonymize
         self._rewrite = rewrite
         self._template: Template | None = None
@@ -54,11 +59,13 @@ class Deployment:
 
     def structure(self, model: nn.Module) -> Structure:
         """Which channels are one, and what each layer costs; BatchNorm folded."""
-        return structure(self._filled(model))
+        found = structure(self._filled(model))
+        return found if self._prices is None else found.priced(self._prices)
 
     def shrunk(self, model: nn.Module, *, gather_inputs: bool = False) -> onnx.ModelProto:
         """The graph without what is dead, not packed."""
-        return shrink(self._filled(model), gather_inputs=gather_inputs).model
+        graph = self._filled(model)
+        return shrink(graph, gather_inputs=gather_inputs, multiple=self._multiple).model
 
     def pack(self, model: nn.Module, rewrite: Rewrite | None = None) -> Packed:
         """The smallest file of a model with plain parameters, BatchNorm folded.

@@ -52,7 +52,7 @@ class Point:
     """
 
     what: str
-    limit: float
+    limit: int | float  # bytes stay whole when they are read back: the name holds them
     seed: int
     state: str = "waiting"
     nbytes: int | None = None
@@ -211,12 +211,13 @@ class Front:
         }
         with matplotlib.rc_context(style):
             figure = Figure(figsize=(7, 4.5), layout="constrained")
-            self._draw(figure)
+            self.draw(figure)
             out = io.BytesIO()
             figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         return out.getvalue()
 
-    def _draw(self, figure: Any) -> None:
+    def draw(self, figure: Any, marked: str = "") -> None:
+        """Fills a matplotlib figure; the run of this name has a ring around it."""
         from matplotlib.lines import Line2D
         from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -232,6 +233,8 @@ class Front:
             colour = colours[point.seed]
             filled = colour if point.met else "none"
             axes.scatter(point.nbytes, point.error, s=42, facecolors=filled, edgecolors=colour)
+            if point.name == marked:
+                axes.scatter(point.nbytes, point.error, s=150, facecolors="none", edgecolors=_INK)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter(lambda nbytes, _: f"{nbytes / 1000:g}")
@@ -242,6 +245,9 @@ class Front:
         axes.set_axisbelow(True)
         dot: dict[str, Any] = {"linestyle": "none", "marker": "o"}
         shown = [Line2D([], [], color=colours[s], label=f"seed {s}", **dot) for s in seeds]
+        if marked:
+            ring: dict[str, Any] = {**dot, "markersize": 11, "markerfacecolor": "none"}
+            shown += [Line2D([], [], color=_INK, label="this run", **ring)]
         if self.missed:
             label = "budget missed"
             shown += [Line2D([], [], color=_INK, markerfacecolor="none", label=label, **dot)]

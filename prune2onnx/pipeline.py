@@ -1,8 +1,8 @@
 """From a network and its data to a small ONNX file with proof: the whole way of `compress`.
 
 One folder holds a run: recipe.yaml (written first, so that a killed run can be continued),
-checkpoints/, dense.onnx, model.onnx, report.json and history.json (what each epoch came to). The
-steps themselves live in their own rooms.
+checkpoints/, dense.onnx, model.onnx, history.json (what each epoch came to), report.json and
+report.html. The steps themselves live in their own rooms.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from accelerate import Accelerator
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -33,8 +34,10 @@ from prune2onnx.exporter import export
 from prune2onnx.files import write_whole
 from prune2onnx.int8 import MAX_DROP, quantize_int8
 from prune2onnx.pack import Packed, pack
+from prune2onnx.page import write_page
 from prune2onnx.recipe import MACS, Recipe, read_recipe, resolve
 from prune2onnx.report import Report
+from prune2onnx.runfolder import DENSE, HISTORY, MODEL, PAGE, RECIPE, REPORT
 from prune2onnx.running import session
 from prune2onnx.shrink import multiply_adds
 from prune2onnx.strip import strip
@@ -51,9 +54,7 @@ from prune2onnx.training import (
 from prune2onnx.validate import check_outputs, scores, validate
 
 _FEW = 8  # examples for ranges where only bytes are measured
-
-RECIPE, DENSE, MODEL, REPORT = "recipe.yaml", "dense.onnx", "model.onnx", "report.json"
-HISTORY = "history.json"
+_PRICES = "prices.json"  # measured once: a continued run shall end as an uninterrupted one
 
 
 def compress(
@@ -79,7 +80,8 @@ def compress(
         on_epoch: told after each epoch.
 
     Returns:
-        The report, also written to report.json; None in all but the main process.
+        The report, also written to report.json and, to be read, to report.html; None in all but the
+        main process.
 
     Raises:
         RecipeError: the recipe does not fit the folder or the processes.
@@ -100,10 +102,11 @@ def compress(
     accelerator = make_accelerator(recipe, cpu=cpu)
     checkpoints = directory / "checkpoints"
     if accelerator.is_main_process:
-        outdated = [directory / name for name in (DENSE, MODEL, HISTORY, REPORT)]
+        outdated = [directory / name for name in (DENSE, MODEL, HISTORY, REPORT, PAGE)]
         if not resume:
             # the recipe first: a kill must leave no old checkpoint beside a new recipe
-            outdated = [directory / RECIPE, *checkpoints.rglob("*.safetensors"), *outdated]
+            old = checkpoints.rglob("*.safetensors")
+            outdated = [directory / RECIPE, checkpoints / _PRICES, *old, *outdated]
         for path in outdated:
             path.unlink(missing_ok=True)
         write_whole(directory / RECIPE, recipe.to_yaml())
@@ -112,7 +115,12 @@ def compress(
     if recipe.tries_int8:  # the first examples will do where only bytes are measured
         rewrite = partial(_roughly_int8, data=data)
     deployment = Deployment(
-        data.input_shape, recipe.opset, anonymize=recipe.anonymize, rewrite=rewrite
+        data.input_shape,
+        recipe.opset,
+        anonymize=recipe.anonymize,
+        rewrite=rewrite,
+        prices=_prices(model, data, recipe, checkpoints, accelerator),
+        multiple=recipe.multiple,
     )
     teacher = None
     if recipe.teacher is not None:
@@ -177,7 +185,26 @@ def compress(
     epochs = [asdict(epoch) for epoch in fitted.history]
     write_whole(directory / HISTORY, json.dumps(epochs, indent=1, allow_nan=False) + "\n")
     write_whole(directory / REPORT, report.to_json())
+    write_page(directory)
     return report
+
+
+def _prices(
+    model: nn.Module, data: Data, recipe: Recipe, checkpoints: Path, accelerator: Accelerator
+) -> dict[str, float] | None:
+    """Milliseconds of each layer, where they count; measured by the main process, kept for all."""
+    if not (recipe.narrow.epochs and recipe.goal != "size" and recipe.narrow.price == "time"):
+        return None
+    path = checkpoints / _PRICES
+    if accelerator.is_main_process and not path.exists():
+        from prune2onnx.layertimes import layer_times
+
+        graph = export(model, data.input_shape, opset=recipe.opset)
+        times = layer_times(graph, batch=recipe.narrow.batch, int8=recipe.tries_int8)
+        write_whole(path, json.dumps(times, indent=1) + "\n")
+    accelerator.wait_for_everyone()
+    found: dict[str, float] = json.loads(path.read_text())
+    return found
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,18 @@ class Narrow(_Section):
         description="weights left then, in multiples of the density to be reached, where only the "
         "size counts",
     )
+    price: Literal["time", "macs"] = Field(
+        "time",
+        description="what a layer costs where speed counts: its time on this machine, or its "
+        "multiply-adds",
+    )
+    batch: int = Field(1, ge=1, description="examples in an inference, when layers are timed")
+    multiple: int | None = Field(
+        None,
+        ge=1,
+        description="channels that a layer keeps are a multiple of it, since kernels compute "
+        "several at a time; default: 8 where speed counts, else 1",
+    )
 
 
 class Prune(_Section):
@@ -223,6 +235,11 @@ class Recipe(_Section):
     def narrows(self) -> bool:
         """Whether whole channels go where the recipe does not say for how many epochs."""
         return self.goal != "size" or self.target_macs is not None
+
+    @property
+    def multiple(self) -> int:
+        """Of which layers keep their channels."""
+        return self.narrow.multiple or (1 if self.goal == "size" else 8)
 
     @property
     def searches(self) -> bool:

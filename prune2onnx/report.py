@@ -123,6 +123,81 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Paired:
+    """How two networks fare on the same test examples; counts that add up to the test set.
+
+    What they differ by is in the examples that only one gets right, so an interval from these is
+    narrower than one from two error rates.
+
+    Attributes:
+        both: examples that both get right.
+        only_dense: examples that only the reference gets right.
+        only_compressed: examples that only the packed file gets right.
+        neither: examples that both get wrong.
+    """
+
+    both: int
+    only_dense: int
+    only_compressed: int
+    neither: int
+
+    @property
+    def examples(self) -> int:
+        """All of them."""
+        return self.both + self.only_dense + self.only_compressed + self.neither
+
+    @property
+    def added(self) -> float:
+        """Error added, in percentage points."""
+        return 100 * (self.only_dense - self.only_compressed) / self.examples
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the error added, in percentage points.
+
+        Newcombe (1998), Statistics in Medicine 17, 2635-2650, method 10: the Wilson intervals of
+        both proportions, squared and added with the correlation phi between them. It holds its
+        level at few examples, too, and never has a width of 0, as Wald's has where the networks
+        agree. The example is one of his.
+
+        >>> low, high = Paired(both=36, only_dense=12, only_compressed=2, neither=0).interval
+        >>> f"{low:.2f} {high:.2f}"
+        '5.69 34.04'
+        """
+        e, f, g, h, n = *self._cells, self.examples
+        low_1, high_1 = _wilson(e + f, n)
+        low_2, high_2 = _wilson(e + g, n)
+        p_1, p_2 = (e + f) / n, (e + g) / n
+        product = (e + f) * (g + h) * (e + g) * (f + h)
+        excess: float = e * h - f * g
+        if excess > 0:  # corrected for continuity, for a correlation narrows the interval
+            excess = max(excess - n / 2, 0)
+        phi = excess / math.sqrt(product) if product else 0.0
+
+        def added(a: float, b: float) -> float:
+            return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0))
+
+        low = p_1 - p_2 - added(p_1 - low_1, high_2 - p_2)
+        high = p_1 - p_2 + added(high_1 - p_1, p_2 - low_2)
+        return 100 * max(low, -1), 100 * min(high, 1)
+
+    @property
+    def _cells(self) -> tuple[int, int, int, int]:
+        return self.both, self.only_dense, self.only_compressed, self.neither
+
+
+_Z = 1.959963984540054  # the normal quantile of 97.5 %
+
+
+def _wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (1927), at 95 %."""
+    p, z = successes / n, _Z
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+@dataclass(frozen=True)
 class Goal:
     """A budget and what became of it.
 
@@ -180,6 +255,7 @@ class Report:
         validation: "dense_error" and "error", percent of the validation split, on which all
             choices were made; None where nothing was chosen.
         notes: what there is to know besides, in words.
+        paired: both files on each test example; None without data.
     """
 
     version: str
@@ -195,6 +271,7 @@ class Report:
     budget: tuple[Goal, ...] = ()
     validation: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
+    paired: Paired | None = None
 
     @property
     def missed(self) -> tuple[Goal, ...]:
@@ -224,6 +301,7 @@ class Report:
             "compressed": asdict(self.compressed),
             "ratio": self.ratio,
             "drop": self.drop,
+            "paired": self.paired and asdict(self.paired),
             "density": self.density,
             "folded": self.folded,
             "max_abs_diff": self.max_abs_diff,
@@ -244,7 +322,8 @@ class Report:
         for heading in ("", "dense", "compressed", ""):
             table.add_column(heading, justify="left" if not heading else "right")
         a, b = self.dense, self.compressed
-        table.add_row("file", _bytes(a.nbytes), _bytes(b.nbytes), f"{self.ratio:.1f}x smaller")
+        sizes = bytes_text(a.nbytes), bytes_text(b.nbytes)
+        table.add_row("file", *sizes, f"{self.ratio:.1f}x smaller")
         if a.error is not None and b.error is not None:
             table.add_row("test error", f"{a.error:.2f} %", f"{b.error:.2f} %", f"{self.drop:+.2f}")
         if a.macs and b.macs:
@@ -253,7 +332,7 @@ class Report:
         if a.load_ms is not None and b.load_ms is not None:
             table.add_row("load", f"{a.load_ms:.1f} ms", f"{b.load_ms:.1f} ms", "")
         if a.peak_rss_bytes is not None and b.peak_rss_bytes is not None:
-            memory = _bytes(a.peak_rss_bytes), _bytes(b.peak_rss_bytes)
+            memory = bytes_text(a.peak_rss_bytes), bytes_text(b.peak_rss_bytes)
             table.add_row("peak memory of a load", *memory, "")
         if a.latency_ms is not None and b.latency_ms is not None:
             for name in ("p50", "p95"):
@@ -326,8 +405,9 @@ def weights_table(rows: Sequence[WeightRow], nbytes: int | None = None) -> Table
     return table
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: float) -> str:
+    """A number of bytes as people read it: '512 B', '6.1 kB', '1.7 MB'."""
     if count < 1000:
-        return f"{count} B"
+        return f"{count:.0f} B"
     unit, scale = ("kB", 1e3) if count < 1e6 else ("MB", 1e6)
     return f"{count / scale:,.1f} {unit}"

@@ -10,7 +10,9 @@ Data only. `shrink` reads it off a graph, `pruning` puts thresholds on it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +31,7 @@ class LayerCost:
             each row has one of its own.
         size: elements of the weight.
         macs: multiply-adds for one example.
+        price: what it takes of an inference, in any unit: milliseconds, or its multiply-adds.
     """
 
     weight: str
@@ -36,6 +39,7 @@ class LayerCost:
     columns: Ids | None
     size: int
     macs: int
+    price: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,17 +57,32 @@ class Norm:
     channels: Ids
 
 
+@dataclass(frozen=True)
+class Branch:
+    """One side of a residual sum, which may add nothing at all.
+
+    Attributes:
+        last: the weight of its last layer.
+        layers: places in `Structure.layers` of all that is computed for it alone.
+    """
+
+    last: str
+    layers: tuple[int, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Structure:
     """The layers of a network, and its classes of channels.
 
     Attributes:
         layers: those with a weight of their own, in the order of the graph.
+        branches: those that could go whole.
         norms: those that are not folded into a layer.
         fixed: bool [classes], those that must stay: inputs, outputs, and what is not followed.
     """
 
     layers: tuple[LayerCost, ...]
+    branches: tuple[Branch, ...]
     norms: tuple[Norm, ...]
     fixed: NDArray[np.bool_]
 
@@ -76,3 +95,12 @@ class Structure:
     def size(self) -> int:
         """Elements of all weights."""
         return sum(layer.size for layer in self.layers)
+
+    def priced(self, prices: Mapping[str, float]) -> Structure:
+        """With other prices, by the weights' names; layers that share a weight share its price."""
+        count = Counter(layer.weight for layer in self.layers)
+        layers = (
+            replace(layer, price=prices[layer.weight] / count[layer.weight])
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))

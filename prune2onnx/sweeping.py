@@ -2,7 +2,7 @@
 
 One folder holds a sweep: sweep.yaml (every setting, written first), sweep.db (the study, unless it
 lives elsewhere), dense-seedN/ (where all runs of a seed start), runs/NAME/ (one `compress` each),
-locks/, front.json and front.svg.
+locks/, front.json, front.svg and report.html.
 
 The list of runs, and how workers share it, is `study`'s business.
 """
@@ -32,13 +32,15 @@ from pydantic import (
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.files import write_whole
 from prune2onnx.front import RUNS, Front, Point
+from prune2onnx.page import write_page
 from prune2onnx.pipeline import compress, prepared, train_dense
 from prune2onnx.recipe import Recipe, read_recipe, resolve
 from prune2onnx.report import Report
+from prune2onnx.runfolder import FRONT
 from prune2onnx.study import BUDGETS, Study, default_storage, lock_of, public_url
 from prune2onnx.training import Epoch, Step
 
-SETTINGS, FRONT, PICTURE = "sweep.yaml", "front.json", "front.svg"
+SETTINGS, PICTURE = "sweep.yaml", "front.svg"
 
 _POLL = 2.0  # seconds between looks at what other workers do
 
@@ -153,7 +155,7 @@ def sweep(
         on_point: told what a run came to.
 
     Returns:
-        The front, also written to front.json and front.svg.
+        The front, also written to front.json, front.svg and, to be read, to report.html.
 
     Raises:
         RecipeError: the settings do not fit, the folder or the study holds another sweep.
@@ -197,6 +199,7 @@ def sweep(
             front = _written(list_, directory)
             busy = [p for p in front.points if p.state in ("waiting", "running")]
             if not busy:
+                write_page(directory)
                 return front
             if not waited:
                 waited = True

@@ -27,7 +27,7 @@ from prune2onnx.inline import is_packed
 from prune2onnx.inspection import inspect
 from prune2onnx.onnxfile import load, save
 from prune2onnx.pack import coded, decode_graph, unpack
-from prune2onnx.report import Measured, Report, WeightRow
+from prune2onnx.report import Measured, Paired, Report, WeightRow
 from prune2onnx.running import (
     UnrunnableError,
     environment,
@@ -165,6 +165,22 @@ def scores(
     Returns:
         (its first output [n, classes], labels [n]).
     """
+    out, labels = answers(opened, batches)
+    if out.ndim != 2:
+        raise Prune2OnnxError(
+            f"the model's first output has shape {list(out.shape)}, expected [n, classes]"
+        )
+    return out, labels
+
+
+def answers(
+    opened: ort.InferenceSession, batches: Batches
+) -> tuple[NDArray[Any], NDArray[np.int64]]:
+    """Runs a model of one input over a data set.
+
+    Returns:
+        (its first output [n, ...], labels [n]).
+    """
     name = opened.get_inputs()[0].name
     outputs, labels = [], []
     for x, y in batches:
@@ -175,18 +191,25 @@ def scores(
                 f"the model does not take the data: {first_line(error)}; its input is "
                 f"{input_text(opened)}, the data's examples are {list(x.shape[1:])}"
             ) from error
+        shape = np.shape(outputs[-1])
+        if shape[:1] != x.shape[:1]:
+            raise Prune2OnnxError(
+                f"an output of shape {list(shape)} for {len(x)} examples, expected one for each"
+            )
         labels.append(y)
-    out = np.concatenate(outputs)
-    if out.ndim != 2:
-        raise Prune2OnnxError(
-            f"the model's first output has shape {list(out.shape)}, expected [n, classes]"
-        )
-    return out, np.concatenate(labels)
+    return np.concatenate(outputs), np.concatenate(labels)
 
 
 def error_percent(outputs: NDArray[Any], labels: NDArray[np.int64]) -> float:
     """Percent of examples whose highest score is not their label's."""
     return 100 * float(np.mean(outputs.argmax(1) != labels))
+
+
+def paired(dense: NDArray[Any], compressed: NDArray[Any], labels: NDArray[np.int64]) -> Paired:
+    """Which of two networks get each example right, from their scores [n, classes]."""
+    right, also_right = dense.argmax(1) == labels, compressed.argmax(1) == labels
+    counts = (right & also_right, right & ~also_right, ~right & also_right, ~right & ~also_right)
+    return Paired(*(int(count.sum()) for count in counts))
 
 
 def validate(
@@ -230,7 +253,7 @@ def validate(
         size = sum(row.size for row in matrices)
         density = sum(row.nnz for row in matrices) / size if size else 1.0
     skipped = ""
-    difference = None
+    difference = pairs = None
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "unpacked.onnx"
         unpacked = unpack(packed)
@@ -243,7 +266,7 @@ def validate(
             dense, compressed = (Measured(file_nbytes(path)) for path in (beside, file))
         else:
             taken = None if batches is None else list(batches)
-            difference, (dense, compressed) = _run_and_measured(
+            difference, (dense, compressed), pairs = _run_and_measured(
                 file, (plain, opened), beside, taken, expected, seed
             )
     if not skipped:
@@ -263,6 +286,7 @@ def validate(
         density=density,
         weights=rows,
         skipped=skipped,
+        paired=pairs,
     )
 
 
@@ -273,18 +297,20 @@ def _run_and_measured(
     batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
     expected: NDArray[Any] | None,
     seed: int,
-) -> tuple[float, list[Measured]]:
-    """The largest difference of an output of `file`, and `beside` and `file` measured."""
+) -> tuple[float, list[Measured], Paired | None]:
+    """The largest difference of an output of `file`; `beside` and `file` measured, and paired."""
     plain, reference = unpacked
     opened = session(file)
     against = reference if beside == plain else session(beside)
     error: float | None = None
     reference_error: float | None = None
+    examples: Paired | None = None
     if batches is not None:
         outputs, labels = scores(opened, batches)
         error = error_percent(outputs, labels)
         dense_outputs, _ = scores(against, batches)
         reference_error = error_percent(dense_outputs, labels)
+        examples = paired(dense_outputs, outputs, labels)
         if expected is None:
             expected = dense_outputs if beside == plain else scores(reference, batches)[0]
         difference = check_outputs(file.name, outputs, expected)
@@ -301,4 +327,4 @@ def _run_and_measured(
             "they cannot be compared"
         )
     run_once(against, inputs, beside)
-    return difference, measure([beside, file], inputs, [reference_error, error])
+    return difference, measure([beside, file], inputs, [reference_error, error]), examples

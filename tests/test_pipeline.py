@@ -19,6 +19,7 @@ from prune2onnx import Prune2OnnxError, RecipeError, compress, load_data, read_r
 from prune2onnx.benchmark import Timing
 from prune2onnx.onnxfile import load
 from prune2onnx.pack import unpack
+from prune2onnx.page import page_of
 from prune2onnx.pipeline import make_model, recipe_of
 
 ROOT = Path(__file__).parent.parent
@@ -49,6 +50,7 @@ def test_a_run_leaves_result_reference_recipe_report_and_checkpoints(finished):
         "history.json",
         "model.onnx",
         "recipe.yaml",
+        "report.html",
         "report.json",
     ]
     assert json.loads((folder / "report.json").read_text()) == report.to_dict()
@@ -56,6 +58,15 @@ def test_a_run_leaves_result_reference_recipe_report_and_checkpoints(finished):
     assert report.ratio == (folder / "dense.onnx").stat().st_size / report.compressed.nbytes
     assert report.ratio > 8 and report.density < 0.4
     assert report.dense.macs == 64 * 300 + 300 * 100 + 100 * 10 >= report.compressed.macs
+
+
+def test_the_page_made_again_is_the_one_that_compress_wrote(finished):
+    folder, report = finished
+    page = (folder / "report.html").read_text()
+    assert page == page_of(folder)
+    assert f"{report.compressed.nbytes:,} bytes" in page and "fc1.weight" in page
+    paired = report.paired
+    assert paired.examples == 359 and paired.added == pytest.approx(report.drop)
 
 
 def test_the_history_tells_each_epoch_and_weight(finished):

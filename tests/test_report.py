@@ -71,6 +71,7 @@ def test_a_network_that_was_not_run_says_so_and_why():
     assert content["skipped"] == "no such operator" and content["max_abs_diff"] is None
     assert content["dense"] == {
         "nbytes": 1000, "error": None, "load_ms": None, "peak_rss_bytes": None, "latency_ms": None,
+        "macs": None,
     }  # fmt: skip
     text = shown(made.table())
     assert "10.0x smaller" in text and "folded away on load" in text

@@ -120,10 +120,10 @@ def test_a_report_has_the_promised_schema(dense, packed, tmp_path):
     report = validate(paths[1], paths[0], batches=batches(blobs(90, 3)))
     content = json.loads(report.to_json())
     assert " ".join(content) == (
-        "schema version seed environment dense compressed ratio drop density folded "
+        "schema version seed environment dense compressed ratio drop paired density folded "
         "max_abs_diff skipped budget validation notes weights"
     )
-    assert " ".join(content["dense"]) == "nbytes error load_ms peak_rss_bytes latency_ms"
+    assert " ".join(content["dense"]) == "nbytes error load_ms peak_rss_bytes latency_ms macs"
     assert list(content["compressed"]) == list(content["dense"])
     assert " ".join(content["weights"][0]) == (
         "name shape dtype nnz density codec nbytes bits_per_nonzero bits_per_weight reason "

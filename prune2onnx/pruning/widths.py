@@ -3,9 +3,10 @@
 A channel lies in many tensors at once: a row of each layer that makes it, a column of each that
 reads it; in a residual network several layers make the same one, for it is added to itself. So
 thresholds are put not on weights but on classes of channels (`structure` tells which), and a
-class is whole or exactly zero in all its tensors.
+class is whole or exactly zero in all its tensors. Branches of residual sums have a threshold of
+their own: one that is pruned adds nothing, and all that is computed for it alone goes along.
 
-    narrow(model, structure, norms, macs=1.0)      # before the optimiser is made
+    narrow(model, structure, norms, speed=1.0)     # before the optimiser is made
     loss = task_loss(model(x), y) + 2.0 * widths_of(model).penalty()
     widths_of(model).bake()
 
@@ -81,19 +82,23 @@ def _original(module: nn.Module, name: str) -> Tensor:
 
 
 class Widths(nn.Module):
-    """The thresholds of all classes of channels, and what the classes cost.
+    """The thresholds of all classes of channels and of all branches, and what these cost.
 
     A class's measure is the root mean square over the layers that make it, each in units of what
-    that layer's channels measured when pruning began. One that is gone stays away; the last one of
-    a layer stays. The penalty moves thresholds alone, not weights.
+    that layer's channels measured when pruning began; a branch's is that of its last layer. What is
+    gone stays away; the last channel of a layer stays. The penalty moves thresholds alone, not
+    weights.
     """
 
     fixed: Tensor
     gone: Tensor
-    row_parts: Tensor
-    column_parts: Tensor
+    revived: Tensor
+    rows: Tensor
+    columns: Tensor
     whole: Tensor
+    within: Tensor
     costs: Tensor
+    aims: Tensor
     macs: Tensor
     units: Tensor
 
@@ -101,84 +106,107 @@ class Widths(nn.Module):
         self,
         structure: Structure,
         fixed: Tensor,
-        makers: tuple[_Maker, ...],
+        makers: Mapping[str, _Maker],
         *,
-        macs: float,
+        speed: float,
+        by_macs: bool,
+        multiple: int,
         function: str,
         beta: float,
         start: float,
     ) -> None:
         super().__init__()
-        self.makers, self.beta, self.function = makers, beta, FUNCTIONS[function]
+        layers, self.count = structure.layers, len(fixed)
+        self.makers, self.multiple = tuple(makers.values()), multiple
+        self.beta, self.function = beta, FUNCTIONS[function]
+        self.names = [layer.weight for layer in layers]
+        branches = [branch for branch in structure.branches if branch.last in makers]
+        self.ends = [tuple(makers).index(branch.last) for branch in branches]
         self.gates: list[tuple[nn.Module, str]] = []
         self._shared: tuple[tuple[int, ...], Tensor] | None = None
-        count, layers = len(fixed), structure.layers
-        self.names = [layer.weight for layer in layers]
-        first = makers[0].measure()
+        device = self.makers[0].measure().device
         rho = torch.expm1(torch.tensor(start)).log()  # softplus(rho) = start
-        self.rho = nn.Parameter(torch.full((count,), float(rho), device=first.device))
-        self.register_buffer("fixed", fixed, persistent=False)
-        self.register_buffer("gone", torch.zeros_like(fixed))
-        rows = torch.zeros(len(layers), count)
-        columns = torch.zeros(len(layers), count)
+        self.rho = nn.Parameter(torch.full((self.count + len(branches),), float(rho)))
+        free = torch.zeros(len(branches), dtype=torch.bool)
+        rows = torch.zeros(len(layers), self.count)
+        columns = torch.zeros(len(layers), self.count)
+        within = torch.zeros(len(layers), len(branches), dtype=torch.bool)
         for index, layer in enumerate(layers):
             rows[index].index_add_(0, torch.tensor(layer.rows), torch.ones(len(layer.rows)))
             if layer.columns is not None:
                 ones = torch.ones(len(layer.columns))
                 columns[index].index_add_(0, torch.tensor(layer.columns), ones)
-        multiplied = torch.tensor([layer.macs / structure.macs for layer in layers])
-        stored = torch.tensor([layer.size / structure.size for layer in layers])
+            within[index] = torch.tensor([index in branch.layers for branch in branches])
+        macs = torch.tensor([layer.macs / structure.macs for layer in layers])
+        prices = torch.tensor([layer.price for layer in layers])
+        sizes = torch.tensor([layer.size / structure.size for layer in layers])
+        costs = speed * prices / prices.sum() + (1 - speed) * sizes
         with torch.no_grad():
-            units = [maker.measure().square().mean().sqrt().clamp_min(1e-12) for maker in makers]
+            units = [m.measure().square().mean().sqrt().clamp_min(1e-12) for m in self.makers]
+        self.register_buffer("gone", torch.zeros_like(self.rho, dtype=torch.bool))
+        self.register_buffer("revived", torch.zeros_like(self.rho, dtype=torch.bool))
         for name, value in {
-            "row_parts": rows / rows.sum(1, keepdim=True),
-            "column_parts": columns / columns.sum(1, keepdim=True).clamp_min(1),
+            "fixed": torch.cat([fixed, free]),
+            "rows": rows,
+            "columns": columns,
             "whole": (columns.sum(1) == 0).float(),
-            "macs": multiplied,
-            "costs": macs * multiplied + (1 - macs) * stored,
+            "within": within,
+            "costs": costs,
+            "aims": macs if by_macs else costs,
+            "macs": macs,
             "units": torch.stack(units),
         }.items():
             self.register_buffer(name, value, persistent=False)  # made again from the same network
-        self.to(first.device)
+        self.to(device)
 
-    def gate(self, module: nn.Module, name: str, classes: Tensor, axis: int) -> None:
-        """Lets the channels of a tensor go with their classes."""
-        if (module, name) not in self.gates:  # it may be there already, as one that layers share
-            self.gates.append((module, name))
-            gate = _Gate(self, classes.to(self.rho.device), axis)
-            parametrize.register_parametrization(module, name, gate)
+    def gate(self, module: nn.Module, name: str, axis: int, maker: _Maker | Tensor) -> None:
+        """Lets the channels of a tensor go with their classes, and with the branch they end."""
+        if (module, name) in self.gates:  # one that layers share
+            return
+        classes = maker if isinstance(maker, Tensor) else maker.classes
+        branches = [] if isinstance(maker, Tensor) else self.branches_of(maker)
+        self.gates.append((module, name))
+        gate = _Gate(self, classes.to(self.rho.device), branches, axis)
+        parametrize.register_parametrization(module, name, gate)
+
+    def branches_of(self, maker: _Maker) -> list[int]:
+        """The branches that end in a layer, by their places in `measure`."""
+        return [self.count + n for n, end in enumerate(self.ends) if self.makers[end] is maker]
 
     def threshold(self) -> Tensor:
-        """[classes], each > 0, in the units of `measure`."""
+        """[classes + branches], each > 0, in the units of `measure`."""
         return nn.functional.softplus(self.rho)
 
     def measure(self) -> Tensor:
-        """[classes], about 1; of a class that nobody makes it is 1."""
-        squares = torch.zeros_like(self.rho)
-        counts = torch.zeros_like(self.rho)
+        """[classes + branches], about 1; of a class that nobody makes it is 1."""
+        squares = torch.zeros(self.count, device=self.rho.device)
+        counts = torch.zeros_like(squares)
+        means = []
         for maker, unit in zip(self.makers, self.units, strict=True):
-            own = maker.measure().float() / unit
+            own = (maker.measure().float() / unit).square()
             classes = maker.classes.to(own.device)
-            squares = squares.index_add(0, classes, own.square())
+            squares = squares.index_add(0, classes, own)
             counts = counts.index_add(0, classes, torch.ones_like(own))
+            means.append(own.mean())
         mean = torch.where(counts > 0, squares / counts.clamp_min(1), torch.ones_like(squares))
+        mean = torch.cat([mean, *(means[end][None] for end in self.ends)])
         return mean.clamp_min(1e-24).sqrt()
 
     def alive(self) -> Tensor:
-        """Bool [classes]: those over their thresholds; at least one of each layer."""
+        """Bool [classes + branches]: those over their thresholds; of each layer one at least."""
         with torch.no_grad():
             return self._alive(self.measure())
 
     def _alive(self, measure: Tensor) -> Tensor:
         margin = (measure - self.threshold()).masked_fill(self.gone, -torch.inf)
-        alive = (margin > 0) | self.fixed
-        own = self.row_parts > 0
-        empty = ~(own & alive).any(1)
-        best = margin.expand_as(own).masked_fill(~own, -torch.inf).argmax(1)
+        alive = (margin > 0) | self.fixed | self.revived
+        own = self.rows > 0
+        empty = ~(own & alive[: self.count]).any(1)
+        best = margin[: self.count].expand_as(own).masked_fill(~own, -torch.inf).argmax(1)
         return alive.index_fill(0, best[empty], True)
 
     def factor(self) -> Tensor:
-        """[classes], what each class is multiplied with: 0 for one that is pruned.
+        """[classes + branches], what each is multiplied with: 0 for what is pruned.
 
         All gates of one forward pass share it, and its gradient.
         """
@@ -202,7 +230,7 @@ class Widths(nn.Module):
     def _factor(self) -> Tensor:
         measure = self.measure()
         pruned = differentiable(self.function, measure, self.threshold(), self.beta)
-        soft = torch.where(self.fixed, torch.ones_like(measure), pruned / measure)
+        soft = torch.where(self.fixed | self.revived, torch.ones_like(measure), pruned / measure)
         with torch.no_grad():
             alive = self._alive(measure)
             if self.training:
@@ -210,13 +238,19 @@ class Widths(nn.Module):
         hard = torch.where(alive, soft, torch.zeros_like(soft))
         return soft + (hard - soft).detach() if self.training else hard
 
+    def _parts(self, gate: Tensor) -> Tensor:
+        """[layers], the part of each layer's output channels that is left, 0-1."""
+        within = gate[self.count :].expand_as(self.within)
+        branch = torch.where(self.within, within, torch.ones_like(within)).prod(1)
+        return branch * (self.rows @ gate[: self.count]) / self.rows.sum(1)
+
     def _left(self, gate: Tensor, costs: Tensor) -> Tensor:
-        rows, columns = self.row_parts @ gate, self.column_parts @ gate + self.whole
-        return (costs * rows * columns).sum()
+        columns = self.columns @ gate[: self.count] / self.columns.sum(1).clamp_min(1) + self.whole
+        return (costs * self._parts(gate) * columns).sum()
 
     def left(self) -> Tensor:
-        """Part of the cost that is left, 0-1; a scalar, without gradient."""
-        return self._left(self.alive().float(), self.costs)
+        """What is left, 0-1, of what is aimed at: the cost, or multiply-adds; without gradient."""
+        return self._left(self.alive().float(), self.aims)
 
     def macs_left(self) -> Tensor:
         """Part of the multiply-adds that is left, 0-1; a scalar, without gradient."""
@@ -231,22 +265,44 @@ class Widths(nn.Module):
 
     def densities(self) -> dict[str, float]:
         """Part of each layer's output channels that is left, by the weight's name."""
-        parts = self.row_parts @ self.alive().float()
+        parts = self._parts(self.alive().float())
         return dict(zip(self.names, parts.tolist(), strict=True))
 
     def thresholds(self) -> dict[str, float]:
         """Mean threshold of each layer's output channels, by the weight's name."""
         with torch.no_grad():
-            means = self.row_parts @ self.threshold()
+            means = self.rows @ self.threshold()[: self.count] / self.rows.sum(1)
         return dict(zip(self.names, means.tolist(), strict=True))
 
     def scale_thresholds(self, factor: float) -> None:
-        """Multiplies every threshold by one factor, in place."""
+        """Multiplies every threshold by one factor, in place; then each layer is filled up.
+
+        Kernels compute several channels at a time, so up to a multiple of that number channels
+        cost nothing: the best of those that are pruned stay.
+        """
         with torch.no_grad():
             self.rho.copy_(scaled(self.rho, factor))
+            self.revived.zero_()
+            if self.multiple > 1:
+                self._fill()
+
+    def _fill(self) -> None:
+        margin = self.measure() - self.threshold()
+        order = margin[: self.count].argsort(descending=True).tolist()
+        before = -1
+        while before != (before := int(self.revived.sum())):
+            for index, rows in enumerate(self.rows):
+                alive = self.alive()
+                if float(self._parts(alive.float())[index]) == 0:
+                    continue  # of a branch that is gone
+                lack = -int((rows * alive[: self.count]).sum()) % self.multiple
+                for channel in order:
+                    if 0 < int(rows[channel]) <= lack and not alive[channel]:
+                        self.revived[channel] = True
+                        lack -= int(rows[channel])
 
     def bake(self) -> None:
-        """Leaves plain parameters, with zeros for the channels that are gone; removes itself."""
+        """Leaves plain parameters, with zeros for what is gone; removes itself."""
         self.eval()
         with torch.no_grad():
             factor = self.factor()
@@ -255,11 +311,14 @@ class Widths(nn.Module):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 getattr(module, name).copy_(value)
             for maker in self.makers:  # what BatchNorm has multiplied with zero
+                alive = factor[maker.classes.to(factor.device)] != 0
+                for branch in self.branches_of(maker):
+                    alive = alive & (factor[branch] != 0)
                 if maker.norm is not None:
                     for weight in {id(x.weight): x.weight for x in maker.layers}.values():
                         shape = [1] * weight.ndim
                         shape[maker.axis] = -1
-                        weight.mul_((factor[maker.classes.to(factor.device)] != 0).view(shape))
+                        weight.mul_(alive.view(shape))
 
 
 class _Gate(nn.Module):
@@ -267,15 +326,19 @@ class _Gate(nn.Module):
 
     classes: Tensor
 
-    def __init__(self, widths: Widths, classes: Tensor, axis: int) -> None:
+    def __init__(self, widths: Widths, classes: Tensor, branches: list[int], axis: int) -> None:
         super().__init__()
-        self.widths, self.axis = widths, axis
+        self.widths, self.branches, self.axis = widths, branches, axis
         self.register_buffer("classes", classes, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         shape = [1] * x.ndim
         shape[self.axis] = -1
-        return x * self.widths.factor()[self.classes].view(shape).to(x.dtype)
+        every = self.widths.factor()
+        factor = every[self.classes]
+        for branch in self.branches:
+            factor = factor * every[branch]
+        return x * factor.view(shape).to(x.dtype)
 
 
 def widths_of(model: nn.Module) -> Widths | None:
@@ -288,8 +351,10 @@ def narrow(
     structure: Structure,
     norms: Mapping[str, str],
     *,
-    macs: float,
+    speed: float,
     chosen: Collection[str],
+    by_macs: bool = False,
+    multiple: int = 1,
     function: str = "threshold-linear",
     beta: float = 10.0,
     start: float = 0.5,
@@ -300,8 +365,11 @@ def narrow(
         model: plain parameters; their names are those of the structure's weights.
         structure: of the model's graph with BatchNorm folded.
         norms: name of a BatchNorm layer -> name of the layer that it was folded into.
-        macs: how much multiply-adds count in the cost, 0-1; the rest is for elements of weights.
+        speed: how much the layers' prices count in the cost, 0-1; the rest is for elements of
+            weights.
         chosen: names of the weights that may be pruned; channels of any other weight stay.
+        by_macs: whether what is left is told in multiply-adds, not in that cost.
+        multiple: of which layers shall keep their channels in the end.
         function: a name in `FUNCTIONS`.
         beta: sharpness of the pruning function, per unit of a class's measure, which is about 1.
         start: first threshold, in that unit.
@@ -347,19 +415,21 @@ def narrow(
     widths = Widths(
         structure,
         fixed,
-        tuple(makers.values()),
-        macs=macs,
+        makers,
+        speed=speed,
+        by_macs=by_macs,
+        multiple=multiple,
         function=function,
         beta=beta,
         start=start,
     )
     for maker in widths.makers:
-        if fixed[maker.classes].all():
+        if fixed[maker.classes].all() and not widths.branches_of(maker):
             continue
         for module, name, axis in maker.gated():
-            widths.gate(module, name, maker.classes, axis)
+            widths.gate(module, name, axis, maker)
     for module, classes in alone:
-        widths.gate(module, "weight", classes, 0)
-        widths.gate(module, "bias", classes, 0)
+        widths.gate(module, "weight", 0, classes)
+        widths.gate(module, "bias", 0, classes)
     widths.train(model.training)
     return widths

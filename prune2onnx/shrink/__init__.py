@@ -30,14 +30,14 @@ from onnx import ModelProto
 
 from prune2onnx.shrink import inputs
 from prune2onnx.shrink.branches import bypass
-from prune2onnx.shrink.costs import multiply_adds, structure
+from prune2onnx.shrink.costs import multiply_adds, shapes_of, structure
 from prune2onnx.shrink.cut import cut, settled
 from prune2onnx.shrink.fate import decide
 from prune2onnx.shrink.flow import FLOATS, Array
 from prune2onnx.shrink.rules import trace
 from prune2onnx.shrink.ties import tie, untie
 
-__all__ = ["Row", "Shrunk", "multiply_adds", "settle", "shrink", "structure"]
+__all__ = ["Row", "Shrunk", "multiply_adds", "settle", "shapes_of", "shrink", "structure"]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,46 @@ from onnx import ModelProto, NodeProto
 
 from prune2onnx.graphs import DEFAULT_DOMAINS, keep, rename, used_in
 from prune2onnx.shrink.flow import Flow
+from prune2onnx.structure import Branch
+
+
+def branches(flow: Flow) -> tuple[Branch, ...]:
+    """Sides of sums that could go, if their last layer made nothing but zeros.
+
+    Of two sides that end in a layer the one that takes more layers is meant.
+    """
+    found = []
+    for node in _sums(flow):
+        sides = [_side(flow, node, one, other) for one, other in (node.input, node.input[::-1])]
+        longest = max(sides, key=lambda side: 0 if side is None else len(side.layers))
+        found += [] if longest is None else [longest]
+    return tuple(found)
+
+
+def _sums(flow: Flow) -> list[NodeProto]:
+    """Additions whose result is no output of the graph."""
+    given_out = {value.name for value in flow.model.graph.output}
+    return [
+        node
+        for node in flow.model.graph.node
+        if node.op_type == "Add" and node.domain in DEFAULT_DOMAINS
+        if node.output[0] not in given_out
+    ]
+
+
+def _side(flow: Flow, node: NodeProto, side: str, other: str) -> Branch | None:
+    """The branch that ends in one side of a sum; None where the sum needs it."""
+    last = next((layer for layer in flow.layers if layer.node.output[0] == side), None)
+    if last is None or flow.uses[side] != 1 or not flow.alike(other, node.output[0]):
+        return None
+    alone = {side}  # values that nothing else needs
+    for one in reversed(flow.model.graph.node):
+        readers = [reader for name in one.output for reader in flow.readers.get(name, ())]
+        total = sum(flow.uses[name] for name in one.output)
+        if readers and total == len(readers) and all(alone & set(r.output) for r in readers):
+            alone.update(one.output)
+    layers = [n for n, layer in enumerate(flow.layers) if layer.node.output[0] in alone]
+    return Branch(last.weight, tuple(layers))
 
 
 def bypass(flow: Flow) -> int:
@@ -19,13 +59,10 @@ def bypass(flow: Flow) -> int:
         The number of sums that went.
     """
     graph = flow.model.graph
-    given_out = {value.name for value in graph.output}
     others = {}
-    for node in graph.node:
-        if node.op_type == "Add" and node.domain in DEFAULT_DOMAINS:
-            other = _other(flow, node)
-            if other is not None and node.output[0] not in given_out:
-                others[node.output[0]] = other
+    for node in _sums(flow):
+        if (other := _other(flow, node)) is not None:
+            others[node.output[0]] = other
     if not others:
         return 0
     keep(graph.node, lambda node: not set(node.output) & others.keys())

@@ -9,6 +9,7 @@ import onnx
 from onnx import ModelProto, NodeProto
 
 from prune2onnx.graphs import without_weights
+from prune2onnx.shrink.branches import branches
 from prune2onnx.shrink.fate import families
 from prune2onnx.shrink.rules import trace
 from prune2onnx.structure import LayerCost, Norm, Structure
@@ -38,13 +39,14 @@ def structure(model: ModelProto) -> Structure:
         size = flow.values(layer.weight).size
         columns = None if layer.inputs is None else family[layer.inputs]
         macs = size * places.get(id(layer.node), 1)
-        layers.append(LayerCost(layer.weight, family[layer.channels.ids], columns, size, macs))
+        rows = family[layer.channels.ids]
+        layers.append(LayerCost(layer.weight, rows, columns, size, macs, float(macs)))
     norms = tuple(
         Norm(node.input[1], node.input[2], family[flow.channels[node.output[0]].ids])
         for node in model.graph.node
         if node.op_type == "BatchNormalization" and node.output[0] in flow.channels
     )
-    return Structure(tuple(layers), norms, fixed)
+    return Structure(tuple(layers), branches(flow), norms, fixed)
 
 
 def multiply_adds(model: ModelProto) -> int:
@@ -58,18 +60,23 @@ def multiply_adds(model: ModelProto) -> int:
 
 def _places(model: ModelProto) -> dict[int, int]:
     """How often each element of a weight is multiplied for one example, by the node's identity."""
-    single = without_weights(model)
+    shapes = shapes_of(model, batch=1)
+    return {id(node): _of(node, shapes) for node in model.graph.node}
+
+
+def shapes_of(model: ModelProto, batch: int) -> dict[str, list[int]]:
+    """Shapes of a graph's values for so many examples; an extent that is not known is 0."""
+    known = without_weights(model)
     stored = {tensor.name for tensor in model.graph.initializer}
-    for value in single.graph.input[: len(model.graph.input)]:
+    for value in known.graph.input[: len(model.graph.input)]:
         dims = value.type.tensor_type.shape.dim
         if dims and value.name not in stored:
-            dims[0].dim_value = 1
-    graph = onnx.shape_inference.infer_shapes(single, data_prop=True).graph
-    shapes = {
+            dims[0].dim_value = batch
+    graph = onnx.shape_inference.infer_shapes(known, data_prop=True).graph
+    return {
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
         for value in (*graph.input, *graph.value_info, *graph.output)
     }
-    return {id(node): _of(node, shapes) for node in model.graph.node}
 
 
 def _of(node: NodeProto, shapes: dict[str, list[int]]) -> int:

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from prune2onnx.data import Data
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
+from prune2onnx.history import Epoch
 from prune2onnx.recipe import Recipe
 from prune2onnx.training.augment import check_images
 from prune2onnx.training.checkpoint import Checkpoints, plain_state
 from prune2onnx.training.denormals import denormals
-from prune2onnx.training.loop import PHASES, Epoch, Step
+from prune2onnx.training.loop import PHASES, Step
 from prune2onnx.training.phases import Deployment, Run
 from prune2onnx.training.scoring import check_output
 

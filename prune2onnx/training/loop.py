@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from prune2onnx.data import Data, collate
 from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.history import Epoch
 from prune2onnx.pruning import (
     density,
     penalty,
@@ -44,38 +45,6 @@ _STREAMS = {"dense": 0, "narrow": 4, "prune": 1, "tune": 2, "share": 3}  # of ra
 _WEIGH_EVERY = 100  # steps between looks at what survivors take
 _WARM_UP = 0.1  # part of a phase over which the learning rate rises
 _LOOK_EVERY = 16  # steps between looks at density and losses, each a wait for the GPU
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What one epoch came to.
-
-    Attributes:
-        phase: one of `PHASES`.
-        epoch: 1 to `epochs`.
-        epochs: of this phase.
-        loss: mean training loss, penalty included.
-        density: survivors over elements of the pruned weights, 0-1; while channels are pruned,
-            what is left of their cost.
-        validation_error: percent of the validation split.
-        validation_loss: mean cross entropy there.
-        seconds: wall-clock time, evaluation included.
-        densities: of each pruned weight, 0-1, by name; while channels are pruned, of each layer's
-            channels.
-        thresholds: learned ones, by the weight's name, mean over channels; in the weight's units,
-            and while channels are pruned in those of `Widths.measure`.
-    """
-
-    phase: str
-    epoch: int
-    epochs: int
-    loss: float
-    density: float
-    validation_error: float
-    validation_loss: float
-    seconds: float
-    densities: dict[str, float]
-    thresholds: dict[str, float]
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ _SPARE = {"prune": 1.25, "tune": 1.1, "share": 1.03}
 lets through is culled by what it is worth, which finds weights that no output misses; in steps,
 between which the others make up for it."""
 
-_MACS_COUNT = {"size": 0.0, "balanced": 0.5, "latency": 1.0}
-"""How much multiply-adds count in what a channel costs; the rest is for weights."""
+_SPEED_COUNTS = {"size": 0.0, "balanced": 0.5, "latency": 1.0}
+"""How much time counts in what a channel costs; the rest is for weights."""
 
 _KEPT = {"balanced": 0.25, "latency": 0.5}
 """Density of what channels leave, where speed counts: zeros bring none, so few are made."""
@@ -144,7 +144,9 @@ class Run(Loop):
             self.deployment.structure(plain.cpu()),
             norms,
             # a budget of multiply-adds counts nothing else, where speed is no goal of its own
-            macs=_MACS_COUNT[self.recipe.goal] or float(self.recipe.narrows),
+            speed=_SPEED_COUNTS[self.recipe.goal] or float(self.recipe.narrows),
+            by_macs=self.recipe.target_macs is not None,
+            multiple=self.recipe.multiple,
             chosen=self.pruned,
             function=settings.function,
             beta=settings.beta,

@@ -65,6 +65,7 @@ _KEPT = {"balanced": 0.25, "latency": 0.5}
 """Density of what channels leave, where speed counts: zeros bring none, so few are made."""
 
 _MEASURE_FROM = 0.4  # part of the ramp after which files are measured
+_KEEP_FROM = 0.5  # part of the last phase after which the budget is kept: what goes is made up for
 _REACH = {"narrow": 32.0, "prune": 2.0}
 """Thresholds may be moved by this factor at the end, and by its inverse."""
 _HALVINGS = 12
@@ -399,6 +400,8 @@ class Run(Loop):
 
     def _after_epoch(self, phase: str, model: nn.Module, progress: float) -> None:
         """Measures what would come out, and moves the density to end at."""
+        if phase == "share" and _KEEP_FROM <= progress < 1:
+            self._meet_budget(model, 1.0)
         if self.pressure is None or progress <= _MEASURE_FROM * self.recipe.prune.ramp:
             return
         if phase == "prune" and self._target is not None and self.deployment is not None:

@@ -70,7 +70,7 @@ class Course:
     @property
     def epochs(self) -> int:
         """Of the pruning."""
-        return self.recipe.narrow.epochs + (self.recipe.prune.epochs or 0)
+        return (self.recipe.narrow.epochs or 0) + (self.recipe.prune.epochs or 0)
 
     @property
     def steps(self) -> int:

@@ -180,7 +180,7 @@ def compress(
             drop=made.error - fitted.dense_error,
         ),
         validation={"dense_error": fitted.dense_error, "error": made.error},
-        notes=(*made.notes, *_on_zeros(report, after / before, made.is_float)),
+        notes=(*made.notes, *_on_zeros(report, after / before, made.is_float, recipe)),
     )
     epochs = [asdict(epoch) for epoch in fitted.history]
     write_whole(directory / HISTORY, json.dumps(epochs, indent=1, allow_nan=False) + "\n")
@@ -258,17 +258,18 @@ def _roughly_int8(graph: onnx.ModelProto, data: Data) -> onnx.ModelProto:
     return strip(quantize_int8(graph, calibration_of(graph, data, _FEW)).model)
 
 
-def _on_zeros(report: Report, macs: float, is_float: bool) -> tuple[str, ...]:
+def _on_zeros(report: Report, macs: float, is_float: bool, recipe: Recipe) -> tuple[str, ...]:
     """Why zeros alone save no time, with what was measured here."""
     was, now = report.dense.latency_ms, report.compressed.latency_ms
     if was is None or now is None or report.density == 1:
         return ()
     ratio = now["p50"] / was["p50"]
     number = "float32" if is_float else "int8"
+    hint = " (--goal latency)" if recipe.goal == "size" else ""
     return (
         f"takes {ratio:.2f} of dense's time, with {100 * macs:.0f} % of its multiply-adds, in "
         f"{number}: zeros alone save none, for onnxruntime multiplies with them as with any "
-        "number; fewer channels and int8 do (--goal latency)",
+        f"number; fewer channels and int8 do{hint}",
     )
 
 

@@ -60,6 +60,21 @@ def test_a_wanted_density_is_met_within_two_percent(goal, tiny_data):
     assert 0.98 * goal < fit(tiny_mlp(), tiny_data, recipe).density <= goal
 
 
+def test_a_density_is_kept_while_the_last_phase_can_still_make_up_for_it(tiny_data):
+    recipe = tiny_recipe(
+        **{
+            "share.epochs": 4,
+            "share.levels": 127,
+            "target_density": 0.2,
+            "prune.threshold_lr": 0.05,
+        }
+    )
+    fitted = fit(tiny_mlp(), tiny_data, recipe)
+    ends = [epoch.density for epoch in fitted.history if epoch.phase == "share"]
+    assert ends[0] > 0.2 >= ends[1] >= ends[2]  # culled after the second, at the latest
+    assert 0.15 < fitted.density <= 0.2
+
+
 def test_whole_channels_go_first_and_stay_away(tiny_data, tmp_path):
     recipe = tiny_recipe(**{"narrow.epochs": 10, "narrow.spare": 2.0, "prune.epochs": 10})
     deployment = Deployment(tiny_data.input_shape, recipe.opset)

@@ -30,12 +30,12 @@ def test_each_weight_has_its_time(int8):
     times = layer_times(network(), int8=int8)
     assert list(times) == ["wide", "big", "last"]
     # twice 64 inputs in place of 3; 24 x 24 places in place of one
-    assert times["big"] > 4 * times["wide"] > 0
-    assert times["big"] > 5 * times["last"] > 0
+    assert times["big"] > 1.5 * times["wide"] > 0
+    assert times["big"] > 2 * times["last"] > 0
 
 
 def test_more_examples_take_longer():
-    assert layer_times(network(), batch=16)["big"] > 4 * layer_times(network())["big"]
+    assert layer_times(network(), batch=16)["big"] > 2 * layer_times(network())["big"]
 
 
 def test_shapes_that_are_not_known_are_told():

@@ -120,6 +120,10 @@ def test_bfloat16_trains_and_leaves_float32(tiny_data):
     assert evaluate(fitted.model, tiny_data.test)[0] < 20
 
 
+DEPLOYMENT = Deployment((1, 6, 6), 18)
+"""For one network; it exports that once."""
+
+
 class _KilledError(Exception):
     """Stands for a kill at any moment; the next test uses a real one."""
 
@@ -128,8 +132,7 @@ class _KilledError(Exception):
 @pytest.mark.parametrize("moment", ["in the epoch", "after the epoch"])
 def test_a_continued_run_ends_in_the_same_bits(phase, moment, tiny_data, tmp_path):
     recipe = tiny_recipe(**{"narrow.epochs": 2})
-    deployment = Deployment(tiny_data.input_shape, recipe.opset)
-    known = {"deployment": deployment}
+    known = {"deployment": DEPLOYMENT}
     whole = fit(tiny_conv(), tiny_data, recipe, **known)
 
     def kill(event):

@@ -117,8 +117,9 @@ def test_what_is_left_is_what_the_shrunk_graph_has(make, threshold):
     model = make()
     before = multiply_adds(export(copy.deepcopy(model), IMAGE))
     widths, _ = ready(model, start=threshold)
-    with torch.no_grad():  # no class like another
+    with torch.no_grad():  # no class like another, and all branches there
         widths.rho.add_(0.5 * torch.randn(len(widths.rho)))
+        widths.rho[widths.count :] = -10.0
     model.eval()
     x = torch.randn(5, *IMAGE)
     expected = model(x)
@@ -127,7 +128,8 @@ def test_what_is_left_is_what_the_shrunk_graph_has(make, threshold):
     model = finished(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-4)
     graph = shrink(export(model, IMAGE)).model
-    assert multiply_adds(graph) == pytest.approx(before * left)
+    # a channel that is left may turn out to be constant for another reason
+    assert 0.98 * before * left < multiply_adds(graph) <= before * left + 0.5
 
 
 def test_a_channel_is_whole_or_zero_in_training_too_and_one_that_is_gone_stays_away():
@@ -164,7 +166,7 @@ def test_the_penalty_moves_thresholds_alone_and_presses_what_costs_more():
     assert (pressed[rows["c1.weight"]] > 0).all()
     # a channel of the sum is in every layer of the first stage, one of c3 alone in nearly none
     assert pressed[rows["stem.weight"]].mean() > 5 * pressed[rows["c3.weight"][:2]].mean()
-    assert not pressed[torch.tensor(found.fixed)].any()
+    assert not pressed[: widths.count][torch.tensor(found.fixed)].any()
 
 
 def test_the_penalty_is_the_cost_where_thresholds_are_clear():

@@ -17,6 +17,7 @@ from prune2onnx.pruning.learned import (
     thresholds_of,
     weigh_by_bits,
 )
+from prune2onnx.pruning.rate import density_of_bits
 from prune2onnx.pruning.widths import Widths, narrow, widths_of
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Widths",
     "bake",
     "density",
+    "density_of_bits",
     "hold_zeros",
     "narrow",
     "penalty",

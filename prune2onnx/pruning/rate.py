@@ -7,6 +7,8 @@ empties channels and inputs that a penalty on counts would leave thinly spread.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 VALUE_BITS = 3.0
@@ -16,6 +18,22 @@ _PRIOR = 0.2
 """Weight of the whole layer's density in that of each row and column: an empty one may revive."""
 
 _MOST_BITS = 14.0
+
+
+def density_of_bits(bits: float) -> float:
+    """The density at which positions and values, drawn independently, take so many bits an element.
+
+    H(d) + d * `VALUE_BITS` = bits, H the binary entropy; 1 where there are bits enough for all.
+
+    >>> round(density_of_bits(1.0), 2), density_of_bits(4.0)
+    (0.14, 1.0)
+    """
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        d = (low + high) / 2
+        taken = d * VALUE_BITS - d * math.log2(d) - (1 - d) * math.log2(1 - d)
+        low, high = (d, high) if taken < bits else (low, d)
+    return 1.0 if bits >= VALUE_BITS else high
 
 
 def survivor_bits(alive: Tensor) -> Tensor:

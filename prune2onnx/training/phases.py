@@ -25,6 +25,7 @@ from prune2onnx.pruning import (
     Widths,
     bake,
     density,
+    density_of_bits,
     hold_zeros,
     narrow,
     prunable_weights,
@@ -51,7 +52,7 @@ from prune2onnx.training.loop import Loop
 from prune2onnx.training.pressure import Pressure
 
 _BITS = 10.0
-"""What a survivor takes, about: the first guess of a density from a size."""
+"""What a survivor takes, about, where there are few: a first guess of a density from a size."""
 
 _SPARE = {"prune": 1.25, "tune": 1.1, "share": 1.03}
 """Of what is wanted: what pruning leaves, and what the phases after it begin with. What a threshold
@@ -210,7 +211,10 @@ class Run(Loop):
         """Density to be reached, before any file is measured."""
         if self._target is None:
             return self.goal
-        return min(self.goal, 8 * self._target / _BITS / self.size)
+        most = self.recipe.target_density or 1.0
+        each = 8 * self._target / self.size  # bits for an element
+        # where few are left they lie close together, and take less than if they lay anywhere
+        return min(most, max(each / _BITS, density_of_bits(each)))
 
     def _press(self, phase: str, size: int, goal: float, start: float = 1.0) -> None:
         if not start:

@@ -801,7 +801,8 @@ def demo(source: Path, output: Path, data: str | None, ort_web: Path | None) -> 
     prune2onnx demo runs/digits -o page
     python -m http.server -d page
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
-    from prune2onnx.demo import MODEL, write_demo
+    from prune2onnx.demo import write_demo
+    from prune2onnx.runfolder import MODEL
 
     done = write_demo(source, output, data=data, ort_web=ort_web)
     for note in done.notes:

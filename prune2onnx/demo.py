@@ -26,13 +26,13 @@ from prune2onnx.files import unwritten, write_whole
 from prune2onnx.graphs import in_model
 from prune2onnx.onnxfile import load
 from prune2onnx.recipe import read_recipe
+from prune2onnx.runfolder import MODEL, RECIPE, REPORT
 from prune2onnx.tensors import external
 
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 """What one thread of onnxruntime-web on the CPU needs, from 1.19 on, in the package's dist/."""
 
 PAGE = ("index.html", "demo.js", "demo.css")
-MODEL = "model.onnx"
 
 _PACKAGE = Path("node_modules") / "onnxruntime-web"
 _GREY, _COLOUR = 1, 3  # channels
@@ -234,13 +234,13 @@ def _extents(value: ValueInfoProto) -> list[int | str]:
 
 def _finished(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The recipe of a run, and of its report what the page shows."""
-    for name in (MODEL, "report.json", "recipe.yaml"):
+    for name in (MODEL, REPORT, RECIPE):
         if not (run / name).is_file():
             raise Prune2OnnxError(
                 f"{run}: no {name} in it, so it is no finished run; finish it with prune2onnx "
                 f"compress --resume {run}, or give an .onnx file"
             )
-    path = run / "report.json"
+    path = run / REPORT
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         dense, compressed = report["dense"], report["compressed"]
@@ -254,7 +254,7 @@ def _finished(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path}: not a report of prune2onnx compress ({type(error).__name__}); give the "
             ".onnx file instead of the folder"
         ) from error
-    return read_recipe(run / "recipe.yaml"), figures
+    return read_recipe(run / RECIPE), figures
 
 
 def _percent(value: Any) -> float | None:

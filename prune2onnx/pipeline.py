@@ -296,15 +296,15 @@ def _search(
         wish = recipe.model_copy(update={aim: asked})
         folder = checkpoints / f"trial-{1 + len(search.trials)}"
         fitted = run(copy.deepcopy(model), wish, folder, "prune", "share")
-        graph = deployment.shrunk(fitted.model)
-        cost = multiply_adds(graph)
         if recipe.goal == "size":
             cost = deployment.nbytes(fitted.model)
+        else:
+            cost = multiply_adds(deployment.shrunk(fitted.model))
         error = fitted.error
         if recipe.tries_int8:  # what int8 adds is part of the drop
             from prune2onnx.quantizing import int8_error
 
-            error = max(error, int8_error(graph, data))
+            error = max(error, int8_error(deployment.shrunk(fitted.model), data))
         search.trials.append(Trial(asked, error - fitted.dense_error, cost))
         if search.best == len(search.trials) - 1:
             best = replace(fitted, history=(*past, *fitted.history))

@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "budget": {"recipe", "report"},
     "codecs": {"codecs"},
     "data": {"callables", "data"},
-    "demo": {"graphs", "onnxfile", "recipe", "tensors"},
+    "demo": {"graphs", "onnxfile", "recipe", "runfolder", "tensors"},
     "deployment": {"exporter", "pack", "shrink", "structure"},
     "exporter": {"strip"},
     "features": {"data", "onnxfile", "pack", "running", "validate"},

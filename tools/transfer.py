@@ -7,7 +7,7 @@ MNIST) and scikit-learn's digits, brought to the same frame. Of each run, dense.
 
 1. Features: what the last layer reads (`prune2onnx.features`), scaled to unit variance; on them a
    linear SVM and a logistic regression, C chosen by 3-fold cross-validation on training examples
-   (200 of each class at most, to keep it short), then fitted to all of them.
+   (200 of each class at most), then fitted to more (1,000 at most): to keep it short.
 2. Fine-tuning: the network with a new last layer, all of it trained on by Adam, from the dense
    weights, from the pruned ones with their zeros held, and from those free to grow again.
 
@@ -46,7 +46,7 @@ from prune2onnx.pruning import prunable_weights
 from prune2onnx.training import denormals
 
 GRID = (0.001, 0.01, 0.1, 1.0)
-MOST_FOR_CHOICE = 200  # training examples of a class
+MOST_FOR_CHOICE, MOST_TO_FIT = 200, 1000  # training examples of a class
 FRAME, BOX = 28, 20  # of MNIST: a digit fills a box within a frame
 EPOCHS, BATCH, RATE = 8, 128, 1e-3  # of fine-tuning
 
@@ -103,14 +103,18 @@ def rights(kind: str, file: Path, given: Task, seed: int) -> NDArray[np.bool_]:
     (x, y), (u, v) = (features(model, batches_of(part)) for part in (given.train, given.test))
     x, u = x.reshape(len(x), -1), u.reshape(len(u), -1)
     order = np.random.default_rng(seed).permutation(len(y))
-    few = np.concatenate([order[y[order] == c][:MOST_FOR_CHOICE] for c in range(given.classes)])
+    classes = [order[y[order] == c] for c in range(given.classes)]
+    few, many = (
+        np.concatenate([c[:most] for c in classes]) for most in (MOST_FOR_CHOICE, MOST_TO_FIT)
+    )
     linear: Any = LinearSVC(dual=False, random_state=seed)
     if kind == "logistic":
         linear = LogisticRegression(max_iter=300, random_state=seed)
     grid = {f"{type(linear).__name__.lower()}__C": GRID}
     search = GridSearchCV(make_pipeline(StandardScaler(), linear), grid, cv=3)
     best = search.fit(x[few], y[few]).best_params_
-    return make_pipeline(StandardScaler(), linear).set_params(**best).fit(x, y).predict(u) == v
+    fitted = make_pipeline(StandardScaler(), linear).set_params(**best).fit(x[many], y[many])
+    return fitted.predict(u) == v
 
 
 # -- fine-tuning ------------------------------------------------------------------------------

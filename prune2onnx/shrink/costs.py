@@ -11,6 +11,7 @@ from onnx import ModelProto, NodeProto
 from prune2onnx.graphs import without_weights
 from prune2onnx.shrink.branches import branches
 from prune2onnx.shrink.fate import families
+from prune2onnx.shrink.flow import Flow
 from prune2onnx.shrink.rules import trace
 from prune2onnx.structure import LayerCost, Norm, Structure
 
@@ -33,12 +34,10 @@ def structure(model: ModelProto) -> Structure:
     count = int(family.max(initial=-1)) + 1
     fixed = np.zeros(count, bool)
     fixed[family[list(flow.pinned)]] = True
-    places = _places(model)
     layers = []
-    for layer in flow.layers:
+    for layer, macs in zip(flow.layers, _macs(model, flow), strict=True):
         size = flow.values(layer.weight).size
         columns = None if layer.inputs is None else family[layer.inputs]
-        macs = size * places.get(id(layer.node), 1)
         rows = family[layer.channels.ids]
         layers.append(LayerCost(layer.weight, rows, columns, size, macs, float(macs)))
     norms = tuple(
@@ -55,13 +54,13 @@ def multiply_adds(model: ModelProto) -> int:
     Args:
         model: a dense ONNX graph; its first axis is the batch.
     """
-    return structure(model).macs
+    return sum(_macs(model, trace(model)))
 
 
-def _places(model: ModelProto) -> dict[int, int]:
-    """How often each element of a weight is multiplied for one example, by the node's identity."""
+def _macs(model: ModelProto, flow: Flow) -> list[int]:
+    """Multiply-adds of each layer for one example."""
     shapes = shapes_of(model, batch=1)
-    return {id(node): _of(node, shapes) for node in model.graph.node}
+    return [flow.values(x.weight).size * _places(x.node, shapes) for x in flow.layers]
 
 
 def shapes_of(model: ModelProto, batch: int) -> dict[str, list[int]]:
@@ -79,10 +78,11 @@ def shapes_of(model: ModelProto, batch: int) -> dict[str, list[int]]:
     }
 
 
-def _of(node: NodeProto, shapes: dict[str, list[int]]) -> int:
-    """A convolution meets its kernel at each pixel it makes, a transposed one at each it reads.
+def _places(node: NodeProto, shapes: dict[str, list[int]]) -> int:
+    """How often each element of a weight is multiplied for one example.
 
-    An extent that is not known counts as 1.
+    A convolution meets its kernel at each pixel it makes, a transposed one at each it reads. An
+    extent that is not known counts as 1.
     """
     if node.op_type in ("Gemm", "MatMul"):
         extents = shapes.get(node.output[0], [])[:-1]

@@ -30,7 +30,7 @@ from prune2onnx.training.augment import augment
 from prune2onnx.training.distill import Teacher
 from prune2onnx.training.loop import one_cycle, rest_dropout
 from prune2onnx.training.pressure import Pressure
-from prune2onnx.training.scoring import Order, placed
+from prune2onnx.training.scoring import Order
 
 HOLD = 0.25  # part of gradual pruning's epochs at the final masks
 EVERY, FEWEST = 100, 20  # gradual pruning's steps between prunings, and its fewest prunings
@@ -200,7 +200,7 @@ def train(
             for group in optimiser.param_groups:
                 group["lr"] = peak * one_cycle(step / (epochs * len(order)))
             before_step(step, optimiser)
-            x = placed(augment(x, recipe.augment, drawing), course.device)
+            x = augment(x, recipe.augment, drawing).to(course.device)
             y = y.to(course.device)
             loss = teacher.loss(x, y, model(x))
             optimiser.zero_grad()

@@ -50,4 +50,4 @@ def augment(x: Tensor, settings: Augment, generator: torch.Generator) -> Tensor:
         moves = torch.randint(0, 2 * edge + 1, (2, n, 1), generator=generator)
         rows, columns = rows + moves[0], columns + moves[1]
     picked: Tensor = x[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)
+    return picked.permute(0, 3, 1, 2).contiguous()

@@ -37,7 +37,7 @@ from prune2onnx.training.checkpoint import Checkpoints
 from prune2onnx.training.distill import Teacher
 from prune2onnx.training.levels import scales_of
 from prune2onnx.training.pressure import Pressure
-from prune2onnx.training.scoring import Order, evaluate, placed
+from prune2onnx.training.scoring import Order, evaluate
 
 PHASES = ("dense", "narrow", "prune", "tune", "share")
 _STREAMS = {"dense": 0, "narrow": 4, "prune": 1, "tune": 2, "share": 3}  # of random numbers
@@ -131,7 +131,7 @@ class Loop:
     def _loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Mean loss of a batch: of its labels, and of the dense network's answers."""
         device = self.accelerator.device
-        x, y = placed(x, device), y.to(device, non_blocking=True)
+        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
         scores = model(x)
         if self.teacher is None:
             return nn.functional.cross_entropy(scores, y)

@@ -120,6 +120,20 @@ def test_bfloat16_trains_and_leaves_float32(tiny_data):
     assert evaluate(fitted.model, tiny_data.test)[0] < 20
 
 
+def test_the_teacher_answers_in_the_precision_of_the_run(tiny_data):
+    answered = set()
+
+    class Told(nn.Linear):
+        def forward(self, x):
+            scores = super().forward(x)
+            answered.add((self.weight.requires_grad, scores.dtype))  # only a teacher's is frozen
+            return scores
+
+    model = nn.Sequential(nn.Flatten(), Told(36, tiny_data.classes))
+    fit(model, tiny_data, tiny_recipe(precision="bf16", distill=1.0))
+    assert (False, torch.bfloat16) in answered
+
+
 DEPLOYMENT = Deployment((1, 6, 6), 18)
 """For one network; it exports that once."""
 

@@ -112,16 +112,18 @@ def quantize_int8(
             raise RecipeError(
                 f"no layer has the weight {min(unknown)!r}; there are {', '.join(subject.weights)}"
             )
-        return _chosen(subject, evaluate, max_drop, set(keep))
+        return _chosen(subject, evaluate, max_drop, dict.fromkeys(keep, "as asked"))
 
 
 def _chosen(
     subject: _Subject,
     evaluate: Callable[[ModelProto], float] | None,
     max_drop: float,
-    kept: set[str],
+    told: dict[str, str],
 ) -> Int8:
-    told = dict.fromkeys(kept, "as asked")
+    # where nothing is multiplied, no scale is fit for the bias
+    told |= dict.fromkeys(subject.zeros - told.keys(), "all its weights are zero")
+    kept = set(told)
     made = subject.quantized(kept)
     if evaluate is None:
         return Int8(made, subject.layers(told, {}))
@@ -179,7 +181,9 @@ class _Subject:
         self._ops = {node.input[1]: node.op_type for node in found}
         for node in found:
             self.weights.setdefault(node.input[1], []).append(node.name)
-        self._steps = _steps({name: numpy_helper.to_array(stored[name]) for name in self.weights})
+        arrays = {name: numpy_helper.to_array(stored[name]) for name in self.weights}
+        self.zeros = {name for name, array in arrays.items() if not array.any()}
+        self._steps = _steps(arrays)
         self._outputs = self._answers(model)
 
     def layers(self, told: dict[str, str], disturbance: dict[str, float]) -> tuple[Layer, ...]:

@@ -46,4 +46,4 @@ def test_the_readmes_first_command_is_the_promised_one():
     )
     page = (ROOT / "README.md").read_text()
     assert promised in page.splitlines()
-    assert "pip install -c constraints.txt -e '.[test]' && pytest" in page.splitlines()
+    assert "pip install -c constraints.txt -e '.[test]' && pytest -n auto" in page.splitlines()

@@ -83,6 +83,18 @@ def test_weights_on_levels_stay_as_they_are_and_the_packed_file_small():
     assert sorted(weights(unpack(packed)).values()) == sorted(weights(made.model).values())
 
 
+def test_a_layer_of_zeros_adds_its_bias_in_float():
+    given = network()
+    for tensor in given.graph.initializer:
+        if tensor.name == "a":
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros((8, 3, 3, 3), np.float32), "a"))
+    wide = [{"x": 100 * example["x"]} for example in EXAMPLES]  # a bias in their steps is coarse
+    made = quantize_int8(given, wide)
+    assert [layer.is_int8 for layer in made.layers] == [False, True, True]
+    assert made.layers[0].reason == "all its weights are zero"
+    np.testing.assert_allclose(answers(made.model), answers(given), atol=0.05)
+
+
 def test_layers_stay_float_until_the_error_is_met():
     def error(m: ModelProto) -> float:
         there = {tensor.name for tensor in m.graph.initializer}

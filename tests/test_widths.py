@@ -12,7 +12,7 @@ from torch.nn import functional
 from prune2onnx.deployment import Deployment
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.exporter import export
-from prune2onnx.pruning import narrow, prunable_weights, widths_of
+from prune2onnx.pruning import Widths, narrow, prunable_weights, widths_of
 from prune2onnx.shrink import multiply_adds, shrink, structure
 from prune2onnx.training import fit
 from prune2onnx.training.fold import fold_batch_norm
@@ -239,6 +239,24 @@ def test_a_branch_is_pruned_whole_and_its_channels_cost_nothing_then():
     graph = shrink(export(model, IMAGE)).model
     assert "c1.weight" not in {t.name for t in graph.graph.initializer}
     assert multiply_adds(graph) == pytest.approx(before * without)
+
+
+def test_a_branch_that_is_gone_stays_away_while_the_rest_is_trained(tiny_data, monkeypatch):
+    bake = Widths.bake
+
+    def without_the_first_branch(widths):
+        with torch.no_grad():
+            widths.rho[widths.count] = 50.0
+        return bake(widths)
+
+    monkeypatch.setattr(Widths, "bake", without_the_first_branch)
+    recipe = tiny_recipe(goal="latency", target_macs=0.9, **{"narrow.epochs": 2})
+    deployment = Deployment(tiny_data.input_shape, recipe.opset)
+    fitted = fit(Residual(), tiny_data, recipe, deployment=deployment)
+    layers = {name for name, _ in fitted.model.named_parameters() if name.endswith("weight")}
+    assert layers == {f"{name}.weight" for name in ("stem", "c1", "c2", "c3", "last")}
+    graph = deployment.shrunk(fitted.model).graph
+    assert {t.name for t in graph.initializer} & layers == layers - {"c1.weight", "c2.weight"}
 
 
 @pytest.mark.parametrize("multiple", [2, 4])

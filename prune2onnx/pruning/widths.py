@@ -301,9 +301,15 @@ class Widths(nn.Module):
                         self.revived[channel] = True
                         lack -= int(rows[channel])
 
-    def bake(self) -> None:
-        """Leaves plain parameters, with zeros for what is gone; removes itself."""
+    def bake(self) -> list[nn.Parameter]:
+        """Leaves plain parameters, with zeros for what is gone; removes itself.
+
+        Returns:
+            Scales and biases of branches that are gone. They must stay zero: a bias that is
+            trained again would be added to the residual sum, and nothing could leave the graph.
+        """
         self.eval()
+        silent: list[nn.Parameter] = []
         with torch.no_grad():
             factor = self.factor()
             values = [getattr(module, name).clone() for module, name in self.gates]
@@ -311,6 +317,9 @@ class Widths(nn.Module):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 getattr(module, name).copy_(value)
             for maker in self.makers:  # what BatchNorm has multiplied with zero
+                if any(factor[branch] == 0 for branch in self.branches_of(maker)):
+                    ends = [getattr(module, name) for module, name, _ in maker.gated()]
+                    silent += [end for end in ends if end.ndim == 1]
                 alive = factor[maker.classes.to(factor.device)] != 0
                 for branch in self.branches_of(maker):
                     alive = alive & (factor[branch] != 0)
@@ -319,6 +328,7 @@ class Widths(nn.Module):
                         shape = [1] * weight.ndim
                         shape[maker.axis] = -1
                         weight.mul_(alive.view(shape))
+        return silent
 
 
 class _Gate(nn.Module):

@@ -86,6 +86,7 @@ class Loop:
         self.history: list[Epoch] = []
         self.pruned: tuple[str, ...] = ()
         self.size = 0  # elements of the pruned weights
+        self.silent: tuple[str, ...] = ()  # scales and biases that branches left, to stay zero
         self.goal = recipe.wanted_density  # their density, where no size is asked for
         self.teacher: Teacher | None = None
         self.dense_error = math.nan
@@ -106,6 +107,7 @@ class Loop:
         return {
             "pruned": self.pruned,
             "size": self.size,
+            "silent": self.silent,
             "goal": self.goal,
             "history": history,
             "pressure": pressure,
@@ -113,6 +115,7 @@ class Loop:
 
     def _recall(self, facts: dict[str, Any]) -> None:
         self.pruned, self.size, self.goal = tuple(facts["pruned"]), facts["size"], facts["goal"]
+        self.silent = tuple(facts["silent"])
         if self.pressure and facts["pressure"]:
             self.pressure.restore(facts["pressure"])
         self.history = [Epoch(**epoch) for epoch in facts["history"]]

@@ -123,7 +123,8 @@ class Run(Loop):
 
         def finish() -> None:
             self._meet_goal("narrow", model, lambda one: self._wider(one, goal))
-            widths.bake()
+            silent = {id(parameter) for parameter in widths.bake()}
+            self.silent = tuple(n for n, p in model.named_parameters() if id(p) in silent)
             settled = self._deployed(model, levels=False)
             with torch.no_grad():  # inputs that no channel feeds any more
                 for name in self.pruned:
@@ -248,8 +249,9 @@ class Run(Loop):
         return self._hold(model)
 
     def _hold(self, model: nn.Module) -> Callable[[], None]:
-        """Keeps the zeros of the pruned weights, until what it returns is called."""
-        weights = {name: model.get_parameter(name).detach() for name in self.pruned}
+        """Keeps zeros of pruned weights and branches, until what it returns is called."""
+        names = (*self.pruned, *self.silent)
+        weights = {name: model.get_parameter(name).detach() for name in names}
         return hold_zeros(model, {name: w != 0 for name, w in weights.items()})
 
     def _pruned_before(self, model: nn.Module) -> None:
@@ -280,7 +282,8 @@ class Run(Loop):
             allowed=error() + settings.slack,
         )
         self._put_on_levels(model, (*self.pruned, *small))
-        for name in halves:  # rounded, and to stay so
+        still = [name for name in self._others(model) if not model.get_parameter(name).any()]
+        for name in (*halves, *still):  # rounded, and to stay so
             model.get_parameter(name).requires_grad_(False)
         self._meet_budget(model, _SPARE["share"])
 

@@ -112,17 +112,18 @@ def quantize_int8(
             raise RecipeError(
                 f"no layer has the weight {min(unknown)!r}; there are {', '.join(subject.weights)}"
             )
-        return _chosen(subject, evaluate, max_drop, dict.fromkeys(keep, "as asked"))
+        return _chosen(subject, evaluate, max_drop, set(keep))
 
 
 def _chosen(
     subject: _Subject,
     evaluate: Callable[[ModelProto], float] | None,
     max_drop: float,
-    told: dict[str, str],
+    kept: set[str],
 ) -> Int8:
     # where nothing is multiplied, no scale is fit for the bias
-    told |= dict.fromkeys(subject.zeros - told.keys(), "all its weights are zero")
+    zeros = dict.fromkeys(subject.zeros, "all its weights are zero")
+    told = zeros | dict.fromkeys(kept, "as asked")
     kept = set(told)
     made = subject.quantized(kept)
     if evaluate is None:

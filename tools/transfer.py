@@ -100,21 +100,20 @@ def batches_of(xy: Xy) -> list[Xy]:
 def rights(kind: str, file: Path, given: Task, seed: int) -> NDArray[np.bool_]:
     """Which test examples a linear classifier on a file's features gets right."""
     model = load(file)
-    (x, y), (u, v) = (features(model, batches_of(part)) for part in (given.train, given.test))
+    images, labels = given.train
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = np.concatenate([order[labels[order] == c][:MOST_TO_FIT] for c in range(given.classes)])
+    train = images[chosen], labels[chosen]
+    (x, y), (u, v) = (features(model, batches_of(part)) for part in (train, given.test))
     x, u = x.reshape(len(x), -1), u.reshape(len(u), -1)
-    order = np.random.default_rng(seed).permutation(len(y))
-    classes = [order[y[order] == c] for c in range(given.classes)]
-    few, many = (
-        np.concatenate([c[:most] for c in classes]) for most in (MOST_FOR_CHOICE, MOST_TO_FIT)
-    )
+    few = np.concatenate([np.flatnonzero(y == c)[:MOST_FOR_CHOICE] for c in range(given.classes)])
     linear: Any = LinearSVC(dual=False, random_state=seed)
     if kind == "logistic":
         linear = LogisticRegression(max_iter=300, random_state=seed)
     grid = {f"{type(linear).__name__.lower()}__C": GRID}
     search = GridSearchCV(make_pipeline(StandardScaler(), linear), grid, cv=3)
     best = search.fit(x[few], y[few]).best_params_
-    fitted = make_pipeline(StandardScaler(), linear).set_params(**best).fit(x[many], y[many])
-    return fitted.predict(u) == v
+    return make_pipeline(StandardScaler(), linear).set_params(**best).fit(x, y).predict(u) == v
 
 
 # -- fine-tuning ------------------------------------------------------------------------------

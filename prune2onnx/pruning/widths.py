@@ -317,12 +317,11 @@ class Widths(nn.Module):
                 parametrize.remove_parametrizations(module, name, leave_parametrized=False)
                 getattr(module, name).copy_(value)
             for maker in self.makers:  # what BatchNorm has multiplied with zero
+                alive = factor[maker.classes.to(factor.device)] != 0
                 if any(factor[branch] == 0 for branch in self.branches_of(maker)):
+                    alive.zero_()
                     ends = [getattr(module, name) for module, name, _ in maker.gated()]
                     silent += [end for end in ends if end.ndim == 1]
-                alive = factor[maker.classes.to(factor.device)] != 0
-                for branch in self.branches_of(maker):
-                    alive = alive & (factor[branch] != 0)
                 if maker.norm is not None:
                     for weight in {id(x.weight): x.weight for x in maker.layers}.values():
                         shape = [1] * weight.ndim

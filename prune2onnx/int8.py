@@ -2,7 +2,8 @@
 
 Activations are uint8, weights int8 with a scale for each output channel, zero stays zero. A weight
 that is whole multiples of one step already (`compress` leaves it so) keeps that step as its scale,
-so its values stay exactly what they were, and few: the packed file stays small.
+so its values stay exactly what they were, and few: the packed file stays small. A channel of zeros
+gets a scale like its neighbours', not onnxruntime's 1, which would tell its bias in coarse steps.
 
 Ranges of activations are measured once on calibration examples; which layers stay float is decided
 by the error on others: the layer whose own quantisation disturbs the outputs most goes first.
@@ -184,7 +185,7 @@ class _Subject:
             self.weights.setdefault(node.input[1], []).append(node.name)
         arrays = {name: numpy_helper.to_array(stored[name]) for name in self.weights}
         self.zeros = {name for name, array in arrays.items() if not array.any()}
-        self._steps = _steps(arrays)
+        self._overrides = _ranges_of_zeros(found, arrays) | _own_scales(arrays)
         self._outputs = self._answers(model)
 
     def layers(self, told: dict[str, str], disturbance: dict[str, float]) -> tuple[Layer, ...]:
@@ -232,7 +233,7 @@ class _Subject:
                     weight_type=ort.QuantType.QInt8,
                     calibrate_method=methods[self._method],
                     calibration_cache_path=self._folder / "ranges.json",
-                    extra_options={"TensorQuantOverrides": self._overrides()},
+                    extra_options={"TensorQuantOverrides": self._overrides},
                     **which,
                 )
             except Exception as error:  # it raises whatever it meets
@@ -244,13 +245,6 @@ class _Subject:
             node.ClearField("name")
         return result
 
-    def _overrides(self) -> dict[str, list[dict[str, Any]]]:
-        zero = np.int8(0)
-        return {
-            name: [{"scale": np.float32(step), "zero_point": zero}]
-            for name, step in self._steps.items()
-        }
-
     def _answers(self, model: ModelProto) -> list[NDArray[np.float64]]:
         opened = session(model)
         batches = self._calibration[:2]
@@ -258,14 +252,37 @@ class _Subject:
         return [np.asarray(answer, np.float64) for answer in answers]
 
 
-def _steps(weights: dict[str, NDArray[Any]]) -> dict[str, np.float32]:
+_Overrides = dict[str, list[dict[str, Any]]]
+"""What onnxruntime's quantizer shall take for a weight: an entry, or one for each channel."""
+
+
+def _own_scales(weights: dict[str, NDArray[Any]]) -> _Overrides:
     """The steps of those weights that are whole multiples of one."""
-    found = {}
+    found: _Overrides = {}
     for name, array in weights.items():
         values = np.unique(array[array != 0])
         step = step_of(values) if 0 < values.size <= 2 * MOST_STEPS else None
         if step is not None:
-            found[name] = step
+            found[name] = [{"scale": np.float32(step), "zero_point": np.int8(0)}]
+    return found
+
+
+def _ranges_of_zeros(layers: list[onnx.NodeProto], weights: dict[str, NDArray[Any]]) -> _Overrides:
+    """For weights with channels of zeros beside others: the usual range, for those channels."""
+    found: _Overrides = {}
+    for node in layers:
+        if node.op_type == "MatMul":
+            continue  # it has no bias
+        name = node.input[1]
+        transposed = any(a.name == "transB" and a.i for a in node.attribute)
+        axis = 0 if node.op_type == "Conv" or transposed else 1
+        rest = tuple(a for a in range(weights[name].ndim) if a != axis)
+        largest = np.abs(weights[name]).max(axis=rest)
+        if largest.all() or not largest.any():
+            continue
+        usual = float(np.median(largest[largest > 0]))
+        found[name] = [{} if most else {"rmin": -usual, "rmax": usual} for most in largest]
+        found[name][0]["axis"] = axis
     return found
 
 

@@ -95,6 +95,28 @@ def test_a_layer_of_zeros_adds_its_bias_in_float():
     np.testing.assert_allclose(answers(made.model), answers(given), atol=0.05)
 
 
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose", "Gemm"])
+@pytest.mark.parametrize("step", [None, 0.001])
+def test_a_channel_of_zeros_among_others_keeps_its_bias(op, step):
+    shape = {"Conv": [4, 6, 3, 3], "ConvTranspose": [6, 4, 3, 3], "Gemm": [6, 4]}[op]
+    w = RNG.integers(-3, 4, shape) * 0.001 if step else 0.002 * RNG.normal(size=shape)
+    bias = np.array([0.05, 0.21, 0.1, 0.3])
+    index = (1,) if op == "Conv" else (slice(None), 1)
+    w[index] = 0
+    given = model(
+        [helper.make_node(op, ["x", "w", "b"], ["y"])],
+        {"w": w.astype(np.float32), "b": bias.astype(np.float32)},
+        {"x": ["N", 6, 5, 5][: len(shape)]},
+        {"y": ["N", 4, None, None][: len(shape)]},
+    )
+    # inputs are told in steps of 0.4, outputs in much smaller ones
+    examples = [{"x": RNG.uniform(0, 100, [9, 6, 5, 5][: len(shape)]).astype(np.float32)}]
+    want = session(given).run(None, examples[0])[0]
+    got = session(quantize_int8(given, examples).model).run(None, examples[0])[0]
+    step_of_outputs = (max(want.max(), 0) - min(want.min(), 0)) / 255
+    assert np.abs(want - got)[:, 1].max() < 0.6 * step_of_outputs
+
+
 def test_layers_stay_float_until_the_error_is_met():
     def error(m: ModelProto) -> float:
         there = {tensor.name for tensor in m.graph.initializer}

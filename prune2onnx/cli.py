@@ -34,6 +34,7 @@ from prune2onnx.pack import unpack as unpack_model
 from prune2onnx.recipe import read_recipe, resolve, settings
 from prune2onnx.report import Report, WeightRow, weights_table
 from prune2onnx.running import file_nbytes
+from prune2onnx.structure import BLOCK
 from prune2onnx.validate import validate as validate_file
 
 if TYPE_CHECKING:
@@ -520,10 +521,23 @@ def unpack(source: Path, target: Path, external: str | None, max_bytes: int) -> 
 @click.option(
     "--gather-inputs", is_flag=True, help="leave out unused inputs of the first layers by a Gather"
 )
+@click.option(
+    "--multiple",
+    type=click.IntRange(1),
+    default=BLOCK,
+    show_default=True,
+    help="channels that a convolution keeps are a multiple of it, since with others onnxruntime "
+    "may take longer; 1: the smallest file",
+)
 @click.option("--external", metavar="NAME", help="write large weights to this file beside OUT.onnx")
 @click.option("--json", "as_json", is_flag=True, help="print what changed as JSON on stdout")
 def shrink(
-    source: Path, target: Path, gather_inputs: bool, external: str | None, as_json: bool
+    source: Path,
+    target: Path,
+    gather_inputs: bool,
+    multiple: int,
+    external: str | None,
+    as_json: bool,
 ) -> None:
     """Remove dead channels and neurons from IN.onnx, exactly: OUT.onnx answers alike.
 
@@ -532,7 +546,9 @@ def shrink(
     """
     from prune2onnx.shrinking import shrink_file
 
-    done = shrink_file(source, target, gather_inputs=gather_inputs, external=external)
+    done = shrink_file(
+        source, target, gather_inputs=gather_inputs, multiple=multiple, external=external
+    )
     if as_json:
         click.echo(json.dumps(done.to_dict(), indent=2))
         return

@@ -24,7 +24,7 @@ class Deployment:
         anonymize: as of `pack`.
         rewrite: what becomes of the graph between shrinking and packing, for training to measure.
         prices: of layers, by their weights' names, where not their multiply-adds count.
-        multiple: of which layers keep their channels (`shrink`).
+        multiple: of which convolutions keep their channels (`shrink`).
     """
 
     def __init__(

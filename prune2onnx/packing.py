@@ -25,6 +25,7 @@ from prune2onnx.report import WeightRow
 from prune2onnx.running import UnrunnableError, random_inputs, session
 from prune2onnx.shrink import shrink
 from prune2onnx.strip import strip
+from prune2onnx.structure import BLOCK
 from prune2onnx.validate import check_same, outputs_of
 
 _EXAMPLES = 256
@@ -114,7 +115,7 @@ def pack_file(
     notes = list(intake.notes)
     model, changed = intake.model, False
     if wish.shrink:
-        shrunk = shrink(model)
+        shrunk = shrink(model, multiple=BLOCK)
         model, changed = shrunk.model, bool(shrunk.rows)
         notes.append(f"{shrunk.removed:,} dead channels and neurons removed")
     if changed or opset(given.opset_import) != opset(model.opset_import):

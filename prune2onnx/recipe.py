@@ -16,6 +16,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, mo
 from pydantic_core import ErrorDetails
 
 from prune2onnx.errors import RecipeError
+from prune2onnx.structure import BLOCK
 
 DENSITY = 0.07
 """Density of the pruned weights where no budget is given."""
@@ -62,8 +63,8 @@ class Narrow(_Section):
     multiple: int | None = Field(
         None,
         ge=1,
-        description="channels that a layer keeps are a multiple of it, since kernels compute "
-        "several at a time; default: 8 where speed counts, else 1",
+        description="channels that a convolution keeps are a multiple of it, since kernels "
+        "compute several at a time; default: 8 where speed counts, else 4",
     )
 
 
@@ -238,8 +239,8 @@ class Recipe(_Section):
 
     @property
     def multiple(self) -> int:
-        """Of which layers keep their channels."""
-        return self.narrow.multiple or (1 if self.goal == "size" else 8)
+        """Of which convolutions keep their channels."""
+        return self.narrow.multiple or (BLOCK if self.goal == "size" else 2 * BLOCK)
 
     @property
     def searches(self) -> bool:

@@ -16,6 +16,7 @@ from prune2onnx.onnxfile import load, nbytes, save
 from prune2onnx.pack import unpack
 from prune2onnx.running import UnrunnableError
 from prune2onnx.shrink import Row, shrink
+from prune2onnx.structure import BLOCK
 from prune2onnx.validate import check_same
 
 
@@ -74,7 +75,12 @@ class Done:
 
 
 def shrink_file(
-    source: Path, target: Path, *, gather_inputs: bool = False, external: str | None = None
+    source: Path,
+    target: Path,
+    *,
+    gather_inputs: bool = False,
+    multiple: int = BLOCK,
+    external: str | None = None,
 ) -> Done:
     """Removes the dead channels and neurons of a file; onnxruntime must find the outputs equal.
 
@@ -82,6 +88,7 @@ def shrink_file(
         source: any ONNX file; a packed one is unpacked first.
         target: the file to write; the same model as `source` where nothing is dead.
         gather_inputs: whether a Gather may leave out unused inputs of the graph (`shrink`).
+        multiple: of which convolutions keep their channels; any other number may take longer.
         external: name of a data file for large weights.
 
     Raises:
@@ -91,7 +98,7 @@ def shrink_file(
     given = load(source)
     before = unpack(given)
     intake = plain(before)
-    made = shrink(intake.model, gather_inputs=gather_inputs)
+    made = shrink(intake.model, gather_inputs=gather_inputs, multiple=multiple)
     result, notes, difference = made.model, list(intake.notes), None
     if is_packed(given):
         notes.append("the file was packed; the result is not: pack it again as the last step")

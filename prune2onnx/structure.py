@@ -19,6 +19,13 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
+BLOCK = 4
+"""Channels of which onnxruntime's blocked convolutions need a multiple.
+
+One that has any other number is computed the slow way, and so are its neighbours: a file with
+fewer channels can take twice the time (docs/RESULTS.md).
+"""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerCost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from prune2onnx.exporter import export
 from prune2onnx.intake import plain
 from prune2onnx.shrink import settle, shrink
 from prune2onnx.shrink.fate import FULL
+
+sys.path.append(str(Path(__file__).parent.parent / "tools"))
+import weak_channels
 
 
 @dataclass
@@ -1291,20 +1295,10 @@ def test_a_first_layer_without_a_flatten_has_its_inputs_gathered_too(op):
 
 def by_norm(m: ModelProto, share: float) -> ModelProto:
     """The weakest outputs of every layer zero, with their biases where they have any."""
-    values = {}
-    arrays = {t.name: numpy_helper.to_array(t) for t in m.graph.initializer}
-    for one in m.graph.node:
-        if one.op_type in ("Conv", "Gemm") and one.output[0] != m.graph.output[0].name:
-            weight = arrays[one.input[1]].copy()
-            norms = np.abs(weight).reshape(len(weight), -1).sum(axis=1)
-            weak = np.argsort(norms)[: int(share * len(weight))]
-            weight[weak] = 0
-            values[one.input[1]] = weight
-            if len(one.input) > 2:
-                shift = arrays[one.input[2]].copy()
-                shift[weak] = 0
-                values[one.input[2]] = shift
-    return with_values(m, values)
+    result = ModelProto()
+    result.CopyFrom(m)
+    assert weak_channels.silence(result, share)
+    return result
 
 
 def network(name: str, function: str) -> torch.nn.Module:

@@ -49,6 +49,30 @@ def test_dead_neurons_leave_the_file(tmp_path):
     assert "3 channels and neurons fewer" in told and "8x6" in told and not out
 
 
+def convolutions(dead: int) -> ModelProto:
+    """x [N, 3, 6, 6] -> 12 channels, the first ones dead -> y [N, 4, 6, 6]."""
+    rng = np.random.default_rng(2)
+    tensors = {
+        "a.weight": rng.normal(size=(12, 3, 1, 1)).astype(np.float32),
+        "b.weight": rng.normal(size=(4, 12, 1, 1)).astype(np.float32),
+    }
+    tensors["a.weight"][:dead] = 0
+    nodes = [
+        helper.make_node("Conv", ["x", "a.weight"], ["h"]),
+        helper.make_node("Conv", ["h", "b.weight"], ["y"]),
+    ]
+    return model(nodes, tensors, {"x": ["N", 3, 6, 6]}, {"y": ["N", 4, 6, 6]})
+
+
+@pytest.mark.parametrize(("options", "left"), [((), 8), (("--multiple", "1"), 5)])
+def test_convolutions_keep_as_many_channels_as_kernels_compute_at_a_time(options, left, tmp_path):
+    made, _, told = shrunk(convolutions(dead=7), tmp_path, *options)
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in made.graph.initializer}
+    assert shapes == {"a.weight": (left, 3, 1, 1), "b.weight": (4, left, 1, 1)}
+    np.testing.assert_allclose(run(made)[0], run(convolutions(dead=7))[0], atol=1e-5)
+    assert ("a.weight[0, 1, 2]" in told) == (left == 8)
+
+
 def test_pack_shrinks_first_where_asked(tmp_path):
     onnx.save(network(dead=3), tmp_path / "in.onnx")
     arguments = ["pack", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]

@@ -6,10 +6,11 @@ RUN is a folder that `compress` left. Two other tasks: EMNIST's letters (26 clas
 MNIST) and scikit-learn's digits, brought to the same frame. Of each run, dense.onnx and model.onnx:
 
 1. Features: what the last layer reads (`prune2onnx.features`), scaled to unit variance; on them a
-   linear SVM and a logistic regression, C chosen by 3-fold cross-validation on training examples
-   (200 of each class at most), then fitted to more (1,000 at most): to keep it short.
-2. Fine-tuning: the network with a new last layer, all of it trained on by Adam, from the dense
-   weights, from the pruned ones with their zeros held, and from those free to grow again.
+   linear SVM and a logistic regression, C chosen by 3-fold cross-validation on 200 training
+   examples of each class at most, then fitted to 1,000 at most.
+2. Fine-tuning: the network with a new last layer, all of it trained on by Adam with the same
+   examples, from the dense weights, from the pruned ones with their zeros held, and from those free
+   to grow again.
 
 Runs of one network and file size are taken together, as seeds. The interval is that of the paired
 difference, compressed less dense on the same test examples, at 95 %, by the normal approximation;
@@ -91,6 +92,14 @@ def framed(image: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.pad(np.asarray(grey, np.float32)[None] / 255, ((0, 0), (edge, edge), (edge, edge)))
 
 
+def some(given: Task, seed: int) -> Xy:
+    """Training examples, drawn at random: of each class `MOST_TO_FIT` at most."""
+    images, labels = given.train
+    order = np.random.default_rng(seed).permutation(len(labels))
+    chosen = np.concatenate([order[labels[order] == c][:MOST_TO_FIT] for c in range(given.classes)])
+    return images[chosen], labels[chosen]
+
+
 # -- a linear classifier on features ----------------------------------------------------------
 
 
@@ -103,11 +112,7 @@ def batches_of(xy: Xy) -> list[Xy]:
 def rights(kind: str, file: Path, given: Task, seed: int) -> NDArray[np.bool_]:
     """Which test examples a linear classifier on a file's features gets right."""
     model = load(file)
-    images, labels = given.train
-    order = np.random.default_rng(seed).permutation(len(labels))
-    chosen = np.concatenate([order[labels[order] == c][:MOST_TO_FIT] for c in range(given.classes)])
-    train = images[chosen], labels[chosen]
-    (x, y), (u, v) = (features(model, batches_of(part)) for part in (train, given.test))
+    (x, y), (u, v) = (features(model, batches_of(part)) for part in (some(given, seed), given.test))
     x, u = x.reshape(len(x), -1), u.reshape(len(u), -1)
     few = np.concatenate([np.flatnonzero(y == c)[:MOST_FOR_CHOICE] for c in range(given.classes)])
     linear: Any = LinearSVC(dual=False, random_state=seed)
@@ -131,7 +136,7 @@ def tuned(run: Path, weights: str, held: bool, given: Task, seed: int) -> NDArra
         weights: a checkpoint's name.
         held: whether zeros stay zeros, but for the new last layer.
         given: the task.
-        seed: of the new layer and the order of examples.
+        seed: of the new layer, the choice of examples and their order.
     """
     recipe = recipe_of(run)
     file = run / "checkpoints" / f"{weights}.safetensors"
@@ -143,7 +148,7 @@ def tuned(run: Path, weights: str, held: bool, given: Task, seed: int) -> NDArra
     model.set_submodule(name, nn.Linear(old.in_features, given.classes))
     if held:
         hold_zeros(model, {other: model.get_parameter(other).detach() != 0 for other in others})
-    x, y = torch.from_numpy(given.train[0]), torch.from_numpy(given.train[1])
+    x, y = (torch.from_numpy(part) for part in some(given, seed))
     optimiser = torch.optim.Adam(model.parameters(), lr=RATE)
     steps = EPOCHS * (len(y) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, total_steps=steps)

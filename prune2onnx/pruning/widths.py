@@ -55,6 +55,10 @@ class _Maker:
             return _original(self.norm, "weight").abs()
         return Channel(self.axis).measure(_original(self.layers[0], "weight")).flatten()
 
+    def convolves(self) -> bool:
+        """Whether the layer is a convolution."""
+        return _original(self.layers[0], "weight").dim() > 2
+
     def version(self) -> int:
         """Another number after each change of what is measured."""
         module: Any = self.layers[0] if self.norm is None else self.norm
@@ -118,6 +122,11 @@ class Widths(nn.Module):
         super().__init__()
         layers, self.count = structure.layers, len(fixed)
         self.makers, self.multiple = tuple(makers.values()), multiple
+        self.blocked = [
+            i
+            for i, one in enumerate(layers)
+            if one.weight in makers and makers[one.weight].convolves()
+        ]
         self.beta, self.function = beta, FUNCTIONS[function]
         self.names = [layer.weight for layer in layers]
         branches = [branch for branch in structure.branches if branch.last in makers]
@@ -275,7 +284,7 @@ class Widths(nn.Module):
         return dict(zip(self.names, means.tolist(), strict=True))
 
     def scale_thresholds(self, factor: float) -> None:
-        """Multiplies every threshold by one factor, in place; then each layer is filled up.
+        """Multiplies every threshold by one factor, in place; then each convolution is filled up.
 
         Kernels compute several channels at a time, so up to a multiple of that number channels
         cost nothing: the best of those that are pruned stay.
@@ -291,8 +300,8 @@ class Widths(nn.Module):
         order = margin[: self.count].argsort(descending=True).tolist()
         before = -1
         while before != (before := int(self.revived.sum())):
-            for index, rows in enumerate(self.rows):
-                alive = self.alive()
+            for index in self.blocked:
+                rows, alive = self.rows[index], self.alive()
                 if float(self._parts(alive.float())[index]) == 0:
                     continue  # of a branch that is gone
                 lack = -int((rows * alive[: self.count]).sum()) % self.multiple
@@ -378,7 +387,7 @@ def narrow(
             weights.
         chosen: names of the weights that may be pruned; channels of any other weight stay.
         by_macs: whether what is left is told in multiply-adds, not in that cost.
-        multiple: of which layers shall keep their channels in the end.
+        multiple: of which convolutions shall keep their channels in the end.
         function: a name in `FUNCTIONS`.
         beta: sharpness of the pruning function, per unit of a class's measure, which is about 1.
         start: first threshold, in that unit.

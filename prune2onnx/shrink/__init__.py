@@ -85,8 +85,8 @@ def shrink(model: ModelProto, *, gather_inputs: bool = False, multiple: int = 1)
         model: not modified; external data loaded.
         gather_inputs: whether a Gather may leave out inputs of the graph that its first layers do
             not use; that adds a node and its indices, so compare the sizes.
-        multiple: of which layers keep their channels, dead ones among them, where kernels compute
-            as many at a time.
+        multiple: of which convolutions keep their channels, dead ones among them, since kernels
+            compute as many at a time.
 
     Raises:
         Prune2OnnxError: external data are not loaded, or a tensor is damaged.

@@ -37,7 +37,7 @@ def decide(flow: Flow, multiple: int = 1) -> Fate:
 
     Args:
         flow: what the rules found.
-        multiple: of which layers keep their channels, where any is alive.
+        multiple: of which convolutions keep their channels, where any is alive.
     """
     family = families(flow)
     pinned = np.zeros(flow.count, bool)
@@ -79,13 +79,17 @@ def _can_go(flow: Flow, family: Ids, dead: Mask, multiple: int) -> tuple[Mask, d
             left.setdefault(int(number), reason)
         gone[family[ids]] = False
 
+    blocked = [
+        layer.channels.ids
+        for layer in flow.layers
+        if layer.node.op_type in ("Conv", "ConvTranspose")
+    ]
     before = gone.sum() + 1
     while before > (before := gone.sum()):
         for channels in flow.channels.values():
             if gone[family[channels.ids]].all():
                 leave(channels.ids[:1], LAST)
-        for layer in flow.layers if multiple > 1 else ():
-            ids = layer.channels.ids
+        for ids in blocked if multiple > 1 else ():
             going = gone[family[ids]]
             if not dead[family[ids]].all():
                 surplus = going & (going.cumsum() <= -int((~going).sum()) % multiple)

@@ -10,13 +10,23 @@ import torch
 
 from prune2onnx.callables import call_with, load_callable
 from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.recipe import read_recipe, resolve
 
-LENET = Path(__file__).parents[1] / "models" / "lenet.py"
+ROOT = Path(__file__).parents[1]
+LENET = ROOT / "models" / "lenet.py"
 
 
 def build(name: str, **available: object) -> torch.nn.Module:
     spec = f"{LENET}:{name}"
     return call_with(load_callable(spec), spec, **available)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*.yaml")), ids=lambda p: p.stem)
+def test_recipes_name_a_network_beside_them(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    recipe = resolve(read_recipe(path), source=str(path))
+    model = call_with(load_callable(recipe.model), recipe.model)
+    assert isinstance(model, torch.nn.Module) and path.stem == recipe.model.rpartition(":")[2]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 from torch import nn
 
-from prune2onnx import hold_zeros, load_data
+from prune2onnx import hold_zeros, load_data, resolve
 from prune2onnx.data import Arrays, Data
 from prune2onnx.features import features
 from prune2onnx.onnxfile import load
@@ -128,19 +128,18 @@ def rights(kind: str, file: Path, given: Task, seed: int) -> NDArray[np.bool_]:
 
 
 @cache
-def tuned(run: Path, weights: str, held: bool, given: Task, seed: int) -> NDArray[np.bool_]:
-    """Which test examples a network gets right that was trained on from a run's weights.
+def tuned(network: str, weights: Path, held: bool, given: Task, seed: int) -> NDArray[np.bool_]:
+    """Which test examples a network gets right that was trained on from given weights.
 
     Args:
-        run: the folder.
-        weights: a checkpoint's name.
+        network: what makes it, as in a recipe.
+        weights: a checkpoint.
         held: whether zeros stay zeros, but for the new last layer.
         given: the task.
         seed: of the new layer, the choice of examples and their order.
     """
-    recipe = recipe_of(run)
-    file = run / "checkpoints" / f"{weights}.safetensors"
-    model = make_model(recipe.model_copy(update={"weights": str(file)}), MNIST)
+    recipe = resolve({"model": network, "data": MNIST.name, "weights": str(weights)})
+    model = make_model(recipe, MNIST)
     torch.manual_seed(seed)
     *others, last = prunable_weights(model)
     name = last.removesuffix(".weight")
@@ -188,13 +187,26 @@ def percent(rights: Sequence[NDArray[np.bool_]]) -> str:
     return f"{np.mean(each):.2f}{spread}"
 
 
-def title(run: Path) -> tuple[str, str]:
-    """A run's network and how much smaller its file is."""
-    report = json.loads((run / "report.json").read_text())
-    network = recipe_of(run).model.rpartition(":")[2]
-    target = recipe_of(run).target_size
-    size = f"{target or report['compressed']['nbytes']:,} bytes"
-    return network, f"{size}, {report['ratio']:.0f}x"
+def report_of(run: Path) -> dict[str, Any]:
+    """What `compress` found."""
+    report: dict[str, Any] = json.loads((run / "report.json").read_text())
+    return report
+
+
+def grouped(runs: Sequence[Path]) -> dict[tuple[str, str], list[Path]]:
+    """Runs by network and file size: that which was asked for, if any; how much smaller it is."""
+    groups: dict[tuple[str, int], list[Path]] = {}
+    for run in runs:
+        network = recipe_of(run).model.rpartition(":")[2]
+        size = recipe_of(run).target_size or report_of(run)["compressed"]["nbytes"]
+        groups.setdefault((network, size), []).append(run)
+    return {
+        (
+            network,
+            f"{size:,} bytes, {np.mean([report_of(run)['ratio'] for run in members]):.0f}x",
+        ): members
+        for (network, size), members in groups.items()
+    }
 
 
 @click.command()
@@ -210,9 +222,7 @@ def main(runs: tuple[Path, ...], letters: str, skip_tuning: bool) -> None:
         return seen.setdefault(sha256(file.read_bytes()).digest(), file)
 
     tasks = [task("letters", load_data(letters)), task("digits", load_data("digits"))]
-    groups: dict[tuple[str, str], list[Path]] = {}
-    for run in runs:
-        groups.setdefault(title(run), []).append(run)
+    groups = grouped(runs)
     click.echo("| network | file | task | classifier | runs | dense | compressed | difference |")
     click.echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for (network, size), members in groups.items():
@@ -230,22 +240,21 @@ def main(runs: tuple[Path, ...], letters: str, skip_tuning: bool) -> None:
     click.echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for (network, size), members in groups.items():
         for given in tasks:
-            seeds = [recipe_of(run).seed for run in members]
-            both = list(zip(members, seeds, strict=True))
-            dense = [tuned(start_of(run), "dense", False, given, seed) for run, seed in both]
+            dense = [tuned_of(run, "dense", False, given) for run in members]
             for how, held in (("zeros held", True), ("all free", False)):
-                ours = [tuned(run, "share", held, given, seed) for run, seed in both]
+                ours = [tuned_of(run, "share", held, given) for run in members]
                 row(network, size, given.name, how, dense, ours)
     click.echo(f"\nfine-tuning: {time.perf_counter() - began:.0f} s", err=True)
 
 
-def start_of(run: Path) -> Path:
-    """The run with the dense checkpoint: its own, or the one whose weights it began with."""
-    if (run / "checkpoints" / "dense.safetensors").exists():
-        return run
-    weights = recipe_of(run).weights
-    assert weights is not None  # it began with pruning
-    return Path(weights).parents[1]
+def tuned_of(run: Path, phase: str, held: bool, given: Task) -> NDArray[np.bool_]:
+    """Trained on from what a run had at the end of a phase, or began with if it had none such."""
+    recipe = recipe_of(run)
+    weights = run / "checkpoints" / f"{phase}.safetensors"
+    if not weights.exists():
+        assert phase == "dense" and recipe.weights is not None  # it began with pruning
+        weights = Path(recipe.weights)
+    return tuned(recipe.model, weights, held, given, recipe.seed)
 
 
 def row(

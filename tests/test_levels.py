@@ -43,6 +43,22 @@ def test_values_are_whole_multiples_of_one_scale_and_zeros_stay():
     torch.testing.assert_close(model[2].weight, network()[2].weight, rtol=0, atol=4e-3)
 
 
+def test_a_scale_for_all_is_that_of_the_many():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 4), nn.ReLU(), nn.Linear(4, 4)
+    )
+    with torch.no_grad():  # weights that fit 0.2 and twice that, biases that want it much finer
+        for layer in (model[0], model[2], model[4]):
+            levels = torch.randint(1, 3, layer.weight.shape) * torch.randn_like(layer.weight).sign()
+            layer.weight.copy_(0.2 * levels + 0.01 * torch.randn_like(layer.weight))
+            layer.bias.copy_(0.02 * torch.arange(-len(layer.bias) // 2, len(layer.bias) // 2))
+    largest = {name: 2 if "weight" in name else 15 for name, _ in model.named_parameters()}
+    put_on_levels(model, largest, common=True)
+    (scale,) = scales_of(model)
+    assert float(scale) == pytest.approx(0.2, abs=0.01)
+
+
 def test_the_gradients_are_those_of_learned_step_size_quantization():
     model = nn.Sequential(nn.Linear(4, 1, bias=False))
     with torch.no_grad():

@@ -94,7 +94,11 @@ def _best_scale(w: Tensor, largest: int) -> Tensor:
 
 
 def _common_scale(parameters: Sequence[Tensor], largest: Mapping[str, int]) -> Tensor:
-    """The scale with the least squared error, relative to each parameter's own squares."""
+    """The scale with the least squared error, relative to each parameter's own mean square.
+
+    So a parameter counts as much as it has nonzeros: a few biases that would fit a finer grid do
+    not make the weights leave theirs.
+    """
     present = [
         (p.detach(), k) for p, k in zip(parameters, largest.values(), strict=True) if p.any()
     ]
@@ -104,7 +108,11 @@ def _common_scale(parameters: Sequence[Tensor], largest: Mapping[str, int]) -> T
     scales = torch.logspace(
         float(own.min().log2()), float(own.max().log2()), _CANDIDATES, base=2, device=own.device
     )
-    errors = [sum(_error(p, s, k) / p.square().sum() for p, k in present) for s in scales]
+    units = [int(p.count_nonzero()) / p.square().sum() for p, _ in present]
+    errors = [
+        sum(_error(p, s, k) * unit for (p, k), unit in zip(present, units, strict=True))
+        for s in scales
+    ]
     return scales[int(np.argmin([float(error) for error in errors]))].to(own.dtype)
 
 

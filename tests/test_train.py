@@ -120,6 +120,28 @@ def test_bfloat16_trains_and_leaves_float32(tiny_data):
     assert evaluate(fitted.model, tiny_data.test)[0] < 20
 
 
+def test_every_phase_trains_in_the_precision_of_the_run(tiny_data):
+    seen = {}
+
+    class Told(nn.Conv2d):
+        def forward(self, x):
+            made = super().forward(x)
+            if self.training:
+                seen.setdefault(len(ended), set()).add(made.dtype)
+            return made
+
+    ended = []
+    model = tiny_conv()
+    model[0] = Told(1, 8, 3, bias=False)
+    recipe = tiny_recipe(precision="bf16", **{"narrow.epochs": 2})
+    phases = {"dense": 3, "narrow": 2, "prune": 3, "tune": 2, "share": 2}
+    deployment = Deployment(tiny_data.input_shape, recipe.opset)
+    fit(model, tiny_data, recipe, on_epoch=ended.append, deployment=deployment)
+    assert [e.phase for e in ended] == [name for name, n in phases.items() for _ in range(n)]
+    for epoch, kinds in seen.items():
+        assert kinds == {torch.bfloat16}, ended[epoch].phase
+
+
 def test_the_teacher_answers_in_the_precision_of_the_run(tiny_data):
     answered = set()
 

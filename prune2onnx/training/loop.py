@@ -195,6 +195,8 @@ class Loop:
             if accelerator.is_main_process:
                 self.on_epoch(record)
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+        # or accelerate would take it for prepared in the next phase, without mixed precision
+        vars(model).pop("_is_accelerate_prepared", None)
         accelerator.free_memory()
 
     def _epoch(

@@ -188,25 +188,16 @@ def percent(rights: Sequence[NDArray[np.bool_]]) -> str:
     return f"{np.mean(each):.2f}{spread}"
 
 
-def report_of(run: Path) -> dict[str, Any]:
-    """What `compress` found."""
-    report: dict[str, Any] = json.loads((run / "report.json").read_text())
-    return report
-
-
 def grouped(runs: Sequence[Path]) -> dict[tuple[str, str], list[Path]]:
     """Runs by network and file size: that which was asked for, if any; how much smaller it is."""
-    groups: dict[tuple[str, int], list[Path]] = {}
+    groups: dict[tuple[str, int], dict[Path, float]] = {}
     for run in runs:
-        network = recipe_of(run).model.rpartition(":")[2]
-        size = recipe_of(run).target_size or report_of(run)["compressed"]["nbytes"]
-        groups.setdefault((network, size), []).append(run)
+        recipe, report = recipe_of(run), json.loads((run / "report.json").read_text())
+        size = recipe.target_size or report["compressed"]["nbytes"]
+        groups.setdefault((recipe.model.rpartition(":")[2], size), {})[run] = report["ratio"]
     return {
-        (
-            network,
-            f"{size:,} bytes, {np.mean([report_of(run)['ratio'] for run in members]):.0f}x",
-        ): members
-        for (network, size), members in groups.items()
+        (network, f"{size:,} bytes, {np.mean(list(ratios.values())):.0f}x"): list(ratios)
+        for (network, size), ratios in groups.items()
     }
 
 

@@ -82,14 +82,14 @@ def _can_go(flow: Flow, family: Ids, dead: Mask, multiple: int) -> tuple[Mask, d
     blocked = [
         layer.channels.ids
         for layer in flow.layers
-        if layer.node.op_type in ("Conv", "ConvTranspose")
+        if multiple > 1 and layer.node.op_type in ("Conv", "ConvTranspose")
     ]
     before = gone.sum() + 1
     while before > (before := gone.sum()):
         for channels in flow.channels.values():
             if gone[family[channels.ids]].all():
                 leave(channels.ids[:1], LAST)
-        for ids in blocked if multiple > 1 else ():
+        for ids in blocked:
             going = gone[family[ids]]
             if not dead[family[ids]].all():
                 surplus = going & (going.cumsum() <= -int((~going).sum()) % multiple)

@@ -63,8 +63,8 @@ class Narrow(_Section):
     multiple: int | None = Field(
         None,
         ge=1,
-        description="channels that a convolution keeps are a multiple of it, since kernels "
-        "compute several at a time; default: 8 where speed counts, else 4",
+        description="channels of a convolution that go together, the weakest with the weakest, "
+        "since kernels compute several at a time; default: 8 where speed counts, else 4",
     )
 
 

@@ -111,3 +111,18 @@ class Structure:
             for layer in self.layers
         )
         return replace(self, layers=tuple(layers))
+
+    def merged(self, group_of: Ids) -> Structure:
+        """With classes joined: [classes] the group of each, which stays if any of them must."""
+        layers = (
+            replace(
+                layer,
+                rows=group_of[layer.rows],
+                columns=None if layer.columns is None else group_of[layer.columns],
+            )
+            for layer in self.layers
+        )
+        norms = (replace(norm, channels=group_of[norm.channels]) for norm in self.norms)
+        fixed = np.zeros(1 + group_of.max(initial=-1), np.bool_)
+        fixed[group_of[self.fixed]] = True
+        return replace(self, layers=tuple(layers), norms=tuple(norms), fixed=fixed)

@@ -259,16 +259,63 @@ def test_a_branch_that_is_gone_stays_away_while_the_rest_is_trained(tiny_data, m
     assert {t.name for t in graph.initializer} & layers == layers - {"c1.weight", "c2.weight"}
 
 
-@pytest.mark.parametrize("multiple", [2, 4])
-def test_layers_are_filled_up_to_a_multiple(multiple):
+def rows_left(widths: Widths) -> dict[str, tuple[int, int]]:
+    """Output channels of each layer: how many are left, and of how many."""
+    alive = widths.alive()[: widths.count].float()
+    counts = zip(widths.rows @ alive, widths.rows.sum(1), strict=True)
+    return {n: (int(a), int(b)) for n, (a, b) in zip(widths.names, counts, strict=True)}
+
+
+def test_as_many_channels_as_a_kernel_computes_share_a_threshold_weak_ones_with_weak():
     model = Residual()
-    widths, found = ready(model, multiple=multiple, start=0.95)
+    widths, found = ready(model, multiple=2)
+    scales = model.b1.parametrizations.weight.original.abs()
+    pairs = widths.makers[1].classes
+    assert all((pairs == one).sum() == 2 for one in set(pairs.tolist()))
+    firsts = [int(pairs[place]) for place in scales.argsort()]
+    assert firsts[0] == firsts[1] and firsts[2] == firsts[3] and firsts[4] == firsts[5]
+    # the stem's channels and those that c3 adds have other makers: no block is of both
+    of_c3 = widths.makers[3].classes
+    assert set(of_c3[2:8].tolist()) == set(widths.makers[0].classes.tolist())
+    assert not set(of_c3[2:8].tolist()) & {*of_c3[:2].tolist(), *of_c3[8:].tolist()}
+    assert widths.count == 3 + 3 + 2 + sum(found.fixed)
+
+
+def test_a_layer_of_no_more_channels_than_a_block_goes_with_its_branch_alone():
+    model = Residual()
+    widths, _ = ready(model, multiple=16, start=50.0)
+    model(torch.randn(4, *IMAGE))
+    left = rows_left(widths)
+    assert left["stem.weight"] == (6, 6) and left["c1.weight"] == (6, 6)
+    assert widths.densities()["c1.weight"] == 0 and not widths.alive()[widths.count :].any()
+
+
+def test_what_cannot_go_is_not_pressed():
+    model = Residual()
+    widths, _ = ready(model, multiple=4, start=0.1)
+    inside = widths.rows[widths.names.index("c1.weight")]
+    first, second = (int(one) for one in inside.nonzero().flatten())
+    widths.penalty().backward()
+    assert widths.rho.grad[first] < 0 and widths.rho.grad[second] < 0
+    widths.rho.grad = None
+    widths.gone[second] = True
+    widths.penalty().backward()
+    assert widths.rho.grad[first] == 0
+    assert (widths.rho.grad[widths.count :] < 0).all()
+
+
+@pytest.mark.parametrize("multiple", [2, 4])
+@pytest.mark.parametrize("seed", range(8))
+def test_layers_keep_a_multiple_or_all(multiple, seed):
+    model = Residual()
+    widths, _ = ready(model, multiple=multiple, start=0.95)
+    torch.manual_seed(seed)
+    with torch.no_grad():  # blocks of all sizes die
+        widths.rho.add_(torch.randn(len(widths.rho)))
+        widths.rho[widths.count :] = -10.0
     widths.scale_thresholds(1.0)
-    alive = widths.alive().numpy()
-    for layer in found.layers[:-1]:
-        left, whole = alive[layer.rows].sum(), len(layer.rows)
-        assert left % multiple == 0 or left == whole, layer.weight
-    assert widths.revived.any()
+    for name, (left, whole) in rows_left(widths).items():
+        assert left % multiple == 0 or left == whole or name == "last.weight", name
     model.eval()
     x = torch.randn(4, *IMAGE)
     expected = model(x)

@@ -6,6 +6,11 @@ thresholds are put not on weights but on classes of channels (`structure` tells 
 class is whole or exactly zero in all its tensors. Branches of residual sums have a threshold of
 their own: one that is pruned adds nothing, and all that is computed for it alone goes along.
 
+Kernels compute several channels at a time, and a part of such a block costs as much as all of it.
+So where a multiple is asked for, classes of convolutions share a threshold by as many, the weakest
+with the weakest, and go together. A layer of no more channels than that loses none: it can only go
+with its branch.
+
     narrow(model, structure, norms, speed=1.0)     # before the optimiser is made
     loss = task_loss(model(x), y) + 2.0 * widths_of(model).penalty()
     widths_of(model).bake()
@@ -19,9 +24,10 @@ function are those of `learned`.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -91,7 +97,7 @@ class Widths(nn.Module):
     A class's measure is the root mean square over the layers that make it, each in units of what
     that layer's channels measured when pruning began; a branch's is that of its last layer. What is
     gone stays away; the last channel of a layer stays. The penalty moves thresholds alone, not
-    weights.
+    weights. By classes blocks are meant, where classes go by the block (`_blocks`).
     """
 
     fixed: Tensor
@@ -269,8 +275,15 @@ class Widths(nn.Module):
         """Differentiable part of the cost that is left, 0-1, the regulariser; a scalar."""
         measure = self.measure().detach()
         gate = differentiable(survivor_gate, measure, self.threshold(), self.beta)
-        gate = torch.where(self.fixed, torch.ones_like(gate), gate * ~self.gone)
+        gate = torch.where(self.fixed | self._last(), torch.ones_like(gate), gate * ~self.gone)
         return self._left(gate, self.costs)
+
+    def _last(self) -> Tensor:
+        """Bool [classes + branches]: all that a layer has left; to press it is in vain."""
+        left = (self.rows > 0) & ~self.gone[: self.count]
+        last = torch.zeros_like(self.gone)
+        last[: self.count] = left[left.sum(1) == 1].any(0)
+        return last
 
     def densities(self) -> dict[str, float]:
         """Part of each layer's output channels that is left, by the weight's name."""
@@ -286,8 +299,8 @@ class Widths(nn.Module):
     def scale_thresholds(self, factor: float) -> None:
         """Multiplies every threshold by one factor, in place; then each convolution is filled up.
 
-        Kernels compute several channels at a time, so up to a multiple of that number channels
-        cost nothing: the best of those that are pruned stay.
+        Blocks of several kinds, or one that is not full, may leave a number of channels that is no
+        multiple: then the best of those that are pruned stay, for they cost nothing.
         """
         with torch.no_grad():
             self.rho.copy_(scaled(self.rho, factor))
@@ -305,10 +318,13 @@ class Widths(nn.Module):
                 if float(self._parts(alive.float())[index]) == 0:
                     continue  # of a branch that is gone
                 lack = -int((rows * alive[: self.count]).sum()) % self.multiple
-                for channel in order:
-                    if 0 < int(rows[channel]) <= lack and not alive[channel]:
-                        self.revived[channel] = True
-                        lack -= int(rows[channel])
+                dead = [one for one in order if rows[one] and not alive[one]]
+                for one in dead:
+                    if int(rows[one]) <= lack:
+                        self.revived[one] = True
+                        lack -= int(rows[one])
+                if lack and dead:  # a block is too large for it: until it fits, or all are there
+                    self.revived[dead[0]] = True
 
     def bake(self) -> list[nn.Parameter]:
         """Leaves plain parameters, with zeros for what is gone; removes itself.
@@ -357,6 +373,47 @@ class _Gate(nn.Module):
         for branch in self.branches:
             factor = factor * every[branch]
         return x * factor.view(shape).to(x.dtype)
+
+
+def _blocks(
+    structure: Structure, fixed: Tensor, makers: Mapping[str, _Maker], multiple: int
+) -> Tensor:
+    """Which classes share a threshold: as many as a kernel computes at a time.
+
+    Those of a block are made and read by the same layers. The strongest are in one block and the
+    weakest in another; what is left over is a block of its own. Classes that a matrix makes, too,
+    and those that stay in any case, are alone.
+
+    Returns:
+        int64 [classes], the block of each, from 0 on.
+    """
+    count = len(fixed)
+    found = np.zeros((2 * len(structure.layers), count), np.int64)
+    squares, times = torch.zeros(count), torch.zeros(count)
+    single = fixed.clone()
+    for index, layer in enumerate(structure.layers):
+        np.add.at(found[2 * index], layer.rows, 1)
+        if layer.columns is not None:
+            np.add.at(found[2 * index + 1], layer.columns, 1)
+        maker = makers.get(layer.weight)
+        if maker is None or not maker.convolves():
+            single[torch.tensor(layer.rows)] = True
+            continue
+        own = maker.measure().detach().float().cpu().square()
+        squares.index_add_(0, maker.classes, own / own.mean().clamp_min(1e-24))
+        times.index_add_(0, maker.classes, torch.ones_like(own))
+    strength = (squares / times.clamp_min(1)).numpy()
+    _, kinds = np.unique(found, axis=1, return_inverse=True)
+    block_of = np.zeros(count, np.int64)
+    blocks = 0
+    for kind in np.unique(kinds):
+        members = np.flatnonzero(kinds.ravel() == kind)
+        members = members[np.argsort(-strength[members], kind="stable")]
+        alone = single.numpy()[members]
+        for chosen, size in ((members[~alone], multiple), (members[alone], 1)):
+            block_of[chosen] = blocks + np.arange(len(chosen)) // size
+            blocks += -(-len(chosen) // size)
+    return torch.from_numpy(block_of)
 
 
 def widths_of(model: nn.Module) -> Widths | None:
@@ -430,6 +487,12 @@ def narrow(
             "what is done with them cannot be followed in the graph; leave out --goal, "
             "--target-macs and --narrow-epochs"
         )
+    if multiple > 1:
+        block_of = _blocks(structure, fixed, makers, multiple)
+        structure = replace(structure, fixed=fixed.numpy()).merged(block_of.numpy())
+        fixed = torch.tensor(structure.fixed)
+        makers = {n: replace(one, classes=block_of[one.classes]) for n, one in makers.items()}
+        alone = [(module, block_of[classes]) for module, classes in alone]
     widths = Widths(
         structure,
         fixed,

@@ -319,12 +319,9 @@ class Widths(nn.Module):
                     continue  # of a branch that is gone
                 lack = -int((rows * alive[: self.count]).sum()) % self.multiple
                 dead = [one for one in order if rows[one] and not alive[one]]
-                for one in dead:
-                    if int(rows[one]) <= lack:
-                        self.revived[one] = True
-                        lack -= int(rows[one])
-                if lack and dead:  # a block is too large for it: until it fits, or all are there
-                    self.revived[dead[0]] = True
+                if lack and dead:  # once more, until it fits or all are there
+                    fitting = [one for one in dead if rows[one] <= lack]
+                    self.revived[(fitting or dead)[0]] = True
 
     def bake(self) -> list[nn.Parameter]:
         """Leaves plain parameters, with zeros for what is gone; removes itself.

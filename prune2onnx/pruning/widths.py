@@ -23,11 +23,10 @@ function are those of `learned`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -60,6 +59,10 @@ class _Maker:
         if self.norm is not None:
             return _original(self.norm, "weight").abs()
         return Channel(self.axis).measure(_original(self.layers[0], "weight")).flatten()
+
+    def unit(self) -> Tensor:
+        """Root mean square of what its channels measure now, > 0; a scalar."""
+        return self.measure().square().mean().sqrt().clamp_min(1e-12)
 
     def convolves(self) -> bool:
         """Whether the layer is a convolution."""
@@ -143,21 +146,16 @@ class Widths(nn.Module):
         rho = torch.expm1(torch.tensor(start)).log()  # softplus(rho) = start
         self.rho = nn.Parameter(torch.full((self.count + len(branches),), float(rho)))
         free = torch.zeros(len(branches), dtype=torch.bool)
-        rows = torch.zeros(len(layers), self.count)
-        columns = torch.zeros(len(layers), self.count)
+        rows, columns = _counts(structure, self.count)
         within = torch.zeros(len(layers), len(branches), dtype=torch.bool)
-        for index, layer in enumerate(layers):
-            rows[index].index_add_(0, torch.tensor(layer.rows), torch.ones(len(layer.rows)))
-            if layer.columns is not None:
-                ones = torch.ones(len(layer.columns))
-                columns[index].index_add_(0, torch.tensor(layer.columns), ones)
+        for index in range(len(layers)):
             within[index] = torch.tensor([index in branch.layers for branch in branches])
         macs = torch.tensor([layer.macs / structure.macs for layer in layers])
         prices = torch.tensor([layer.price for layer in layers])
         sizes = torch.tensor([layer.size / structure.size for layer in layers])
         costs = speed * prices / prices.sum() + (1 - speed) * sizes
         with torch.no_grad():
-            units = [m.measure().square().mean().sqrt().clamp_min(1e-12) for m in self.makers]
+            units = [maker.unit() for maker in self.makers]
         self.register_buffer("gone", torch.zeros_like(self.rho, dtype=torch.bool))
         self.register_buffer("revived", torch.zeros_like(self.rho, dtype=torch.bool))
         for name, value in {
@@ -194,17 +192,8 @@ class Widths(nn.Module):
 
     def measure(self) -> Tensor:
         """[classes + branches], about 1; of a class that nobody makes it is 1."""
-        squares = torch.zeros(self.count, device=self.rho.device)
-        counts = torch.zeros_like(squares)
-        means = []
-        for maker, unit in zip(self.makers, self.units, strict=True):
-            own = (maker.measure().float() / unit).square()
-            classes = maker.classes.to(own.device)
-            squares = squares.index_add(0, classes, own)
-            counts = counts.index_add(0, classes, torch.ones_like(own))
-            means.append(own.mean())
-        mean = torch.where(counts > 0, squares / counts.clamp_min(1), torch.ones_like(squares))
-        mean = torch.cat([mean, *(means[end][None] for end in self.ends)])
+        squares, mean = _squares(self.makers, self.units, self.count)
+        mean = torch.cat([mean, *(squares[end].mean()[None] for end in self.ends)])
         return mean.clamp_min(1e-24).sqrt()
 
     def alive(self) -> Tensor:
@@ -309,8 +298,7 @@ class Widths(nn.Module):
                 self._fill()
 
     def _fill(self) -> None:
-        margin = self.measure() - self.threshold()
-        order = margin[: self.count].argsort(descending=True).tolist()
+        margin = (self.measure() - self.threshold())[: self.count]
         before = -1
         while before != (before := int(self.revived.sum())):
             for index in self.blocked:
@@ -318,10 +306,11 @@ class Widths(nn.Module):
                 if float(self._parts(alive.float())[index]) == 0:
                     continue  # of a branch that is gone
                 lack = -int((rows * alive[: self.count]).sum()) % self.multiple
-                dead = [one for one in order if rows[one] and not alive[one]]
-                if lack and dead:  # once more, until it fits or all are there
-                    fitting = [one for one in dead if rows[one] <= lack]
-                    self.revived[(fitting or dead)[0]] = True
+                dead = (rows > 0) & ~alive[: self.count]
+                if lack and dead.any():  # once more, until it fits or all are there
+                    fitting = dead & (rows <= lack)
+                    free = fitting if fitting.any() else dead
+                    self.revived[margin.masked_fill(~free, -torch.inf).argmax()] = True
 
     def bake(self) -> list[nn.Parameter]:
         """Leaves plain parameters, with zeros for what is gone; removes itself.
@@ -372,6 +361,37 @@ class _Gate(nn.Module):
         return x * factor.view(shape).to(x.dtype)
 
 
+def _counts(structure: Structure, count: int) -> tuple[Tensor, Tensor]:
+    """How many of each layer's rows, and of its columns, are of each class: [layers, classes]."""
+    rows = torch.zeros(len(structure.layers), count)
+    columns = torch.zeros_like(rows)
+    for index, layer in enumerate(structure.layers):
+        for counts, ids in ((rows, layer.rows), (columns, layer.columns)):
+            if ids is not None:
+                counts[index].index_add_(0, torch.tensor(ids), torch.ones(len(ids)))
+    return rows, columns
+
+
+def _squares(
+    makers: Collection[_Maker], units: Iterable[Tensor], count: int
+) -> tuple[list[Tensor], Tensor]:
+    """Squares of what channels measure, in their makers' units: of each maker, and class means.
+
+    Returns:
+        [channels] for each maker; and [classes], 1 for a class that nobody makes.
+    """
+    each = [
+        (maker.measure().float() / unit).square() for maker, unit in zip(makers, units, strict=True)
+    ]
+    sums = torch.zeros(count, device=each[0].device)
+    times = torch.zeros_like(sums)
+    for maker, own in zip(makers, each, strict=True):
+        classes = maker.classes.to(own.device)
+        sums = sums.index_add(0, classes, own)
+        times = times.index_add(0, classes, torch.ones_like(own))
+    return each, torch.where(times > 0, sums / times.clamp_min(1), torch.ones_like(sums))
+
+
 def _blocks(
     structure: Structure, fixed: Tensor, makers: Mapping[str, _Maker], multiple: int
 ) -> Tensor:
@@ -385,32 +405,25 @@ def _blocks(
         int64 [classes], the block of each, from 0 on.
     """
     count = len(fixed)
-    found = np.zeros((2 * len(structure.layers), count), np.int64)
-    squares, times = torch.zeros(count), torch.zeros(count)
     single = fixed.clone()
-    for index, layer in enumerate(structure.layers):
-        np.add.at(found[2 * index], layer.rows, 1)
-        if layer.columns is not None:
-            np.add.at(found[2 * index + 1], layer.columns, 1)
-        maker = makers.get(layer.weight)
-        if maker is None or not maker.convolves():
+    for layer in structure.layers:
+        if layer.weight not in makers or not makers[layer.weight].convolves():
             single[torch.tensor(layer.rows)] = True
-            continue
-        own = maker.measure().detach().float().cpu().square()
-        squares.index_add_(0, maker.classes, own / own.mean().clamp_min(1e-24))
-        times.index_add_(0, maker.classes, torch.ones_like(own))
-    strength = (squares / times.clamp_min(1)).numpy()
-    _, kinds = np.unique(found, axis=1, return_inverse=True)
-    block_of = np.zeros(count, np.int64)
+    with torch.no_grad():
+        units = [maker.unit() for maker in makers.values()]
+        strength = _squares(makers.values(), units, count)[1].cpu()
+    made_and_read = torch.cat(_counts(structure, count))
+    _, kinds = made_and_read.unique(dim=1, return_inverse=True)  # type: ignore[no-untyped-call]
+    block_of = torch.zeros(count, dtype=torch.int64)
     blocks = 0
-    for kind in np.unique(kinds):
-        members = np.flatnonzero(kinds.ravel() == kind)
-        members = members[np.argsort(-strength[members], kind="stable")]
-        alone = single.numpy()[members]
+    for kind in range(int(kinds.max()) + 1):
+        members = (kinds == kind).nonzero().flatten()
+        members = members[strength[members].argsort(descending=True, stable=True)]
+        alone = single[members]
         for chosen, size in ((members[~alone], multiple), (members[alone], 1)):
-            block_of[chosen] = blocks + np.arange(len(chosen)) // size
+            block_of[chosen] = blocks + torch.arange(len(chosen)) // size
             blocks += -(-len(chosen) // size)
-    return torch.from_numpy(block_of)
+    return block_of
 
 
 def widths_of(model: nn.Module) -> Widths | None:

@@ -72,7 +72,7 @@ def lenet5(
     channels, height, width = input_shape
     if min(height, width) < 16:
         raise ValueError(
-            f"lenet5 needs images of at least 16x16, not {height}x{width}: two 5x5 convolutions "
-            "with pooling leave nothing of them; use lenet_300_100 or enlarge the images"
+            f"lenet5 needs images of at least 16x16, not {height}x{width}, for its two 5x5 "
+            "convolutions with pooling; use lenet_300_100 or enlarge the images"
         )
     return LeNet5(channels, height, width, classes, dropout)

@@ -1,7 +1,7 @@
-"""prune2onnx: a trained network, pruned and shared, in one small ONNX file that onnxruntime opens.
+"""prune2onnx: a trained network, pruned and coded, in one small ONNX file that onnxruntime opens.
 
-The public verbs, no logic. Those that need torch are imported when they are first used, so that
-packing a file does not wait for torch.
+The public verbs, no logic. Each is imported when it is first used, so that packing a file does not
+wait for torch.
 """
 
 from __future__ import annotations
@@ -10,47 +10,60 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-# Imported at once: these functions bear their module's name, and a lazy import would bind the
-# module to it.
-from prune2onnx.benchmark import benchmark
-from prune2onnx.errors import BudgetError, MismatchError, Prune2OnnxError, RecipeError
-from prune2onnx.inspection import inspect
-from prune2onnx.pack import pack, unpack
-from prune2onnx.recipe import Recipe, read_recipe, resolve
-from prune2onnx.shrink import shrink
-from prune2onnx.validate import validate
-
 if TYPE_CHECKING:
+    from prune2onnx.commands.compress import compress
+    from prune2onnx.commands.sweep import sweep, sweep_of
     from prune2onnx.data import load_data
-    from prune2onnx.exporter import export
-    from prune2onnx.int8 import quantize_int8
-    from prune2onnx.pipeline import compress
+    from prune2onnx.errors import BudgetError, MismatchError, Prune2OnnxError, RecipeError
+    from prune2onnx.packing.inspection import inspect
+    from prune2onnx.packing.pack import pack
+    from prune2onnx.packing.unpack import unpack
     from prune2onnx.pruning import bake, density, hold_zeros, penalty, prune
-    from prune2onnx.sweeping import sweep, sweep_of
-    from prune2onnx.training import fit
+    from prune2onnx.runs.recipe import Recipe, read_recipe, resolve
+    from prune2onnx.runtime.benchmark import benchmark
+    from prune2onnx.runtime.int8 import quantize_int8
+    from prune2onnx.runtime.validate import validate
+    from prune2onnx.shrinking.shrink import shrink
+    from prune2onnx.training.export import export
+    from prune2onnx.training.fit import fit
     from prune2onnx.training.fold import fold_batch_norm
     from prune2onnx.training.levels import bake_levels, put_on_levels
+    from prune2onnx.training.scoring import evaluate
 
 __version__ = importlib.metadata.version("prune2onnx")
 
-_LAZY = {
+_HOME = {
+    "BudgetError": "errors",
+    "MismatchError": "errors",
+    "Prune2OnnxError": "errors",
+    "Recipe": "runs.recipe",
+    "RecipeError": "errors",
     "bake": "pruning",
     "bake_levels": "training.levels",
-    "compress": "pipeline",
+    "benchmark": "runtime.benchmark",
+    "compress": "commands.compress",
     "density": "pruning",
-    "evaluate": "training",
-    "export": "exporter",
-    "fit": "training",
+    "evaluate": "training.scoring",
+    "export": "training.export",
+    "fit": "training.fit",
     "fold_batch_norm": "training.fold",
     "hold_zeros": "pruning",
+    "inspect": "packing.inspection",
     "load_data": "data",
+    "pack": "packing.pack",
     "penalty": "pruning",
     "prune": "pruning",
     "put_on_levels": "training.levels",
-    "quantize_int8": "int8",
-    "sweep": "sweeping",
-    "sweep_of": "sweeping",
+    "quantize_int8": "runtime.int8",
+    "read_recipe": "runs.recipe",
+    "resolve": "runs.recipe",
+    "shrink": "shrinking.shrink",
+    "sweep": "commands.sweep",
+    "sweep_of": "commands.sweep",
+    "unpack": "packing.unpack",
+    "validate": "runtime.validate",
 }
+"""Public name -> the module that it lives in."""
 
 __all__ = [
     "BudgetError",
@@ -86,6 +99,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,7 @@
 """Functions that the user names: `path/to/file.py:name` or `package.module:name`.
 
-Here they are found, imported and called, and what may go wrong on the way becomes one readable
-line. What they return is for the caller to judge.
+This module finds, imports and calls them, and turns every failure into a one-line error. Callers
+check what a function returns.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 from prune2onnx.errors import Prune2OnnxError, one_line
 
 FORM = "expected path/to/file.py:name or package.module:name"
-# User code that reads its own command line on import ends in SystemExit; that is a failed import,
-# not the end of this program. KeyboardInterrupt still is.
+# User code that parses a command line on import raises SystemExit: a failed import, not the end of
+# this program. KeyboardInterrupt still ends it.
 FAILURES = (Exception, SystemExit)
 
 
@@ -35,7 +35,7 @@ def load_callable(spec: str) -> Callable[..., Any]:
 
     Raises:
         Prune2OnnxError: not of that form; the file, the module or the name is missing; the import
-            raises (kept as `__cause__`); what it names cannot be called.
+            raises (kept as `__cause__`); the object named is not callable.
     """
     place, colon, name = spec.rpartition(":")
     if not colon or not place or not name.isidentifier():
@@ -47,7 +47,7 @@ def load_callable(spec: str) -> Callable[..., Any]:
     if not hasattr(module, name):
         own = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
         near = difflib.get_close_matches(name, own, n=1)
-        # What a file merely imports is no answer to "what does it have?".
+        # Names that the file merely imports are not suggested.
         defined = [
             key for key in own if getattr(vars(module)[key], "__module__", "") == module.__name__
         ]
@@ -57,7 +57,7 @@ def load_callable(spec: str) -> Callable[..., Any]:
     if not callable(found):
         raise Prune2OnnxError(
             f"{spec}: {name!r} is a value of type {type(found).__name__}, expected a function; "
-            "wrap it in one that returns it"
+            "wrap it in a function that returns it"
         )
     return found  # type: ignore[no-any-return]
 
@@ -65,15 +65,15 @@ def load_callable(spec: str) -> Callable[..., Any]:
 def call_with(function: Callable[..., Any], spec: str, **available: Any) -> Any:
     """Calls `function` with those of the `available` arguments that its signature takes.
 
-    A function with `**kwargs` takes them all; one whose signature Python cannot tell gets none.
-    `spec` is the name that error messages give it.
+    A function with `**kwargs` takes them all; one whose signature cannot be inspected gets none.
+    Error messages call it `spec`.
 
     >>> call_with(lambda classes, width=8: (classes, width), "net.py:net", classes=3, seed=0)
     (3, 8)
 
     Raises:
-        Prune2OnnxError: it demands an argument that is not available, or raises (kept as
-            `__cause__`). A Prune2OnnxError of its own passes through.
+        Prune2OnnxError: it requires an argument that is not available, or raises (kept as
+            `__cause__`). A Prune2OnnxError that it raises passes through.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
@@ -86,7 +86,7 @@ def call_with(function: Callable[..., Any], spec: str, **available: Any) -> Any:
         optional = p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         if not optional and p.name not in given:
             raise Prune2OnnxError(
-                f"{spec} demands the argument {p.name!r}, expected only such as "
+                f"{spec} requires the argument {p.name!r}, expected only arguments among "
                 f"{', '.join(available) or 'none'}, by name; give it a default value"
             )
     try:
@@ -96,13 +96,13 @@ def call_with(function: Callable[..., Any], spec: str, **available: Any) -> Any:
     except FAILURES as error:
         arguments = ", ".join(f"{key}={value!r}" for key, value in given.items())
         raise Prune2OnnxError(
-            f"{spec}: calling it with ({arguments}) raised {_told(error)}; "
-            "expected it to return; mend it and try again"
+            f"{spec}: calling it with ({arguments}) raised {_description(error)}; "
+            "expected it to return; fix it and try again"
         ) from error
 
 
 def _file(path: Path) -> ModuleType:
-    """Runs one Python file as a module, once for each content."""
+    """Runs a Python file as a module; the same content runs once."""
     if path.suffix != ".py":
         raise Prune2OnnxError(f"{path} is not a .py file: {FORM}")
     try:
@@ -117,8 +117,8 @@ def _file(path: Path) -> ModuleType:
             "check the path and its permissions"
         ) from error
     path = path.resolve()
-    # A name of its own, so that a user's torch.py or two different net.py never collide; it stays
-    # in sys.modules because dataclasses and pickle look modules up there.
+    # A unique name, so that a user's torch.py or two different net.py never collide. It stays in
+    # sys.modules because dataclasses and pickle look modules up there.
     digest = hashlib.sha256(str(path).encode() + b"\0" + content).hexdigest()[:12]
     name = f"{path.stem}_{digest}"
     if name in sys.modules:
@@ -129,16 +129,16 @@ def _file(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         with _importable(path.parent):
-            # Compiled here, not by the loader: its bytecode cache goes by mtime in whole seconds
-            # and may be older than the content just read.
+            # Compiled here, not by the loader: its bytecode cache compares mtimes in whole
+            # seconds and may be older than the content just read.
             exec(compile(content, str(path), "exec"), module.__dict__)
     except BaseException as error:
         del sys.modules[name]
         if not isinstance(error, FAILURES):
             raise
         raise Prune2OnnxError(
-            f"{path}: importing it raised {_told(error, path)}; "
-            "expected a file that imports; mend it and try again"
+            f"{path}: importing it raised {_description(error, path)}; "
+            "expected a file that imports; fix it and try again"
         ) from error
     return module
 
@@ -157,8 +157,8 @@ def _module(name: str) -> ModuleType:
                 f"{FORM}; check its spelling or name the file"
             ) from error
         raise Prune2OnnxError(
-            f"{name}: importing it raised {_told(error)}; "
-            "expected a module that imports; mend it and try again"
+            f"{name}: importing it raised {_description(error)}; "
+            "expected a module that imports; fix it and try again"
         ) from error
 
 
@@ -181,13 +181,13 @@ def _importable(folder: Path) -> Iterator[None]:
             sys.path.append(entry)
 
 
-def _told(error: BaseException, path: Path | None = None) -> str:
-    """The exception on one line: its type, its words and, in `path`, the line."""
-    words = one_line(error)[:300]
+def _description(error: BaseException, path: Path | None = None) -> str:
+    """The exception on one line: its type, its message and the line in `path` where it arose."""
+    message = one_line(error)[:300]
     lines, step = [], error.__traceback__
     while step is not None:
         if path is not None and step.tb_frame.f_code.co_filename == str(path):
             lines.append(step.tb_lineno)
         step = step.tb_next
-    told = type(error).__name__ + (f": {words}" if words else "")
-    return told + (f" (line {lines[-1]})" if lines else "")
+    description = type(error).__name__ + (f": {message}" if message else "")
+    return description + (f" (line {lines[-1]})" if lines else "")

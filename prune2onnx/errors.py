@@ -1,14 +1,14 @@
 """The errors a user may meet, each with the exit status of the command line.
 
 Every message names the thing, what arrived, what was expected and what to do; the command line
-prints it on one line without a traceback. Anything else that escapes is a defect of ours.
+prints it on one line without a traceback. Any other exception that reaches the user is a bug.
 """
 
 
 class Prune2OnnxError(Exception):
     """A failure the user can act on (exit status 1).
 
-    Its text may quote a stranger's file: what would break the line or steer a terminal is escaped.
+    Its text may quote a file of unknown origin: line breaks and control characters are escaped.
     """
 
     exit_status = 1
@@ -24,19 +24,23 @@ class RecipeError(Prune2OnnxError):
 
 
 class BudgetError(Prune2OnnxError):
-    """A size, density or drop that was asked for was missed (exit status 3)."""
+    """A size, density or accuracy that was asked for was missed (exit status 3)."""
 
     exit_status = 3
 
 
 class MismatchError(Prune2OnnxError):
-    """onnxruntime's answer differs from the reference (exit status 4)."""
+    """onnxruntime's output differs from the reference (exit status 4)."""
 
     exit_status = 4
 
 
+class RenamedWarning(FutureWarning):
+    """A setting was given by an old name that the next version will not accept."""
+
+
 def printable(text: str) -> str:
-    r"""A text with what would break the line or steer a terminal escaped.
+    r"""A text with line breaks and terminal control characters escaped.
 
     >>> printable("fc.weight\n\x1b[2J")
     'fc.weight\\n\\x1b[2J'
@@ -44,11 +48,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+_LONGEST = 400  # most characters of a first line
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something; "" where none does."""
-    return next((line for line in str(error).splitlines() if line.strip()), "")
+    """The first line of an error's text that is not blank, cut; the error's type where none is."""
+    lines = (line for line in str(error).splitlines() if line.strip())
+    return next(lines, type(error).__name__)[:_LONGEST]
 
 
 def one_line(error: BaseException) -> str:
-    """All of an error's text on one line."""
-    return " ".join(str(error).split())
+    """All of an error's text on one line; the error's type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,7 +1,8 @@
 """Files that appear whole or not at all.
 
-A file is written beside its destination, flushed to the disk and renamed, so a killed run, a full
-disk or a second reader never meets half a file.
+A file is written beside its destination, flushed to the disk and renamed, so a killed run or a
+full disk leaves no half file behind, and no other process reads one. What stands in the files is
+up to the callers.
 """
 
 from __future__ import annotations
@@ -46,5 +47,5 @@ def unwritten(path: Path, nbytes: int, error: OSError) -> Prune2OnnxError:
     advice = "free some space" if error.errno == errno.ENOSPC else "check the path"
     return Prune2OnnxError(
         f"{path}: cannot write {nbytes:,} bytes: {error.strerror or error}; "
-        f"{advice}, or choose another place"
+        f"{advice}, or choose another folder"
     )

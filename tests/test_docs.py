@@ -5,18 +5,19 @@ import shlex
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
-from prune2onnx.cli import main
+from prune2onnx.cli.main import main
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 
 
 def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_python_blocks_run(page, capsys):
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), {})
@@ -47,3 +48,21 @@ def test_the_readmes_first_command_is_the_promised_one():
     page = (ROOT / "README.md").read_text()
     assert promised in page.splitlines()
     assert "pip install -c constraints.txt -e '.[test]' && pytest -n auto" in page.splitlines()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.is_file() and there.is_relative_to(ROOT), target
+        assert not anchor or anchor in headings(there), target
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page, as GitHub makes them: lower case, words joined by hyphens."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found}

@@ -1,12 +1,12 @@
-"""Packs and unpacks every model that comes with the onnx package, and runs it both ways.
+"""Packs and unpacks every model that comes with the onnx package, and runs it before and after.
 
     python tools/backend_models.py
 
 The models of onnx's backend tests: those on disk (light, simple, pytorch-*) and those of the node
 tests, which the package makes in memory. Each is packed without loss, for small files and for fast
-loads, must unpack to the plain model byte for byte, and must give the outputs of the model as it
-came, bit for bit, on made-up inputs; where onnxruntime does not run it as it came (operators of
-opset 6), the outputs that come with it.
+loads. It must unpack to the normalized model, byte for byte, and give the outputs of the original
+model, bit for bit, on random inputs. If onnxruntime cannot run the original (operators of opset 6),
+the outputs must be those of the test data.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from prune2onnx import Prune2OnnxError, pack, unpack
-from prune2onnx.codecs import DOMAIN
-from prune2onnx.intake import plain
-from prune2onnx.onnxfile import load
-from prune2onnx.running import random_inputs, session
-from prune2onnx.validate import outputs_of
+from prune2onnx.graph.domain import DOMAIN
+from prune2onnx.graph.file import load
+from prune2onnx.graph.normalize import normalize
+from prune2onnx.runtime.compare import outputs_of
+from prune2onnx.runtime.session import random_inputs, session
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 
 
 def models() -> Iterator[tuple[str, str, ModelProto, Path | None]]:
-    """(set, name, model, its file)."""
+    """All models: (set, name, model, its file)."""
     for path in sorted(DATA.glob("*/**/*.onnx")):
         yield path.relative_to(DATA).parts[0], path.parent.name, load(path), path
     collect = importlib.import_module("onnx.backend.test.case.node").collect_testcases
@@ -57,9 +57,9 @@ def examples(
             yield dict(zip(names, given, strict=True)), wanted
 
 
-def load_tensors(folder: Path, kind: str) -> list[TensorProto]:
-    """The tensors input_0.pb, input_1.pb, ... of a folder."""
-    files = sorted(folder.glob(f"{kind}_*.pb"), key=lambda file: int(file.stem.split("_")[1]))
+def load_tensors(folder: Path, prefix: str) -> list[TensorProto]:
+    """The tensors PREFIX_0.pb, PREFIX_1.pb, ... of a folder."""
+    files = sorted(folder.glob(f"{prefix}_*.pb"), key=lambda file: int(file.stem.split("_")[1]))
     return [TensorProto.FromString(file.read_bytes()) for file in files]
 
 
@@ -72,13 +72,13 @@ def agrees(got: Any, expected: NDArray[Any]) -> bool:
 
 
 def verdict(model: ModelProto, path: Path | None) -> str:
-    """What became of one model."""
+    """The result for one model, in words."""
     try:
-        want = plain(model).model
+        want = normalize(model).model
     except Prune2OnnxError as error:
         return f"refused: {str(error).split('; ')[0][:60]}"
     names = {t.name: numpy_helper.to_array(t).tobytes() for t in want.graph.initializer}
-    packed = [pack(model, load=wish).model for wish in ("small", "fast")]
+    packed = [pack(model, load=goal).model for goal in ("small", "fast")]
     for each in packed:
         again = unpack(each)
         got = {t.name: numpy_helper.to_array(t).tobytes() for t in again.graph.initializer}
@@ -86,22 +86,22 @@ def verdict(model: ModelProto, path: Path | None) -> str:
         if got != names or whole[0] != whole[1]:
             return "UNPACK DIFFERS"
     coded = any(node.domain == DOMAIN for each in packed for node in each.graph.node)
-    form = "coded" if coded else "stays plain"
+    form = "coded" if coded else "stays dense"
     try:
         inputs = [random_inputs(session(model))]
         wanted = outputs_of(model, inputs)
     except Exception:  # of many kinds: operators, types and inputs onnxruntime does not take
         if not (known := list(examples(path, [value.name for value in want.graph.input]))):
-            return f"{form}; does not run as it came"
+            return f"{form}; the original does not run"
         try:
             results = [outputs_of(each, [given]) for each in packed for given, _ in known]
         except Prune2OnnxError:
-            return f"{form}; does not run as it came"
+            return f"{form}; the original does not run"
         for got_, (_, expected) in zip(results, known * len(packed), strict=True):
             for one, other in zip(got_, expected, strict=True):
                 if not agrees(one, other):
                     return "OUTPUTS DIFFER"
-        return f"{form}; does not run as it came; outputs as its test expects"
+        return f"{form}; the original does not run; outputs as its test expects"
     for each in packed:
         for one, other in zip(outputs_of(each, inputs), wanted, strict=True):
             if np.asarray(one).tobytes() != np.asarray(other).tobytes():
@@ -114,15 +114,15 @@ def main() -> None:
     """Print a table of verdicts for each set, and the names of what failed."""
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     failed = []
-    for kind, name, model, path in models():
+    for group, name, model, path in models():
         found = verdict(model, path)
-        counts[kind][found] += 1
+        counts[group][found] += 1
         if found.isupper():
-            failed.append(f"{kind}: {name}: {found}")
+            failed.append(f"{group}: {name}: {found}")
     verdicts = sorted({found for counter in counts.values() for found in counter})
     print(f"| models | {' | '.join(verdicts)} |\n|{' --- |' * (len(verdicts) + 1)}")
-    for kind, counter in counts.items():
-        print(f"| {kind} | {' | '.join(str(counter[found]) for found in verdicts)} |")
+    for group, counter in counts.items():
+        print(f"| {group} | {' | '.join(str(counter[found]) for found in verdicts)} |")
     print("\n".join(failed))
 
 

@@ -1,24 +1,23 @@
-"""Learned thresholds beside four ways of pruning by magnitude: same network, data and coding.
+"""Learned thresholds against four methods of magnitude pruning: same network, data and coding.
 
     python tools/baselines.py lenet_300_100 --data mnist:DIR -o runs/baselines
     python tools/baselines.py lenet_300_100 --data mnist:DIR --front 4KB,6KB,8.4KB,12KB,20KB,30KB
 
-First form. For each seed `compress` by models/NETWORK.yaml (learned); then, each from that run's
-dense network and to the density it had after pruning, with the same loss, augmentation, batches and
-epochs: iterative magnitude pruning (imp), gradual (gmp), soft thresholds (str) and all at once
-(oneshot), see tools/magnitude.py. Each is then tuned, put on levels and packed by the same
-`compress`, to the same budget. Prints a table of the files, then one at equal error: how many
-survivors imp needs for the error that the learned run has at the end of tuning, before levels. That
-is read off imp's curve (the dense network, every round as it is and tuned): the least error at or
-below each density, interpolated over log density. Where imp never gets there, the row has its best
-point, which is worse, and a ">"; where it is better everywhere, its sparsest and a "<". With
---imp-epochs its pruning takes so many epochs, not the recipe's: how long until it is as good?
-Second form: the learned method alone at several sizes, all from one dense network.
+First form: for each seed, `compress` with models/NETWORK.yaml (learned). Then, each from that run's
+dense network and to the density that it had after pruning, with the same loss, augmentation,
+batches and epochs: iterative magnitude pruning (imp), gradual (gmp), soft thresholds (str) and
+one-shot (oneshot), see tools/magnitude.py. Each is then tuned, quantized and packed by the same
+`compress`, to the same budget. Prints a table of the files, then one at equal error: the survivors
+that imp needs for the error that the learned run has at the end of tuning, before quantization.
+That is read from imp's curve (the dense network, and every round as it is and tuned): the least
+error at or below each density, interpolated over log density. If imp never reaches the error, the
+row has its best point and a ">"; if it is better everywhere, its sparsest point and a "<". With
+--imp-epochs its pruning takes this number of epochs instead of the recipe's, to see how long it
+needs. Second form: the learned method alone at several sizes, all from one dense network.
 
-Seconds of the first table: from nothing to the report, dense training included; of a baseline's
-pruning its epochs alone. Of the second: the epochs, dense ones included. All choices are made on
-validation data. What is finished in the folder (DIR/NETWORK/seedN/METHOD/summary.json) is not run
-again.
+Seconds in the first table: the whole run, dense training included; of a baseline's pruning only its
+epochs. In the second table: the epochs, dense ones included. All choices are made on validation
+data. Results that are in the folder (DIR/NETWORK/seedN/METHOD/summary.json) are not computed again.
 """
 
 from __future__ import annotations
@@ -34,13 +33,16 @@ from typing import Any
 import click
 import numpy as np
 import yaml
-from magnitude import RULES, Course, Pruned, gradual, iterative, one_shot, soft
+from magnitude import RULES, Pruned, Setup, gradual, iterative, one_shot, soft
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from prune2onnx import Recipe, RecipeError, compress, fit, load_data, read_recipe, resolve
-from prune2onnx.pipeline import make_model
-from prune2onnx.training import Epoch, denormals, evaluate, make_accelerator, with_epochs
+from prune2onnx.runs.history import Callbacks, Epoch
+from prune2onnx.training.denormals import denormals
+from prune2onnx.training.fit import make_accelerator, with_epochs
+from prune2onnx.training.model import make_model
+from prune2onnx.training.scoring import evaluate
 
 ROOT = Path(__file__).parent.parent
 METHODS = {
@@ -48,23 +50,23 @@ METHODS = {
     "imp": "iterative magnitude (Han)",
     "gmp": "gradual magnitude (Zhu, Gupta)",
     "str": "soft thresholds (Kusupati)",
-    "oneshot": "magnitude at once",
+    "oneshot": "one-shot magnitude",
 }
-COLUMNS = ("dense error", "error", "drop", "density", "bytes", "ratio", "seconds")
+COLUMNS = ("dense error", "error", "accuracy loss", "density", "bytes", "ratio", "seconds")
 
 Facts = dict[str, Any]
 
 
-# -- runs, each kept in a file ----------------------------------------------------------------
+# -- runs, each stored in a file --------------------------------------------------------------
 
 
 def kept(path: Path, settings: Facts) -> Facts | None:
-    """What an earlier call of this tool wrote there; None if nothing.
+    """The facts that an earlier call of this tool wrote there; None without any.
 
-    Settings that only one of the two knows do not count: the program has grown one since.
+    Settings that only one of the two has do not count: the program may have new ones.
 
     Raises:
-        click.ClickException: it was made with other settings.
+        click.ClickException: they come from other settings.
     """
     if not path.exists():
         return None
@@ -78,7 +80,7 @@ def kept(path: Path, settings: Facts) -> Facts | None:
 
 
 def settings_in(path: Path) -> Facts:
-    """The settings that a file's facts come from; none if there is no file, or a foreign one."""
+    """The settings that a file's facts come from; {} if there are none."""
     facts: Facts = json.loads(path.read_text()) if path.exists() else {}
     settings: Facts = facts.get("settings", {})
     return settings
@@ -108,7 +110,12 @@ def run(recipe: Recipe, folder: Path) -> Facts:
     if found is not None:
         return found
     began = time.perf_counter()
-    report = compress(recipe, folder, overwrite=True, on_epoch=lambda e: tell(folder, e))
+    report = compress(
+        recipe,
+        folder,
+        overwrite=True,
+        callbacks=Callbacks(on_epoch=lambda e: note_phase(folder, e)),
+    )
     assert report is not None
     facts = {
         "dense_error": report.dense.error,
@@ -121,7 +128,7 @@ def run(recipe: Recipe, folder: Path) -> Facts:
         "tuned": network(recipe, folder / "checkpoints" / "tune.safetensors"),
     }
     pruned = folder / "checkpoints" / "prune.safetensors"
-    if pruned.exists():  # what starts with tuning was pruned elsewhere
+    if pruned.exists():  # a run that starts with tuning was pruned by `prune`
         facts["pruned"] = network(recipe, pruned)
     return keep(summary, settings, facts)
 
@@ -144,15 +151,15 @@ def network(recipe: Recipe, path: Path) -> Facts:
 
 
 def history(path: Path) -> Facts:
-    """What a checkpoint says of itself: names of the pruned weights, seconds of all epochs."""
+    """Facts of a checkpoint: names of the pruned weights, seconds of all epochs."""
     with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["prune2onnx"])
     seconds = sum(epoch["seconds"] for epoch in facts["history"])
     return {"pruned": facts["pruned"], "seconds": seconds}
 
 
-def tell(folder: Path, epoch: Epoch) -> None:
-    """A line at the end of a phase."""
+def note_phase(folder: Path, epoch: Epoch) -> None:
+    """A line of progress at the end of a phase."""
     if epoch.epoch == epoch.epochs:
         note(
             folder,
@@ -167,13 +174,19 @@ def note(folder: Path, text: str) -> None:
 
 
 def dense_of(folder: Path) -> Path:
-    """Where a seed's dense network is kept."""
+    """The file of a seed's dense network."""
     return folder / "learned" / "checkpoints" / "dense.safetensors"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How the baselines go about it, where there is a choice."""
+    """Options of the baselines.
+
+    Attributes:
+        rounds: of imp.
+        gmp: the layer rule of gmp.
+        imp_epochs: epochs of imp; None: the recipe's.
+    """
 
     rounds: int
     gmp: str
@@ -186,7 +199,7 @@ class Options:
 
 
 def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Facts:
-    """Prunes the dense network of a learned run as another method does; `compress` does the rest.
+    """Prunes the dense network of a learned run by another method; `compress` does the rest.
 
     Args:
         method: one of `METHODS`.
@@ -195,7 +208,7 @@ def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Fac
         options: of the methods.
 
     Returns:
-        As `run`, with the seconds of the whole way, and what `Pruned.facts` tells as "pruning".
+        As `run`, with the seconds of all steps, and `Pruned.facts` as "pruning".
     """
     dense, target = dense_of(folder), run(recipe, folder / "learned")["pruned"]
     before: float = history(dense)["seconds"]
@@ -212,7 +225,7 @@ def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Fac
         device = make_accelerator(recipe).device
         names = tuple(target["pruned"])
         with denormals(flushed=True):
-            pruned = prune(method, Course(data, recipe, names, target["density"], device), options)
+            pruned = prune(method, Setup(data, recipe, names, target["density"], device), options)
         state = pruned.model.cpu().state_dict()
         save_file({name: value.contiguous() for name, value in state.items()}, weights)
         pruning = keep(record, settings, pruned.facts())
@@ -226,20 +239,26 @@ def baseline(method: str, recipe: Recipe, folder: Path, options: Options) -> Fac
     return facts | {"pruning": pruning}
 
 
-def prune(method: str, course: Course, options: Options) -> Pruned:
-    """The pruning of one method."""
+def prune(method: str, setup: Setup, options: Options) -> Pruned:
+    """Prunes by one method."""
     if method == "imp":
-        return iterative(course, options.rounds, options.imp_epochs)
+        return iterative(setup, options.rounds, options.imp_epochs)
     if method == "gmp":
-        return gradual(course, options.gmp)
-    return {"str": soft, "oneshot": one_shot}[method](course)
+        return gradual(setup, options.gmp)
+    return {"str": soft, "oneshot": one_shot}[method](setup)
 
 
 def at_size(recipe: Recipe, size: str, folder: Path) -> Facts:
-    """The learned method at the recipe's size, given by name too, from the seed's dense network."""
+    """The learned method at the recipe's size, from the seed's dense network.
+
+    Args:
+        recipe: has the size.
+        size: as given on the command line, for the folder's name.
+        folder: of the seed.
+    """
     learned = folder / "learned"
     if settings_of(recipe) == settings_in(learned / "summary.json"):
-        return run(recipe, learned)  # the same, its dense phase included
+        return run(recipe, learned)  # the same run, dense phase included
     dense = train_dense(recipe, folder)
     here = {"weights": str(dense), "start": "prune"}
     facts = run(recipe.model_copy(update=here), folder / f"front-{size}")
@@ -248,7 +267,7 @@ def at_size(recipe: Recipe, size: str, folder: Path) -> Facts:
 
 
 def train_dense(recipe: Recipe, folder: Path) -> Path:
-    """The dense network of a seed, trained where no learned run has left one."""
+    """The dense network of a seed, trained unless a learned run has stored one."""
     dense, own = dense_of(folder), folder / "learned" / "dense.json"
     settings = {
         name: value
@@ -265,7 +284,7 @@ def train_dense(recipe: Recipe, folder: Path) -> Path:
         recipe,
         checkpoints=dense.parent,
         stop="dense",
-        on_epoch=lambda epoch: tell(folder / "learned", epoch),
+        callbacks=Callbacks(on_epoch=lambda epoch: note_phase(folder / "learned", epoch)),
     )
     keep(own, settings, history(dense))
     return dense
@@ -280,7 +299,7 @@ def line(*cells: object) -> str:
 
 
 def files_table(rows: Sequence[tuple[str, int, Facts]], first: str) -> list[str]:
-    """One row a run, by groups of the first column, each with its mean and standard deviation."""
+    """A row per run, by groups of the first column, each with its mean and standard deviation."""
     lines = [line(first, "seed", *COLUMNS), line(*["---"] * (2 + len(COLUMNS)))]
     for group in dict.fromkeys(name for name, _, _ in rows):
         values = []
@@ -306,7 +325,7 @@ def _cells(row: Sequence[float], signed: bool = True) -> list[str]:
 
 @dataclass(frozen=True)
 class Need:
-    """What a curve needs for an error: density and seconds; bound is "", "<" or ">"."""
+    """The density and seconds at which a curve reaches an error; bound is "", "<" or ">"."""
 
     density: float
     seconds: float
@@ -316,8 +335,8 @@ class Need:
 def needed(curve: Sequence[Facts], error: float, by: str) -> Need:
     """Where a curve reaches an error.
 
-    The curve is the least error at or below each density, which no spread can make rise; between
-    its points error and seconds are linear in log density.
+    The curve is the least error at or below each density, so noise cannot make it rise; between its
+    points, error and seconds are linear in log density.
 
     Args:
         curve: points as `magnitude.Point`.
@@ -334,13 +353,13 @@ def needed(curve: Sequence[Facts], error: float, by: str) -> Need:
         return Need(best[-1]["density"], best[-1]["seconds"], ">")
     after = next(index for index, point in enumerate(best) if point[by] <= error)
     a, b = best[after - 1], best[after]
-    part = (a[by] - error) / (a[by] - b[by])
-    density = a["density"] * (b["density"] / a["density"]) ** part
-    return Need(density, a["seconds"] + part * (b["seconds"] - a["seconds"]))
+    fraction = (a[by] - error) / (a[by] - b[by])
+    density = a["density"] * (b["density"] / a["density"]) ** fraction
+    return Need(density, a["seconds"] + fraction * (b["seconds"] - a["seconds"]))
 
 
 def curve_of(facts: Facts, dense: Facts) -> list[Facts]:
-    """All that is known of a method's error over density: the dense network, rounds, the end."""
+    """A method's error over density: the dense network, the rounds, the final network."""
     return [dense, *facts["pruning"]["curve"], facts["tuned"]]
 
 
@@ -388,7 +407,7 @@ def equal_error_table(runs: dict[int, tuple[Facts, list[Facts]]]) -> list[str]:
 
 
 def recipe_for(network: str, data: str, seed: int, overrides: Sequence[str]) -> Recipe:
-    """The recipe of a network with what the command line changes, epochs filled in.
+    """The recipe of a network with the changes of the command line, epochs filled in.
 
     Raises:
         click.ClickException: it does not fit.
@@ -403,8 +422,9 @@ def recipe_for(network: str, data: str, seed: int, overrides: Sequence[str]) -> 
         raise click.ClickException(str(error)) from error
     if recipe.searches or recipe.precision != "no" or recipe.first_phase != "dense":
         raise click.ClickException(
-            "the comparison needs a size, a density or no budget (max_drop alone is a search), "
-            "float32, and a run that begins with the dense phase"
+            "the recipe searches, uses mixed precision or starts from weights; expected a target "
+            "size, a target density or no budget, precision no, and the dense phase first; change "
+            "that with --set"
         )
     split = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed).train
     return with_epochs(recipe, len(split))  # type: ignore[arg-type]
@@ -424,15 +444,25 @@ def dense_point(recipe: Recipe, path: Path) -> Facts:
 
 @click.command()
 @click.argument("network", type=click.Choice([p.stem for p in (ROOT / "models").glob("*.yaml")]))
-@click.option("--data", default="mnist", help="mnist, mnist:DIR or another of the recipe's")
-@click.option("--seeds", default="0,1,2", help="comma-separated")
+@click.option("--data", default="mnist", help="data set: mnist, mnist:DIR or another")
+@click.option("--seeds", default="0,1,2", help="random seeds, comma-separated")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/baselines"))
-@click.option("--methods", default=",".join(METHODS), help="comma-separated; learned always runs")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="of the recipe")
-@click.option("--front", default="", metavar="SIZES", help="learned alone at these, as 4KB,8.4KB")
-@click.option("--rounds", default=6, type=click.IntRange(min=1), help="of imp")
-@click.option("--imp-epochs", type=click.IntRange(min=1), help="of imp  [default: the recipe's]")
-@click.option("--gmp", default="better", type=click.Choice(["better", *RULES]), help="layer rule")
+@click.option(
+    "--methods", default=",".join(METHODS), help="methods, comma-separated; learned always runs"
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="change a setting of the recipe"
+)
+@click.option(
+    "--front", default="", metavar="SIZES", help="run learned alone at these sizes, as 4KB,8.4KB"
+)
+@click.option("--rounds", default=6, type=click.IntRange(min=1), help="rounds of imp")
+@click.option(
+    "--imp-epochs", type=click.IntRange(min=1), help="epochs of imp  [default: the recipe's]"
+)
+@click.option(
+    "--gmp", default="better", type=click.Choice(["better", *RULES]), help="layer rule of gmp"
+)
 def main(
     network: str,
     data: str,
@@ -456,12 +486,12 @@ def main(
     folders = {seed: (output / network / f"seed{seed}").resolve() for seed in recipes}
     rows: list[tuple[str, int, Facts]] = []
     if front:
-        wishes = {
+        recipes_at = {
             (size, seed): recipe_for(network, data, seed, (*overrides, f"target_size={size}"))
             for size in front.split(",")
             for seed in recipes
         }
-        for (size, seed), recipe in wishes.items():
+        for (size, seed), recipe in recipes_at.items():
             rows.append((size, seed, at_size(recipe, size, folders[seed])))
         click.echo("\n".join(files_table(rows, "target")))
         return

@@ -1,9 +1,9 @@
-"""What channels cost in onnxruntime: time of 3x3 convolutions by their number, float32 and int8.
+"""The cost of channels in onnxruntime: time of 3x3 convolutions by their number, float32 and int8.
 
     python tools/channel_cost.py --batch 1,16
 
 Multiply-adds fall with the square of the number of channels; time does not. Six convolutions in a
-row, one thread, the shortest of fifteen runs: on a busy machine medians tell of the others.
+row, one thread, the shortest of fifteen runs, since other processes affect medians.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
 from prune2onnx import quantize_int8
-from prune2onnx.running import session
+from prune2onnx.runtime.session import session
 
 SIDES = {32: (6, 8, 10, 12, 14, 16), 16: (12, 16, 20, 24, 28, 32), 8: (24, 32, 40, 48, 56, 64)}
-"""Pixels a side -> channels: ResNet-20's stages, and less."""
+"""Pixels per side -> channels: those of ResNet-20's stages, and fewer."""
 LAYERS, RUNS = 6, 15
 
 
 def network(channels: int, side: int) -> ModelProto:
-    """Convolutions with ReLU, so many channels each, and the mean of each channel."""
+    """Convolutions with ReLU and this number of channels each, then the mean of each channel."""
     rng = np.random.default_rng(0)
     nodes, weights, value = [], [], "x"
     for index in range(LAYERS):
@@ -50,7 +50,7 @@ def network(channels: int, side: int) -> ModelProto:
 
 
 def milliseconds(model: ModelProto, x: NDArray[np.float32]) -> float:
-    """The shortest inference."""
+    """The time of the shortest inference."""
     opened: ort.InferenceSession = session(model, threads=1)
     times = []
     for _ in range(RUNS):
@@ -70,9 +70,9 @@ def main(batch: str) -> None:
         for side, counts in SIDES.items():
             x = np.random.default_rng(1).random((examples, 3, side, side), np.float32)
             for channels in counts:
-                plain = network(channels, side)
-                small = quantize_int8(plain, [{"x": x}]).model
-                cells = (f"{milliseconds(model, x):.3f}" for model in (plain, small))
+                dense = network(channels, side)
+                int8 = quantize_int8(dense, [{"x": x}]).model
+                cells = (f"{milliseconds(model, x):.3f}" for model in (dense, int8))
                 click.echo(f"| {side}x{side} | {channels} | {' | '.join(cells)} |")
 
 

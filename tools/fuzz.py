@@ -1,13 +1,13 @@
-"""Fuzzes `load`, `unpack` and `inspect` with atheris: what a hostile file may do to them.
+"""Fuzzes `load`, `unpack` and `inspect` with atheris, for hostile files.
 
     pip install atheris
     python tools/fuzz.py --seconds 3600 [--findings runs/fuzz]
 
 Coverage of prune2onnx guides the search. Seeds are small packed files of every method, element type
-and version; the mutator takes a file apart and changes what it is made of, streams, shapes, nodes,
-functions, notes, and now and then bytes. A finding is any error but Prune2OnnxError, one that takes
-more than a line, more than 20 seconds, or more memory than `--max-bytes` allows; it is written down
-and the search goes on. Ends with libFuzzer's totals and ours.
+and version; the mutator changes the parts of a file (streams, shapes, nodes, functions, notes) and
+sometimes its bytes. A finding is any error but Prune2OnnxError, a message of more than one line,
+more than 20 seconds, or more memory than `--max-bytes` allows; it is stored, and the search
+continues. At the end, libFuzzer's totals and ours are printed.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from random import Random
 import atheris
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 with atheris.instrument_imports(include=["prune2onnx"]):
     from prune2onnx import Prune2OnnxError
-    from prune2onnx.inspection import inspect
-    from prune2onnx.onnxfile import load, save
-    from prune2onnx.pack import unpack
-    from prune2onnx.sparse import from_sparse
+    from prune2onnx.graph.file import load, save
+    from prune2onnx.packing.inspection import inspect
+    from prune2onnx.packing.sparse import from_sparse
+    from prune2onnx.packing.unpack import unpack
 
 from google.protobuf.message import DecodeError  # noqa: E402
 from mutation import mutated, seeds  # noqa: E402
@@ -43,7 +43,7 @@ MOST_GROWTH = 8 * MAX_BYTES + (1 << 26)
 
 
 class Target:
-    """Runs one file, and keeps what it does wrong."""
+    """Runs one file, and stores findings."""
 
     def __init__(self, findings: Path, scratch: Path) -> None:
         self._findings = findings
@@ -55,7 +55,7 @@ class Target:
         self.slowest = 0.0
 
     def __call__(self, data: bytes) -> None:
-        """Does what the command line does, on the file as it is and on the model unchecked."""
+        """Runs the commands, on the file and on the unchecked model."""
         self.executions += 1
         try:
             model = ModelProto.FromString(data)
@@ -93,8 +93,8 @@ class Target:
 
     def _whole(self, model: ModelProto, data: bytes) -> None:
         self._file.write_bytes(data)
-        plain = unpack(load(self._file, MAX_BYTES), MAX_BYTES)
-        save(from_sparse(plain, MAX_BYTES), self._out)
+        unpacked = unpack(load(self._file, MAX_BYTES), MAX_BYTES)
+        save(from_sparse(unpacked, MAX_BYTES), self._out)
 
     def _note(self, what: str, data: bytes, text: str) -> None:
         self.found[what] = self.found.get(what, 0) + 1
@@ -123,11 +123,11 @@ def main() -> None:
     parser.add_argument("--findings", type=Path, default=Path("runs/fuzz"))
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    lenders = [model for _, model in seeds()]
+    originals = [model for _, model in seeds()]
     with tempfile.TemporaryDirectory() as folder:
         corpus = options.findings / "corpus"
         corpus.mkdir(parents=True, exist_ok=True)
-        for number, model in enumerate(lenders):
+        for number, model in enumerate(originals):
             (corpus / f"seed{number}").write_bytes(model.SerializeToString())
         target = Target(options.findings, Path(folder))
 
@@ -139,7 +139,7 @@ def main() -> None:
                 return bytes(atheris.Mutate(data, most))
             if random.random() < 0.15:
                 return bytes(atheris.Mutate(data, most))
-            result = mutated(model, random, lenders).SerializeToString()
+            result = mutated(model, random, originals).SerializeToString()
             return result if len(result) <= most else data
 
         end = time.monotonic() + options.seconds

@@ -1,12 +1,12 @@
-"""What packing with loss costs and saves, without training: size, error of the outputs, accuracy.
+"""Lossy packing without training: size, error of the outputs, and accuracy.
 
     PRUNE2ONNX_DATA=DIR python tools/lossy.py [resnet20] [resnet32] [slim320]
 
-Each row is `prune2onnx pack` with the options it names, on the dense file. ResNet-20 and -32 are
-trained, BatchNorm folded, and run on the 10,000 test images of the CIFAR-10 copy; where an error of
-the outputs is searched for, on 256 training images. slim320.onnx, a detector, has no data with it:
-made-up inputs serve, some for the search and others for the figures. "output": ||Y' - Y|| / ||Y||
-of an output for all inputs together, the worst one counts; "accuracy": change in points.
+Each row is `prune2onnx pack` with the given options, on the dense file. ResNet-20 and -32 are
+trained, with BatchNorm folded, and run on the 10,000 test images of the CIFAR-10 copy; a search for
+an error of the outputs uses 256 training images. slim320.onnx, a detector, comes without data, so
+random inputs are used, different ones for the search and for the figures. "output": ||Y' - Y|| /
+||Y|| of an output for all inputs together; the worst output counts. "accuracy": change in points.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from safetensors.torch import load_file
 
 from prune2onnx import export
 from prune2onnx.callables import load_callable
-from prune2onnx.onnxfile import load
-from prune2onnx.packing import Wish, output_error, pack_file
-from prune2onnx.running import random_inputs, session
-from prune2onnx.validate import outputs_of
+from prune2onnx.commands.pack import pack_file
+from prune2onnx.graph.file import load
+from prune2onnx.runs.options import PackOptions
+from prune2onnx.runtime.compare import output_error, outputs_of
+from prune2onnx.runtime.session import random_inputs, session
 
 DATA = Path(os.environ.get("PRUNE2ONNX_DATA", "data"))
 MODELS = Path(__file__).parent.parent / "models"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WISHES = (
-    *(Wish(bits=bits) for bits in (3, 4, 5, 6, 6.5, 7)),
-    Wish(prune=0.3, bits=5),
-    Wish(max_rel_error=0.05),
-    Wish(max_rel_error=0.01, data="..."),
-    Wish(max_rel_error=0.03, data="..."),
+OPTIONS = (
+    *(PackOptions(bits=bits) for bits in (3, 4, 5, 6, 6.5, 7)),
+    PackOptions(prune=0.3, bits=5),
+    PackOptions(max_rel_error=0.05),
+    PackOptions(max_rel_error=0.01, data="..."),
+    PackOptions(max_rel_error=0.03, data="..."),
 )
 
 
 def images(part: str, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Images of the CIFAR-10 copy, evenly from all classes: [n, 3, 32, 32] normalised, labels."""
+    """Images of the CIFAR-10 copy, evenly from all classes: [n, 3, 32, 32] normalized, labels."""
     with tarfile.open(DATA / "cifar10-jpeg.tar.gz") as archive:
         names = sorted(n for n in archive.getnames() if n.startswith(f"{part}/") and "." in n)
         classes = sorted({name.split("/")[1] for name in names})
@@ -68,11 +69,15 @@ def resnet(name: str) -> onnx.ModelProto:
     return export(model.eval(), (3, 32, 32))  # folds BatchNorm
 
 
-def described(wish: Wish) -> str:
-    """The options of `prune2onnx pack`."""
-    options = {"--bits": wish.bits, "--prune": wish.prune, "--max-rel-error": wish.max_rel_error}
-    text = " ".join(f"{name} {value:g}" for name, value in options.items() if value is not None)
-    return text + (f" --data {wish.data}" if wish.data else "")
+def described(options: PackOptions) -> str:
+    """The options as on the command line."""
+    values = {
+        "--bits": options.bits,
+        "--prune": options.prune,
+        "--max-rel-error": options.max_rel_error,
+    }
+    text = " ".join(f"{name} {value:g}" for name, value in values.items() if value is not None)
+    return text + (f" --data {options.data}" if options.data else "")
 
 
 def table(name: str, folder: Path) -> None:
@@ -100,17 +105,17 @@ def table(name: str, folder: Path) -> None:
     base = f", accuracy {accuracy(reference):.2f} %" if labels is not None else ""
     print(f"\n{name}: dense {size:,} bytes{base}\n")
     print("| options | bytes | smaller | output | accuracy |\n| --- | --- | --- | --- | --- |")
-    for wish in WISHES:
+    for options in OPTIONS:
         target = folder / "packed.onnx"
-        evaluate = output_error(dense, searched) if wish.data else None
-        pack_file(source, target, wish, evaluate=evaluate)
+        evaluate = output_error(dense, searched) if options.data else None
+        pack_file(source, target, options, evaluate=evaluate)
         packed = load(target)
         change = ""
         if labels is not None:
             change = f"{accuracy(outputs_of(packed, tested)) - accuracy(reference):+.2f}"
         small = target.stat().st_size
         cells = [
-            f"`{described(wish)}`",
+            f"`{described(options)}`",
             f"{small:,}",
             f"{size / small:.2f}x",
             f"{error(packed):.2%}",

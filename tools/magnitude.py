@@ -1,10 +1,10 @@
-"""Pruning by magnitude, four ways, from a dense network to an exact density: the baselines' half.
+"""Four methods of magnitude pruning, from a dense network to an exact density, for `baselines`.
 
-`iterative` (imp), `gradual` (gmp), `soft` (str) and `one_shot`, each a function of a `Course`: what
-they have in common with each other and with the learned thresholds they are compared with. Loss,
-batches, augmentation, learning rate over a phase, dropout at rest and the look at the validation
-split after each epoch are those of `compress`; weight decay is that of its tuning. Nothing here
-writes a file; `baselines` runs the methods and prints the tables.
+`iterative` (imp), `gradual` (gmp), `soft` (str) and `one_shot` are functions of a `Setup`, which
+they share with each other and with the learned thresholds that they are compared with. Loss,
+batches, augmentation, the learning rate schedule, dropout (disabled) and the evaluation on the
+validation split after each epoch are those of `compress`; weight decay is that of its tuning.
+Nothing here writes a file; `baselines` runs the methods and prints the tables.
 """
 
 from __future__ import annotations
@@ -23,34 +23,33 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader
 
 from prune2onnx.data import Data, collate
-from prune2onnx.pipeline import make_model
-from prune2onnx.recipe import Recipe
-from prune2onnx.training import evaluate
+from prune2onnx.runs.recipe import Recipe
 from prune2onnx.training.augment import augment
 from prune2onnx.training.distill import Teacher
-from prune2onnx.training.loop import one_cycle, rest_dropout
+from prune2onnx.training.loop import disable_dropout, one_cycle
+from prune2onnx.training.model import make_model
 from prune2onnx.training.pressure import Pressure
-from prune2onnx.training.scoring import Order
+from prune2onnx.training.scoring import Order, evaluate
 
-HOLD = 0.25  # part of gradual pruning's epochs at the final masks
+HOLD = 0.25  # fraction of gradual pruning's epochs with the final masks
 EVERY, FEWEST = 100, 20  # gradual pruning's steps between prunings, and its fewest prunings
-BEYOND = 1  # rounds of iterative pruning past the density wanted, for its curve alone
-START = 0.05  # soft thresholds begin here, in rms of their layer
-DECAY, BAND = 20.0, 0.25  # their decay over a training, at most, and the log excess that takes it
+BEYOND = 1  # rounds of iterative pruning beyond the target density, for its curve alone
+START = 0.05  # initial soft thresholds, in rms of their layer
+DECAY, BAND = 20.0, 0.25  # their largest decay over a training, and the log excess that needs it
 
 Masks = dict[str, Tensor]
 Rule = Callable[[nn.Module, Sequence[str], float], Masks]
 
 
 @dataclass(frozen=True)
-class Course:
-    """What every method is given.
+class Setup:
+    """The arguments of every method.
 
     Attributes:
-        data: its training split is learned from.
+        data: the data set.
         recipe: the learned run's, with epochs filled in, and `weights` the dense network.
         names: the weights to prune.
-        density: to end at, 0-1.
+        density: the target, 0-1.
         device: to train on.
     """
 
@@ -61,7 +60,7 @@ class Course:
     device: torch.device
 
     def model(self) -> nn.Module:
-        """The dense network, anew."""
+        """A new copy of the dense network."""
         model = make_model(self.recipe, self.data)
         images = len(self.data.input_shape) == 3  # channels last is faster, as in `compress`
         layout = torch.channels_last if images else torch.contiguous_format
@@ -69,22 +68,22 @@ class Course:
 
     @property
     def epochs(self) -> int:
-        """Of the pruning."""
-        return (self.recipe.narrow.epochs or 0) + (self.recipe.prune.epochs or 0)
+        """Epochs of the pruning."""
+        return (self.recipe.channels.epochs or 0) + (self.recipe.prune.epochs or 0)
 
     @property
     def steps(self) -> int:
-        """Of one epoch."""
+        """Steps of one epoch."""
         return len(self.order())
 
     def order(self) -> Order:
         """Batches of the training split."""
-        return Order(len(self.data.train), self.recipe.batch_size, 0, 1)  # type: ignore[arg-type]
+        return Order(len(self.data.train), self.recipe.batch_size, 0, 1)
 
 
 @dataclass(frozen=True)
 class Point:
-    """What a network with so many weights came to: percent, and training seconds up to there."""
+    """A network at a density: its errors in percent, and the seconds of training until then."""
 
     density: float
     validation_error: float
@@ -94,7 +93,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned network, the seconds of its training, its curve if it has one, and a remark."""
+    """A pruned network, the seconds of its training, its curve if it has one, and a note."""
 
     model: nn.Module
     seconds: float
@@ -102,7 +101,7 @@ class Pruned:
     note: str = ""
 
     def facts(self) -> dict[str, Any]:
-        """All but the network."""
+        """Everything but the network."""
         return {"seconds": self.seconds, "curve": list(map(asdict, self.curve)), "note": self.note}
 
 
@@ -128,7 +127,7 @@ def by_deviation(model: nn.Module, names: Sequence[str], density: float) -> Mask
 
 
 def uniform(model: nn.Module, names: Sequence[str], density: float) -> Masks:
-    """Keeps the same part of every layer, the largest weights (Zhu and Gupta)."""
+    """Keeps the same fraction of every layer, the largest weights (Zhu and Gupta)."""
     masks = {}
     for name in names:
         w = model.get_parameter(name).detach().abs()
@@ -140,7 +139,7 @@ RULES: dict[str, Rule] = {"deviation": by_deviation, "uniform": uniform}
 
 
 def hold(model: nn.Module, masks: Masks) -> None:
-    """Zeroes what the masks leave out."""
+    """Zeroes the weights outside of the masks."""
     with torch.no_grad():
         for name, mask in masks.items():
             model.get_parameter(name).mul_(mask)
@@ -156,7 +155,7 @@ def density_of(model: nn.Module, names: Sequence[str]) -> float:
 
 
 def train(
-    course: Course,
+    setup: Setup,
     model: nn.Module,
     epochs: int,
     stream: Sequence[int],
@@ -169,20 +168,20 @@ def train(
     """Trains as `compress` does after its dense phase.
 
     Args:
-        course: the settings.
+        setup: the settings.
         model: trained in place.
         epochs: may be 0.
-        stream: numbers the training, for its seeds.
-        masks: held after every step; may change on the way.
+        stream: identifies the training, for its seeds.
+        masks: applied after every step; may change during training.
         lr: peak learning rate; default: that of the prune phase.
-        groups: the optimiser's parameters, where they are not all alike.
-        before_step: told the step, from 0, and the optimiser.
+        groups: the optimiser's parameter groups, if there are several.
+        before_step: called with the step, from 0, and the optimiser.
 
     Returns:
-        Seconds, a look at the validation split after each epoch included.
+        Seconds, including an evaluation on the validation split after each epoch.
     """
-    recipe, order, step, seconds = course.recipe, course.order(), 0, 0.0
-    teacher = Teacher(make_model(recipe, course.data).to(course.device), recipe)
+    recipe, order, step, seconds = setup.recipe, setup.order(), 0, 0.0
+    teacher = Teacher(make_model(recipe, setup.data).to(setup.device), recipe)
     peak = lr or recipe.prune.lr
     decay = recipe.tune.weight_decay
     optimiser = torch.optim.AdamW(
@@ -194,112 +193,115 @@ def train(
         torch.manual_seed(order.seed)
         drawing = torch.Generator().manual_seed(order.seed)
         model.train()
-        rest_dropout(model)
-        loader = DataLoader(course.data.train, batch_sampler=order, collate_fn=collate)
+        disable_dropout(model)
+        loader = DataLoader(setup.data.train, batch_sampler=order, collate_fn=collate)
         for x, y in loader:
             for group in optimiser.param_groups:
                 group["lr"] = peak * one_cycle(step / (epochs * len(order)))
             before_step(step, optimiser)
-            x = augment(x, recipe.augment, drawing).to(course.device)
-            y = y.to(course.device)
+            x = augment(x, recipe.augment, drawing).to(setup.device)
+            y = y.to(setup.device)
             loss = teacher.loss(x, y, model(x))
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             hold(model, masks or {})
             step += 1
-        _, loss_there = evaluate(model, course.data.validation, batch_size=2 * recipe.batch_size)
-        if not math.isfinite(loss_there):
+        _, validation_loss = evaluate(
+            model, setup.data.validation, batch_size=2 * recipe.batch_size
+        )
+        if not math.isfinite(validation_loss):
             raise ArithmeticError(f"stream {[*stream]}, epoch {epoch}: the validation loss is NaN")
         seconds += time.perf_counter() - began
     return seconds
 
 
-def measure(course: Course, model: nn.Module, seconds: float) -> Point:
-    """A point of a curve, test error included: nothing is chosen by it."""
-    validation, _ = evaluate(model, course.data.validation)
-    test, _ = evaluate(model, course.data.test)
-    return Point(density_of(model, course.names), validation, test, seconds)
+def measure(setup: Setup, model: nn.Module, seconds: float) -> Point:
+    """A point of a curve, with the test error, by which nothing is chosen."""
+    validation, _ = evaluate(model, setup.data.validation)
+    test, _ = evaluate(model, setup.data.test)
+    return Point(density_of(model, setup.names), validation, test, seconds)
 
 
 # -- the methods ------------------------------------------------------------------------------
 
 
-def one_shot(course: Course) -> Pruned:
+def one_shot(setup: Setup) -> Pruned:
     """Magnitude pruning to the density at once, then all epochs of the prune phase to recover."""
-    model = course.model()
-    masks = by_deviation(model, course.names, course.density)
+    model = setup.model()
+    masks = by_deviation(model, setup.names, setup.density)
     hold(model, masks)
-    return Pruned(model, train(course, model, course.epochs, (10,), masks=masks))
+    return Pruned(model, train(setup, model, setup.epochs, (10,), masks=masks))
 
 
-def iterative(course: Course, rounds: int = 6, epochs: int | None = None) -> Pruned:
+def iterative(setup: Setup, rounds: int = 6, epochs: int | None = None) -> Pruned:
     """Rounds of pruning and retraining, densities in geometric progression.
 
     Han et al., "Learning both weights and connections for efficient neural networks" (arXiv
     1506.02626): per-layer thresholds q * std(w); the epochs, by default those of the recipe's
-    pruning, are shared out among the rounds. The curve holds every round twice: as it is, and after
-    the recipe's tuning of a copy, which does not count in the seconds of later points (the last
-    round is tuned by `compress`). `BEYOND` further rounds are for the curve only.
+    pruning, are divided among the rounds. The curve has every round twice: as it is, and after the
+    recipe's tuning of a copy, which does not count in the seconds of later points (`compress` tunes
+    the last round). `BEYOND` further rounds are for the curve only.
     """
-    model = course.model()
-    total = epochs or course.epochs
-    shares = np.diff(np.linspace(0, total, rounds + 1).round().astype(int)).tolist()
-    shares += [max(shares)] * BEYOND
+    model = setup.model()
+    total = epochs or setup.epochs
+    per_round = np.diff(np.linspace(0, total, rounds + 1).round().astype(int)).tolist()
+    per_round += [max(per_round)] * BEYOND
     seconds, curve = 0.0, []
-    for number, share in enumerate(shares, 1):
-        masks = by_deviation(model, course.names, course.density ** (number / rounds))
+    for number, own in enumerate(per_round, 1):
+        masks = by_deviation(model, setup.names, setup.density ** (number / rounds))
         hold(model, masks)
-        seconds += train(course, model, share, (20, number), masks=masks)
-        curve.append(measure(course, model, seconds))
+        seconds += train(setup, model, own, (20, number), masks=masks)
+        curve.append(measure(setup, model, seconds))
         if number == rounds:
             done, spent = copy.deepcopy(model), seconds
             continue
-        tune = course.recipe.tune
+        tune = setup.recipe.tune
         branch = copy.deepcopy(model)
         stream = (21, number)
-        more = train(course, branch, tune.epochs or 0, stream, masks=masks, lr=tune.lr)
-        curve.append(measure(course, branch, seconds + more))
+        more = train(setup, branch, tune.epochs or 0, stream, masks=masks, lr=tune.lr)
+        curve.append(measure(setup, branch, seconds + more))
     return Pruned(done, spent, tuple(curve))
 
 
-def gradual(course: Course, rule: str = "better") -> Pruned:
-    """Sparsity that rises along a cubic curve while training goes on.
+def gradual(setup: Setup, rule: str = "better") -> Pruned:
+    """Sparsity that rises along a cubic curve during training.
 
-    Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878): s(t) = s (1 - (1 - t)^3), masks
-    taken anew every 100 steps (more often in short trainings), then `HOLD` of the epochs at the
-    final ones. In the paper all layers are equally sparse ("uniform"), which small networks bear
-    badly; "deviation" compares magnitudes over all layers, each relative to its layer's deviation;
-    "better" tries both and keeps the one with the lower validation error, and its seconds alone.
+    Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878): s(t) = s (1 - (1 - t)^3), with
+    new masks every 100 steps (more often in short trainings), then a fraction `HOLD` of the epochs
+    with the final ones. In the paper all layers are equally sparse ("uniform"), which harms small
+    networks; "deviation" compares magnitudes over all layers, each relative to its layer's standard
+    deviation; "better" tries both and keeps the one with the lower validation error, and only its
+    seconds.
     """
     tried = []
     for name in RULES if rule == "better" else [rule]:
-        model, masks = course.model(), Masks()
-        steps = course.epochs * course.steps
+        model, masks = setup.model(), Masks()
+        steps = setup.epochs * setup.steps
         ramp = max(1, int((1 - HOLD) * steps))
         every = max(1, min(EVERY, ramp // FEWEST))
-        prune = _cubic(course, model, masks, RULES[name], ramp, every)
-        seconds = train(course, model, course.epochs, (30,), masks=masks, before_step=prune)
-        error = evaluate(model, course.data.validation)[0]
+        prune = _cubic(setup, model, masks, RULES[name], ramp, every)
+        seconds = train(setup, model, setup.epochs, (30,), masks=masks, before_step=prune)
+        error = evaluate(model, setup.data.validation)[0]
         tried.append((error, name, Pruned(model, seconds, note=name)))
     return min(tried, key=lambda entry: entry[:2])[2]
 
 
 def _cubic(
-    course: Course, model: nn.Module, masks: Masks, rule: Rule, ramp: int, every: int
+    setup: Setup, model: nn.Module, masks: Masks, rule: Rule, ramp: int, every: int
 ) -> Callable[[int, Any], None]:
     def prune(step: int, _: Any) -> None:
         if step > ramp or (step < ramp and step % every):
             return
-        sparsity = (1 - course.density) * (1 - (1 - step / ramp) ** 3)
-        masks.update(rule(model, course.names, 1 - sparsity))
+        sparsity = (1 - setup.density) * (1 - (1 - step / ramp) ** 3)
+        masks.update(rule(model, setup.names, 1 - sparsity))
         hold(model, masks)
 
     return prune
 
 
 class SoftThreshold(nn.Module):
-    """v, s -> sign(v) relu(|v| - exp(s)); s is learned, one a layer."""
+    """v, s -> sign(v) relu(|v| - exp(s)), with a learned s for each layer."""
 
     def __init__(self, v: Tensor) -> None:
         super().__init__()
@@ -310,27 +312,28 @@ class SoftThreshold(nn.Module):
         return v.sign() * torch.relu(v.abs() - torch.exp(self.s))
 
 
-def soft(course: Course) -> Pruned:
-    """Soft thresholds that weight decay drives up.
+def soft(setup: Setup) -> Pruned:
+    """Soft thresholds that weight decay increases.
 
     Kusupati et al., "Soft threshold weight reparameterization for learnable sparsity" (arXiv
-    2002.03231). There one weight decay of v and s decides the density, and is found by hand. Here
-    that of v is the tuning's, as for the other methods; that of s, which draws exp(s) towards 1,
-    is as strong as the density exceeds the wanted one at that time, which is that of the learned
+    2002.03231). There one weight decay of v and s determines the density, and is tuned by hand.
+    Here that of v is the tuning's, as for the other methods. That of s, which draws exp(s) towards
+    1, grows with the excess of the density over the scheduled one, with the schedule of the learned
     thresholds (`training.pressure`). One decay for both, as in the paper, was tried on digits at 5
-    and 2 %: under Adam, what moves s in so few steps starves v. Nor is it sigmoid(s): what it
-    cannot exceed, 0.5, was too little. In the end the weights with the largest |v| / exp(s) stay,
-    to the exact number, as if all thresholds were moved by one factor.
+    and 2 %: with Adam, a decay that moves s in so few steps destroys v. sigmoid(s), as in the
+    paper, in place of exp(s) is too small: under decay it does not exceed 0.5. At the end exactly
+    the wanted number of weights stays, those with the largest |v| / exp(s), as if all thresholds
+    were scaled by one factor.
     """
-    model = course.model()
-    sites = {name: model.get_submodule(name.rpartition(".")[0]) for name in course.names}
+    model = setup.model()
+    sites = {name: model.get_submodule(name.rpartition(".")[0]) for name in setup.names}
     rules = {name: SoftThreshold(model.get_parameter(name)) for name in sites}
     for name, module in sites.items():
         parametrize.register_parametrization(module, "weight", rules[name])
     originals = {name: model.get_parameter(_original(name)) for name in sites}
     size = sum(v.numel() for v in originals.values())
-    steps = course.epochs * course.steps
-    pressure = Pressure(course.recipe.prune, size, steps, course.density, course.device)
+    steps = setup.epochs * setup.steps
+    pressure = Pressure(setup.recipe.prune, size, steps, setup.density, setup.device)
 
     def relative(name: str) -> Tensor:
         return originals[name].detach().abs() / torch.exp(rules[name].s.detach())
@@ -344,20 +347,20 @@ def soft(course: Course) -> Pruned:
     thresholds = [rule.s for rule in rules.values()]
     others = [p for p in model.parameters() if all(p is not s for s in thresholds)]
     groups: list[dict[str, Any]] = [{"params": thresholds}, {"params": others}]
-    seconds = train(course, model, course.epochs, (40,), groups=groups, before_step=drive)
+    seconds = train(setup, model, setup.epochs, (40,), groups=groups, before_step=drive)
     every = torch.cat([relative(name).flatten() for name in sites])
-    q = largest(every, max(1, round(course.density * size)))
+    q = largest(every, max(1, round(setup.density * size)))
     with torch.no_grad():
         for name, module in sites.items():
             r, v = relative(name), originals[name]
-            # a hair below q: the last survivor is no zero
+            # slightly below q, so that the last survivor is not zero
             v.copy_(torch.where(r >= q, v * (1 - min(1.0, 0.999 * q) / r), 0.0))
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    plain = course.model()  # with its parameters in order
-    plain.load_state_dict(model.state_dict())
-    return Pruned(plain, seconds, note=f"final cut: thresholds x {q:.2f}")
+    result = setup.model()  # with its parameters in order
+    result.load_state_dict(model.state_dict())
+    return Pruned(result, seconds, note=f"final cut: thresholds x {q:.2f}")
 
 
 def _original(name: str) -> str:
-    """What torch calls a weight under a parametrization."""
+    """The name that torch gives to a weight under a parametrization."""
     return f"{name.removesuffix('weight')}parametrizations.weight.original"

@@ -1,15 +1,15 @@
-"""Which runtimes open packed files, fold their decoders and give the same answers.
+"""Which runtimes open packed files, fold their decoders and give the same outputs.
 
     python tools/runtimes.py FILE.onnx... [--versions 1.17.3,1.32.0] [--web 1.30.0]
 
-For each version of onnxruntime a virtual environment with nothing but it and numpy; for each of
-onnxruntime-web a folder with nothing but it, run under Node as wasm on one thread (`web.mjs`);
-`--web ''` leaves it out. Each opens the packed file and the dense one it unpacks to and runs both
-on the same random input. "folded": the optimised graphs of both have the same operators, as many
-of each, at the basic and at the full level of optimisation; in onnxruntime-web, which saves no
-graph, the same number of nodes is left to run. Load is the median of 7 sessions, dense and packed
-in turn, in a warm process with the default number of threads. Prints a Markdown table; exit status
-1 if a runtime fails. Needs a package index, and npm for the web.
+Each version of onnxruntime is installed in its own virtual environment, with numpy alone; each
+version of onnxruntime-web in its own folder, to run under Node as wasm on one thread (`web.mjs`;
+`--web ''` leaves it out). Each opens the packed file and the unpacked one, and runs both on the
+same random input. "folded": the optimised graphs of both have the same operators, as many of each,
+at the basic and at the full level of optimisation; in onnxruntime-web, which saves no graph, the
+same number of nodes. "load": the median of 7 sessions, dense and packed interleaved, in a warm
+process with the default number of threads. Prints a Markdown table; the exit status is 1 if a
+runtime fails. Needs a package index, and npm for the web.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ import onnx
 from numpy.typing import NDArray
 
 from prune2onnx import unpack
-from prune2onnx.running import random_inputs, session
+from prune2onnx.runtime.session import random_inputs, session
 
-# The ends of what is supported, and every version around the change of constant folding in 1.27.
+# The oldest and newest supported versions, and those around the change of constant folding in 1.27.
 VERSIONS = "1.17.3,1.20.1,1.23.2,1.24.4,1.25.1,1.26.0,1.27.0,1.28.0,1.32.0"
 WEB = "1.20.1,1.30.0"
 LOADS = 7
@@ -71,7 +71,7 @@ print(*(np.median(times[name]) for name in names))
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one runtime made of one file: outputs and load times, packed and dense, and folding."""
+    """Results of one runtime for one file: outputs, load times, and whether decoders are folded."""
 
     packed: list[NDArray[Any]]
     dense: list[NDArray[Any]]
@@ -81,7 +81,7 @@ class Outcome:
 
     @property
     def difference(self) -> float:
-        """The largest, of all outputs; 0 where they are equal bit for bit."""
+        """The largest difference of an output; 0 if all are equal bit for bit."""
         pairs = list(zip(self.packed, self.dense, strict=True))
         if all(a.tobytes() == b.tobytes() for a, b in pairs):
             return 0.0
@@ -98,16 +98,16 @@ def run(*command: str | Path) -> str:
         check=False,
     )
     if done.returncode:
-        said = [
+        errors = [
             line for line in done.stdout.splitlines() if re.search("error|exception", line, re.I)
         ]
-        last = (said or done.stdout.strip().splitlines() or ["killed"])[-1]
+        last = (errors or done.stdout.strip().splitlines() or ["killed"])[-1]
         raise RuntimeError(last[:300].replace("|", "/"))
     return done.stdout
 
 
 def native(version: str, home: Path) -> Callable[[Path], Outcome]:
-    """One version of onnxruntime, in a virtual environment of its own."""
+    """One version of onnxruntime, in its own virtual environment."""
     python = home / version / "bin" / "python"
     if not python.exists():
         venv.create(home / version, with_pip=True)
@@ -134,7 +134,7 @@ def native(version: str, home: Path) -> Callable[[Path], Outcome]:
 
 
 def web(version: str, home: Path) -> Callable[[Path], Outcome]:
-    """One version of onnxruntime-web, in a folder of its own, under Node."""
+    """One version of onnxruntime-web, in its own folder, under Node."""
     packages = home / f"web-{version}"
     packages.mkdir(parents=True, exist_ok=True)
     (packages / "package.json").write_text("{}")
@@ -142,10 +142,10 @@ def web(version: str, home: Path) -> Callable[[Path], Outcome]:
     script = Path(__file__).with_name("web.mjs")
 
     def outcome(folder: Path) -> Outcome:
-        left, found = [], []
+        node_counts, found = [], []
         for name in ("packed", "dense"):
             log = run("node", script, folder, name, packages, str(LOADS))
-            left.append(re.findall(r"Number of nodes: (\d+)", log))
+            node_counts.append(re.findall(r"Number of nodes: (\d+)", log))
             found.append(json.loads((folder / f"{name}.json").read_text()))
         packed, dense = (
             [
@@ -154,19 +154,19 @@ def web(version: str, home: Path) -> Callable[[Path], Outcome]:
             ]
             for result in found
         )
-        folded = bool(left[0]) and left[0] == left[1]
+        folded = bool(node_counts[0]) and node_counts[0] == node_counts[1]
         return Outcome(packed, dense, folded, found[0]["load_ms"], found[1]["load_ms"])
 
     return outcome
 
 
 def operators(path: Path) -> Counter[str]:
-    """How often each operator stands in a graph."""
+    """How often each operator occurs in a graph."""
     return Counter(f"{node.domain}:{node.op_type}" for node in onnx.load(path).graph.node)
 
 
 def prepare(file: Path, folder: Path) -> None:
-    """Writes packed.onnx, dense.onnx and one example for both kinds of runtime."""
+    """Writes packed.onnx, dense.onnx, and one example for onnxruntime and onnxruntime-web."""
     packed = onnx.load(file)
     inputs = random_inputs(session(packed), seed=0)
     onnx.save(packed, folder / "packed.onnx")
@@ -188,15 +188,17 @@ def prepare(file: Path, folder: Path) -> None:
 @click.argument(
     "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
 )
-@click.option("--versions", default=VERSIONS, help="of onnxruntime, comma-separated")
-@click.option("--web", "web_versions", default=WEB, help="of onnxruntime-web, comma-separated")
+@click.option("--versions", default=VERSIONS, help="versions of onnxruntime, comma-separated")
+@click.option(
+    "--web", "web_versions", default=WEB, help="versions of onnxruntime-web, comma-separated"
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/runtimes"))
 def main(files: tuple[Path, ...], versions: str, web_versions: str, output: Path) -> None:
     """Try FILES with each version and print the table."""
     home = output.resolve()
     listed = [
-        (f"{kind} {version}", make, version)
-        for kind, make, given in (
+        (f"{package} {version}", make, version)
+        for package, make, given in (
             ("onnxruntime", native, versions),
             ("onnxruntime-web", web, web_versions),
         )

@@ -1,23 +1,24 @@
-"""Bytes of packed files beside other ways to write the same weights, and beside their entropy.
+"""Bytes of packed files against other ways to store the same weights, and against their entropy.
 
     PRUNE2ONNX_DATA=DIR python tools/sizes.py [--only resnet20] [-o runs/sizes] [FILE.onnx ...]
 
 Cases: ResNet-20 and -32 (trained weights, BatchNorm folded) and slim320.onnx from PRUNE2ONNX_DATA,
-LeNet-300-100 and LeNet-5 as initialised with seed 0, one 4096 x 4096 weight, and every file given,
-a packed one unpacked first, with its weights as they are. Weights (of convolutions and matrix
-products) are pruned by magnitude, to the same density each or (--scope network) by one threshold
-for all of a network, and what is left is put on L levels, k times a step, k = -L/2 .. L/2 without
-0, L/2 steps being the largest magnitude of that weight. Biases and the like are rounded to float16.
-The 4096 x 4096 weight has 5 % of its elements, anywhere, on 15 levels of a Gaussian.
+LeNet-300-100 and LeNet-5 as initialised with seed 0, one 4096 x 4096 weight, and every given file
+with its weights as they are (a packed one is unpacked first). Weights of convolutions and matrix
+products are pruned by magnitude, to the same density each or (--scope network) by one threshold
+per network. The remaining elements are quantized to L levels, k times a step, k = -L/2 ... L/2
+without 0, where L/2 steps are the largest magnitude of that weight. Biases and other vectors are
+rounded to float16. The 4096 x 4096 weight has 5 % nonzeros at random positions, on 15 levels of a
+Gaussian.
 
-One dense file serves all columns: brought to the form `pack` works on, and stripped of all that
-running it does not need, notes, default attributes, long names of inner values. Columns: `dense`;
-`sparse`, ONNX's sparse_initializer where that is smaller; gzip -9, zstd -19, xz -9 and xz -9e of
-the dense file; `entropy`, zero-order, per tensor: that of the positions of nonzeros (n H(density)
-bits) and that of their values, what has one axis as it is (2 bytes a value where float16 is exact),
-nothing for the graph; `ours`, the packed file, whose unpacked weights are compared with the dense
-ones, bit for bit; `ours / best` of gzip -9, zstd -19 and xz -9; `coded / entropy`, of the pruned
-weights: their streams with tables and codebooks over the bound; the seconds that pack took.
+All columns start from one dense file, normalized and stripped of everything that inference does not
+need (notes, default attributes, long internal names). Columns: `dense`; `sparse`, ONNX's
+sparse_initializer where that is smaller; gzip -9, zstd -19, xz -9 and xz -9e of the dense file;
+`entropy`, zero-order, per tensor: of the positions of nonzeros (n H(density) bits) and of their
+values; tensors of one axis as they are (2 bytes per value where float16 is exact), and nothing for
+the graph; `ours`, the packed file, with unpacked weights that equal the dense ones, bit for bit;
+`ours / best` of gzip -9, zstd -19 and xz -9; `coded / entropy` of the pruned weights: their streams
+with tables and codebooks over the bound; the seconds that pack takes.
 
 Needs the package zstandard. With -o the dense, sparse and packed files are kept.
 """
@@ -40,11 +41,12 @@ import onnx
 import zstandard
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from prune2onnx import Prune2OnnxError, codecs, export, fold_batch_norm, pack, unpack
+from prune2onnx import Prune2OnnxError, export, fold_batch_norm, pack, unpack
 from prune2onnx.callables import load_callable
-from prune2onnx.intake import plain
-from prune2onnx.sparse import to_sparse
-from prune2onnx.strip import strip
+from prune2onnx.graph.normalize import normalize
+from prune2onnx.graph.strip import strip
+from prune2onnx.packing import codecs
+from prune2onnx.packing.sparse import to_sparse
 
 MODELS = Path(__file__).parent.parent / "models"
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -114,7 +116,7 @@ def synthetic() -> ModelProto:
     """One MatMul."""
     rng = np.random.default_rng(0)
     size = 4096
-    # 15 levels, 0.43 apart: 3.3 bits a value; none of them is 0
+    # 15 levels, 0.43 apart: 3.3 bits per value; none of them is 0
     k = np.clip(np.round(rng.normal(size=(size, size)) / 0.43), -7, 7)
     weight = (k * 0.43 + 0.01).astype(np.float32)
     weight[rng.random(weight.shape) >= 0.05] = 0
@@ -133,7 +135,7 @@ def _data(path: str) -> Path:
 
 
 def weights_of(model: ModelProto) -> dict[str, TensorProto]:
-    """The weights of convolutions and matrix products in float32: those that are pruned."""
+    """The weights that are pruned: those of convolutions and matrix products in float32."""
     nodes = [node for node in model.graph.node if node.op_type in LAYERS]
     used = {node.input[1] for node in nodes}
     return {
@@ -144,7 +146,7 @@ def weights_of(model: ModelProto) -> dict[str, TensorProto]:
 
 
 def pruned(model: ModelProto, density: float, levels: int, scope: str) -> ModelProto:
-    """The model with its weights pruned and put on levels, in place."""
+    """Prunes the weights of a model and quantizes them to levels, in place."""
     arrays = {
         tensor.name: np.array(numpy_helper.to_array(tensor))
         for tensor in model.graph.initializer
@@ -169,7 +171,7 @@ def pruned(model: ModelProto, density: float, levels: int, scope: str) -> ModelP
 
 
 def entropy_nbytes(tensor: TensorProto) -> float:
-    """The bound for one tensor; those of one axis, and integers, as they are."""
+    """The bound for one tensor; tensors of one axis, and integers, count as they are."""
     array = numpy_helper.to_array(tensor)
     if array.ndim < 2 or array.dtype != np.float32:
         exact = array.dtype == np.float32 and np.array_equal(
@@ -180,8 +182,8 @@ def entropy_nbytes(tensor: TensorProto) -> float:
 
 
 def line(case: Case, output: Path | None) -> str:
-    """Everything about one case, as a line of the table."""
-    dense = strip(plain(case.build()).model)
+    """Measures one case, for a line of the table."""
+    dense = strip(normalize(case.build()).model).model
     content = dense.SerializeToString()
     began = time.perf_counter()
     packed = pack(dense)
@@ -209,8 +211,8 @@ def line(case: Case, output: Path | None) -> str:
     if output is not None:
         stem = f"{case.name}-{case.settings}".replace(" %, ", "-").replace(" ", "")
         output.mkdir(parents=True, exist_ok=True)
-        for kind, model in (("dense", dense), ("sparse", sparse), ("packed", packed.model)):
-            onnx.save(model, output / f"{stem.rstrip('-')}.{kind}.onnx")
+        for form, model in (("dense", dense), ("sparse", sparse), ("packed", packed.model)):
+            onnx.save(model, output / f"{stem.rstrip('-')}.{form}.onnx")
     figures = [len(content), sparse.ByteSize(), *compressed]
     figures.append(round(sum(map(entropy_nbytes, dense.graph.initializer))))
     cells = [case.name, case.settings, f"{size:,}", *(f"{figure:,}" for figure in figures)]
@@ -221,11 +223,15 @@ def line(case: Case, output: Path | None) -> str:
 
 @click.command()
 @click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
-@click.option("--only", multiple=True, help="a case, by name; more than one may be given")
+@click.option("--only", multiple=True, help="run this case, by name; may be repeated")
 @click.option(
-    "--scope", type=click.Choice(["network", "weight"]), default="weight", show_default=True
+    "--scope",
+    type=click.Choice(["network", "weight"]),
+    default="weight",
+    show_default=True,
+    help="one pruning threshold per network or per weight",
 )
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="keep the files there")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="keep the files in a folder")
 def main(files: tuple[Path, ...], only: tuple[str, ...], scope: str, output: Path | None) -> None:
     """Print the table: FILES, then the cases; with FILES and no --only, the FILES alone."""
     given = [Case(path.stem, "", lambda path=path: unpack(onnx.load(path))) for path in files]

@@ -1,11 +1,11 @@
-"""What a pruning step costs beside a dense training step, and whether it slows down with time.
+"""The time of a pruning step against a dense training step, and whether it grows during pruning.
 
     python tools/step_cost.py [--steps 60] [--epochs 20]
 
-LeNet-5, batch 128, 2 threads, random data; the pruning step is `fit`'s, brake included. First both
-kinds of step are timed in turn, medians and their ratio. Then a pruning run is carried through, its
-thresholds rising, and its steps are timed again every five epochs beside dense ones: a weight that
-decays into denormals would show here.
+LeNet-5, batch 128, 2 threads, random data; the pruning step is that of `fit`, clamp included. First
+both steps are timed interleaved: medians and their ratio. Then a pruning run follows, with rising
+thresholds, and every five epochs its steps are timed again, interleaved with dense ones: weights
+that decay into denormals would make them slower.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from prune2onnx import density, penalty, prune
 from prune2onnx.callables import load_callable
 from prune2onnx.pruning import survivors, thresholds_of
-from prune2onnx.training import step_with_brake
+from prune2onnx.training.loop import step_with_clamp
 
 PRESSURE, DENSITY = 5.0, 0.015
 STEPS_PER_EPOCH = 100
@@ -49,7 +49,7 @@ def make_step(model: nn.Module, *, pruned: bool, lr: float = 1e-3) -> Callable[[
         optimiser.zero_grad()
         loss.backward()
         if pruned:
-            step_with_brake(optimiser, above)
+            step_with_clamp(optimiser, above)
         else:
             optimiser.step()
 
@@ -57,7 +57,7 @@ def make_step(model: nn.Module, *, pruned: bool, lr: float = 1e-3) -> Callable[[
 
 
 def interleaved(steps: list[Callable[[], None]], count: int) -> list[float]:
-    """Median milliseconds of each, taken in turn."""
+    """Median milliseconds of each step, measured interleaved."""
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(count):
         for step, taken in zip(steps, times, strict=True):

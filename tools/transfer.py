@@ -2,19 +2,19 @@
 
     python tools/transfer.py RUN... --letters idx:DIR
 
-RUN is a folder that `compress` left. Two other tasks: EMNIST's letters (26 classes, drawn like
-MNIST) and scikit-learn's digits, brought to the same frame. Of each run, dense.onnx and model.onnx:
+RUN is the folder of a run of `compress`. There are two other tasks: EMNIST's letters (26 classes,
+drawn like MNIST) and scikit-learn's digits, enlarged to the same frame. For dense.onnx and
+model.onnx of each run:
 
-1. Features: what the last layer reads (`prune2onnx.features`), but for those that are always the
-   same, scaled to unit variance; on them a linear SVM and a logistic regression, C chosen by 3-fold
-   cross-validation on 100 training examples of each class at most, then fitted to 400 at most.
-2. Fine-tuning: the network with a new last layer, all of it trained on by Adam with the same
-   examples, from the dense weights, from the pruned ones with their zeros held, and from those free
-   to grow again.
+1. Features: the input of the last layer (`prune2onnx.features`), without constant features, scaled
+   to unit variance. A linear SVM and a logistic regression are trained on them, with C chosen by
+   3-fold cross-validation on at most 100 training examples per class, then fitted to at most 400.
+2. Fine-tuning: the network with a new last layer is trained by Adam on the same examples, from the
+   dense weights, from the pruned ones with their zeros held, and from the pruned ones without.
 
-Runs of one network and file size are taken together, as seeds. The interval is that of the paired
-difference, compressed less dense on the same test examples, at 95 %, by the normal approximation;
-with several runs it is over their mean, test examples of each taken for independent.
+Runs of one network and file size count as seeds of one experiment. The interval is the 95 %
+interval of the paired difference, compressed minus dense on the same test examples, by the normal
+approximation; with several runs it is that of their mean, with independent test examples.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ from sklearn.svm import LinearSVC
 from torch import nn
 
 from prune2onnx import hold_zeros, load_data, resolve
+from prune2onnx.commands.features import features
 from prune2onnx.data import Arrays, Data
-from prune2onnx.features import features
-from prune2onnx.onnxfile import load
-from prune2onnx.pipeline import make_model, recipe_of
+from prune2onnx.graph.file import load
 from prune2onnx.pruning import prunable_weights
-from prune2onnx.training import denormals
+from prune2onnx.runs.folder import recipe_of
+from prune2onnx.training.denormals import denormals
+from prune2onnx.training.model import make_model
 
 GRID = (0.001, 0.01, 0.1)
 MOST_FOR_CHOICE, MOST_TO_FIT = 100, 400  # training examples of a class
@@ -55,14 +56,14 @@ FRAME, BOX = 28, 20  # of MNIST: a digit fills a box within a frame
 EPOCHS, BATCH, RATE = 8, 128, 1e-3  # of fine-tuning
 
 MNIST = Data("mnist", *[None] * 3, (1, FRAME, FRAME), 10)  # type: ignore[arg-type]
-"""What networks are made for; no examples."""
+"""The shape and classes that networks are made for, without examples."""
 
 Xy = tuple[NDArray[np.float32], NDArray[np.int64]]
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Another task: images [n, 1, 28, 28] of 0-1, and labels. Each is equal to itself alone."""
+    """Another task: images [n, 1, 28, 28] of 0-1, and labels; compared by identity."""
 
     name: str
     train: Xy
@@ -71,17 +72,17 @@ class Task:
 
 
 def task(name: str, data: Data) -> Task:
-    """A data set as arrays; what is held out for choices counts as training here."""
+    """A data set as arrays; its validation split counts as training data here."""
     train, held, test = (arrays_of(split) for split in (data.train, data.validation, data.test))
     both = np.concatenate([train[0], held[0]]), np.concatenate([train[1], held[1]])
     return Task(name, both, test, data.classes)
 
 
 def arrays_of(split: Any) -> Xy:
-    """All examples of a split; images are brought to MNIST's frame."""
+    """All examples of a split; images are enlarged to MNIST's frame."""
     assert isinstance(split, Arrays)
     x, y = split.__getitems__(range(len(split)))
-    return np.stack([framed(image) for image in x.numpy()]), y.numpy()
+    return np.stack([framed(image) for image in x]), y
 
 
 def framed(image: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -110,14 +111,14 @@ def batches_of(xy: Xy) -> list[Xy]:
 
 
 @cache
-def rights(kind: str, file: Path, given: Task, seed: int) -> NDArray[np.bool_]:
+def rights(classifier: str, file: Path, given: Task, seed: int) -> NDArray[np.bool_]:
     """Which test examples a linear classifier on a file's features gets right."""
     model = load(file)
     (x, y), (u, v) = (features(model, batches_of(part)) for part in (some(given, seed), given.test))
     x, u = x.reshape(len(x), -1), u.reshape(len(u), -1)
     few = np.concatenate([np.flatnonzero(y == c)[:MOST_FOR_CHOICE] for c in range(given.classes)])
     linear: Any = LinearSVC(dual=False, tol=1e-3, random_state=seed)
-    if kind == "logistic":
+    if classifier == "logistic":
         linear = LogisticRegression(max_iter=300, tol=1e-3, random_state=seed)
     grid = {f"{type(linear).__name__.lower()}__C": GRID}
     whole = make_pipeline(VarianceThreshold(), StandardScaler(), linear)
@@ -130,12 +131,12 @@ def rights(kind: str, file: Path, given: Task, seed: int) -> NDArray[np.bool_]:
 
 @cache
 def tuned(network: str, weights: Path, held: bool, given: Task, seed: int) -> NDArray[np.bool_]:
-    """Which test examples a network gets right that was trained on from given weights.
+    """Which test examples a network gets right after fine-tuning from given weights.
 
     Args:
-        network: what makes it, as in a recipe.
+        network: the function that makes it, as in a recipe.
         weights: a checkpoint.
-        held: whether zeros stay zeros, but for the new last layer.
+        held: whether zeros stay zeros, except in the new last layer.
         given: the task.
         seed: of the new layer, the choice of examples and their order.
     """
@@ -189,7 +190,7 @@ def percent(rights: Sequence[NDArray[np.bool_]]) -> str:
 
 
 def grouped(runs: Sequence[Path]) -> dict[tuple[str, str], list[Path]]:
-    """Runs by network and file size: that which was asked for, if any; how much smaller it is."""
+    """Runs by network and file size: the target size, if there was one, and the ratio to dense."""
     groups: dict[tuple[str, int], dict[Path, float]] = {}
     for run in runs:
         recipe, report = recipe_of(run), json.loads((run / "report.json").read_text())
@@ -203,8 +204,8 @@ def grouped(runs: Sequence[Path]) -> dict[tuple[str, str], list[Path]]:
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--letters", required=True, help="EMNIST's letters, as idx:DIR")
-@click.option("--skip-tuning", is_flag=True, help="features alone")
+@click.option("--letters", required=True, help="data set of EMNIST's letters, as idx:DIR")
+@click.option("--skip-tuning", is_flag=True, help="print the table of features alone")
 def main(runs: tuple[Path, ...], letters: str, skip_tuning: bool) -> None:
     """Print the table of features, then that of fine-tuning."""
     seen: dict[bytes, Path] = {}
@@ -219,12 +220,15 @@ def main(runs: tuple[Path, ...], letters: str, skip_tuning: bool) -> None:
     click.echo("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for (network, size), members in groups.items():
         for given in tasks:
-            for kind in ("svm", "logistic"):
+            for classifier in ("svm", "logistic"):
                 dense, ours = (
-                    [rights(kind, first(run / file), given, recipe_of(run).seed) for run in members]
+                    [
+                        rights(classifier, first(run / file), given, recipe_of(run).seed)
+                        for run in members
+                    ]
                     for file in ("dense.onnx", "model.onnx")
                 )
-                row(network, size, given.name, kind, dense, ours)
+                row(network, size, given.name, classifier, dense, ours)
     if skip_tuning:
         return
     began = time.perf_counter()
@@ -234,13 +238,13 @@ def main(runs: tuple[Path, ...], letters: str, skip_tuning: bool) -> None:
         for given in tasks:
             dense = [tuned_of(run, "dense", False, given) for run in members]
             for how, held in (("zeros held", True), ("all free", False)):
-                ours = [tuned_of(run, "share", held, given) for run in members]
+                ours = [tuned_of(run, "quantize", held, given) for run in members]
                 row(network, size, given.name, how, dense, ours)
     click.echo(f"\nfine-tuning: {time.perf_counter() - began:.0f} s", err=True)
 
 
 def tuned_of(run: Path, phase: str, held: bool, given: Task) -> NDArray[np.bool_]:
-    """Trained on from what a run had at the end of a phase, or began with if it had none such."""
+    """`tuned` from a run's weights at the end of a phase, or its first ones without that phase."""
     recipe = recipe_of(run)
     weights = run / "checkpoints" / f"{phase}.safetensors"
     if not weights.exists():

@@ -1,21 +1,21 @@
-"""What other tools make of a packed file: kept as it is, inlined, or inflated to dense weights.
+"""The effect of other tools on a packed file: kept, inlined, or inflated to dense weights.
 
     python tools/treatment.py FILE.onnx [-o runs/treatment]
 
-Every tool is run, in a virtual environment of its own, on the packed file and on the dense one it
-unpacks to; what it made of the one is compared with what it made of the other. First table: does
-the result run, and how far are its outputs from those of the treated dense file (random input);
-bytes of the packed file after the treatment, and of the dense one; decode calls left, and nodes the
-packed one has beyond the dense one; in a word:
+Every tool is run, in a virtual environment of its own, on the packed file and on the unpacked one,
+and the two results are compared. First table: whether the result runs, and how far its outputs are
+from those of the treated dense file (random input); bytes of the packed and of the dense file after
+the treatment; decode calls that are left, and nodes that the packed file has in addition; and a
+verdict:
 
 - kept: every decode call is there;
-- inflated: neither calls nor nodes of theirs are left, the weights are dense;
-- inlined: calls are replaced by their functions' nodes, and so many percent of the bytes that
-  packing had saved are back.
+- inflated: no calls are left, nor nodes of their functions, and the weights are dense;
+- inlined: calls are replaced by their functions' nodes; the percentage is that of the bytes saved
+  by packing that are lost again.
 
-Second table: which marks of a packed file are still there, among them some that are put into the
-file for the purpose, so that a reader may tell that a file was packed once; and what `inflated`,
-which goes by these marks, makes of the result. Needs a package index.
+Second table: which marks of a packed file are left, by which a reader could see that the file was
+packed once; some are added to the file for this purpose. The last column is the result of
+`inspection.inflated`, which uses these marks. Needs a package index.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ import onnx
 from onnx import ModelProto
 
 from prune2onnx import Prune2OnnxError, unpack
-from prune2onnx.codecs import DOMAIN
-from prune2onnx.inspection import constant_nodes, inflated
-from prune2onnx.running import random_inputs, session
+from prune2onnx.graph.domain import DOMAIN
+from prune2onnx.packing.inspection import constant_nodes, inflated
+from prune2onnx.runtime.session import random_inputs, session
 
 PACKAGES = (
     "onnx==1.23.2",
@@ -177,7 +177,7 @@ MARKS: dict[str, tuple[Callable[[ModelProto], Any] | None, Callable[[ModelProto]
 
 
 def interpreter(home: Path) -> Path:
-    """A Python with the tools and nothing of ours."""
+    """A Python with the tools, without prune2onnx."""
     python = home / "tools" / "bin" / "python"
     if not python.exists():
         venv.create(home / "tools", with_pip=True)
@@ -186,7 +186,7 @@ def interpreter(home: Path) -> Path:
 
 
 def treated(python: Path, code: str, before: Path, inputs: Path) -> ModelProto | str:
-    """What a tool made of a file, or the last line of what it said."""
+    """The model that a tool writes for a file, or the last line of its error."""
     after = before.with_suffix(".after.onnx")
     after.unlink(missing_ok=True)
     done = subprocess.run(
@@ -206,7 +206,7 @@ def calls(model: ModelProto) -> int:
     return sum(node.domain == DOMAIN for node in model.graph.node)
 
 
-def held(model: ModelProto) -> int:
+def stored_nbytes(model: ModelProto) -> int:
     """Bytes of all initializers and constants of the graph."""
     tensors = list(model.graph.initializer)
     tensors += [a.t for node in model.graph.node for a in node.attribute if a.HasField("t")]
@@ -214,17 +214,18 @@ def held(model: ModelProto) -> int:
 
 
 def verdict(packed: ModelProto, after: ModelProto, dense_after: ModelProto) -> str:
-    """In a word."""
+    """The verdict of the first table."""
     if calls(after) == calls(packed):
         return "kept"
     if not constant_nodes(after):
         return "inflated"
-    share = (held(after) - held(packed)) / (held(dense_after) - held(packed))
-    return f"inlined, {100 * share:.0f} % inflated"
+    before = stored_nbytes(packed)
+    fraction = (stored_nbytes(after) - before) / (stored_nbytes(dense_after) - before)
+    return f"inlined, {100 * fraction:.0f} % inflated"
 
 
 def outputs(model: ModelProto, inputs: dict[str, Any]) -> list[Any]:
-    """Of one run; a renamed input is found by its place."""
+    """The outputs of one inference; inputs are given by position, since they may be renamed."""
     opened = session(model)
     names = [value.name for value in opened.get_inputs()]
     return list(opened.run(None, dict(zip(names, inputs.values(), strict=True))))
@@ -267,16 +268,16 @@ def main(file: Path, output: Path) -> None:
                 runs = "yes"
             except Prune2OnnxError as error:
                 got, runs = [], f"no: {error}".replace("|", "/")
-            far = ""
+            difference = ""
             reference = dense if isinstance(other, str) else other
             if got:
                 pairs = zip(got, outputs(reference, inputs), strict=True)
-                far = f"{max(float(np.abs(a - b).max(initial=0)) for a, b in pairs):.2g}"
+                difference = f"{max(float(np.abs(a - b).max(initial=0)) for a, b in pairs):.2g}"
             rows.append(
                 [
                     tool,
                     runs,
-                    far,
+                    difference,
                     f"{one.ByteSize():,}",
                     f"{reference.ByteSize():,}",
                     f"{calls(one)} of {calls(packed)}",
@@ -286,7 +287,7 @@ def main(file: Path, output: Path) -> None:
             )
     print(f"{file.name}: {packed.ByteSize():,} bytes packed, {dense.ByteSize():,} dense\n")
     headings = ["tool", "result runs", "difference", "packed, after", "dense, after"]
-    _table([*headings, "decode calls", "nodes more", "verdict"], rows)
+    _table([*headings, "decode calls", "more nodes", "verdict"], rows)
     print()
     _table(["tool", *MARKS, "inflated"], marks)
 

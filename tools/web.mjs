@@ -3,9 +3,9 @@
 //     node tools/web.mjs FOLDER NAME PACKAGES LOADS
 //
 // PACKAGES is a folder with node_modules. FOLDER/inputs.json holds one example, [{name, type, dims,
-// data}] with data in base64; FOLDER/NAME.json receives {load_ms, outputs}, outputs in the same
-// form. The first session logs everything, its last words being how many nodes are left to run;
-// the sessions after it are timed.
+// data}] with data in base64. FOLDER/NAME.json gets {load_ms, outputs}, with outputs in the same
+// form. The first session logs everything, also how many nodes are left to run; the sessions after
+// it are timed.
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";

@@ -1,16 +1,17 @@
-"""Where examples come from: `load_data` reads a source and holds out what training must not see.
+"""Examples: `load_data` reads them from a source and holds out what training must not see.
 
 | source | what it reads |
 | --- | --- |
 | `digits` | scikit-learn's 1,797 handwritten digits, `[1, 8, 8]`; no file needed |
 | `mnist`, `mnist:DIR` | MNIST, `[1, 28, 28]`; downloaded where it is missing |
 | `idx:DIR` | IDX files named as MNIST's |
-| `folder:DIR` | images, one folder a class |
+| `folder:DIR` | images, one folder per class |
 | `npz:FILE` | x_train, y_train, x_test, y_test, or x, y |
 | `file.py:callable`, `package.module:callable` | what your own function returns |
 
-The test set is the source's own; where there is none, a fifth is held out, the same whatever the
-seed. The validation set is held out of what is left, by the seed. Both are stratified by class.
+The test set is the source's own; where there is none, 20 % are held out, the same for every seed.
+The validation set is held out of the rest and depends on the seed. Both are stratified by class.
+How each source is read is in the modules of this folder.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from pathlib import Path
 
 import numpy as np
 
-from prune2onnx.data.examples import Arrays, Data, Examples, arrays, batches, collate, first
+from prune2onnx.data.examples import (
+    Arrays,
+    Data,
+    Examples,
+    MapDataset,
+    arrays,
+    batches,
+    collate,
+    first,
+)
 from prune2onnx.data.folder import read_folder
 from prune2onnx.data.idx import read_idx_folder, read_mnist
 from prune2onnx.data.npz import read_npz
@@ -30,7 +40,7 @@ from prune2onnx.data.own import read_own
 from prune2onnx.data.split import hold_out
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 
-__all__ = ["Arrays", "Data", "batches", "collate", "first", "load_data"]
+__all__ = ["Arrays", "Data", "MapDataset", "batches", "collate", "first", "load_data"]
 
 TEST_FRACTION = 0.2
 TEST_SEED = 1712  # any constant; the paper's month
@@ -42,7 +52,7 @@ def load_data(spec: str, *, validation: float = 0.1, seed: int = 0) -> Data:
     Args:
         spec: a source, such as `digits` or `folder:DIR`.
         validation: the fraction of the training examples to hold out, between 0 and 1.
-        seed: which of them; it never moves the test set.
+        seed: which of them; the test set does not depend on it.
 
     Returns:
         Three map-style datasets of (float32 x, int64 y). Batch them with `collate`:
@@ -78,7 +88,7 @@ def load_data(spec: str, *, validation: float = 0.1, seed: int = 0) -> Data:
         train, test = found
     else:
         raise RecipeError(f"data {spec!r}: unknown source; {_hint(spec)}")
-    if len(seen := np.unique(train.y.numpy())) < 2:
+    if len(seen := np.unique(train.y)) < 2:
         raise Prune2OnnxError(
             f"{spec}: all {len(train):,} training examples have label {seen[0]}, expected at least "
             "2 classes; there is nothing to learn"
@@ -99,7 +109,7 @@ def _read_digits(argument: str) -> tuple[Examples, None]:
     """`digits`: pixels 0 ... 16 as uint8 `[n, 1, 8, 8]`, scaled to 0 ... 1."""
     if argument:
         raise RecipeError(f"data 'digits:{argument}': expected digits alone; it reads no file")
-    # Imported here: it takes a second that no other source needs.
+    # Imported here: it takes a second, and no other source needs it.
     from sklearn.datasets import load_digits
 
     x, y = load_digits(return_X_y=True)
@@ -116,7 +126,7 @@ SOURCES: dict[str, Callable[[str], tuple[Examples, Examples | None]]] = {
 
 
 def _names_a_callable(spec: str) -> bool:
-    """Whether `spec` is meant as file.py:callable or module:callable, not as a misspelt source."""
+    """Whether `spec` means file.py:callable or module:callable, not a misspelt source."""
     place, _, name = spec.rpartition(":")
     if place.endswith(".py") or spec.endswith(".py"):
         return True
@@ -128,12 +138,12 @@ def _names_a_callable(spec: str) -> bool:
 def _is_module(name: str) -> bool:
     try:
         return Path(f"{name}.py").is_file() or importlib.util.find_spec(name) is not None
-    except ValueError:  # __main__ and other modules that came from no file
+    except ValueError:  # __main__ and other modules without a file
         return False
 
 
 def _hint(spec: str) -> str:
-    """What an unknown source was probably meant to be."""
+    """A suggestion for an unknown source."""
     path = Path(spec).expanduser()
     if path.is_file() and path.suffix == ".npz":
         return f"did you mean npz:{spec}?"

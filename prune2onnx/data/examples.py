@@ -1,28 +1,37 @@
-"""Examples with labels, as training sees them: `Arrays` in memory, `Wrapped` around a user's own.
+"""Examples with labels: `Arrays` in memory, `Wrapped` around a user's own data set.
 
-Both give (float32 x, int64 y). `arrays` and `wrap` make them from what a source has read, and
-check it; where the files are and how they are read is in the files beside this one.
+Both give (float32 x, int64 y) as numpy arrays; `collate` makes tensors of them for training. So a
+file is validated on data without torch, which takes seconds to import. `arrays` and `wrap` build
+and check them; how files are read is in the modules beside this one.
 """
 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
 from prune2onnx.errors import Prune2OnnxError
 
-Example: TypeAlias = tuple[Tensor, Tensor]
+Batch: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
 Indices: TypeAlias = NDArray[np.int64]
 
-PIXEL = 1 / 255  # uint8 is taken for pixels wherever it comes from: 0 ... 255 becomes 0 ... 1
+PIXEL = 1 / 255  # uint8 counts as pixels, from any source: 0 ... 255 becomes 0 ... 1
+
+
+class MapDataset(Protocol):
+    """Examples (x, y) by index: what torch calls a map-style dataset."""
+
+    def __len__(self) -> int:
+        """The number of examples."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One example: x, and its label."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Data:
     """Three sets of examples of one classification task.
 
     Attributes:
-        name: what a report calls it.
+        name: as reports show it.
         train: map-style dataset of (float32 x of `input_shape`, int64 y); weights learn from it.
         validation: the same form, held out of training; every choice is made on it.
         test: the same form; read once, for the report.
@@ -39,15 +48,15 @@ class Data:
     """
 
     name: str
-    train: Dataset[Example]
-    validation: Dataset[Example]
-    test: Dataset[Example]
+    train: MapDataset
+    validation: MapDataset
+    test: MapDataset
     input_shape: tuple[int, ...]
     classes: int
 
 
-class Arrays(Dataset[Example]):
-    """Examples held in memory, batched by one indexing.
+class Arrays:
+    """Examples in memory; one indexing operation makes a batch.
 
     Attributes:
         x: uint8 or float32 `[n, *shape]`, as stored.
@@ -55,7 +64,7 @@ class Arrays(Dataset[Example]):
         scale: what x is multiplied by on access.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+    def __init__(self, x: NDArray[Any], y: NDArray[np.int64], scale: float = 1.0) -> None:
         self.x, self.y, self.scale = x, y, scale
 
     @property
@@ -66,27 +75,26 @@ class Arrays(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.y)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> tuple[NDArray[np.float32], np.int64]:
         x, y = self.__getitems__([index])
         return x[0], y[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> Example:
-        """Gives a batch: float32 `[batch, *shape]` and int64 `[batch]`; needs `collate`."""
-        # In numpy: torch wakes its thread pool for such a batch, and where other programs keep the
-        # cores busy that was measured to cost a hundred times the copying.
-        x, y = self.x.numpy().take(indices, axis=0), self.y.numpy().take(indices)
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A batch, float32 `[batch, *shape]` and int64 `[batch]`; a DataLoader needs `collate`."""
+        # Not in torch, which uses its thread pool for such a batch: where other programs keep the
+        # cores busy, that was measured to take 100 times as long as the copying.
+        x, y = self.x.take(indices, axis=0), self.y.take(indices)
         if self.scale != 1.0:
             x = np.multiply(x, np.float32(self.scale), dtype=np.float32)
-        return torch.from_numpy(x.astype(np.float32, copy=False)), torch.from_numpy(y)
+        return x.astype(np.float32, copy=False), y
 
     def subset(self, indices: Indices) -> Arrays:
         """A copy of the examples at `indices`."""
-        chosen = torch.from_numpy(indices)
-        return Arrays(self.x[chosen], self.y[chosen], self.scale)
+        return Arrays(self.x[indices], self.y[indices], self.scale)
 
 
-class Wrapped(Dataset[Example]):
-    """Some of the examples of a user's dataset, with types made sure of and labels known.
+class Wrapped:
+    """Examples of a user's dataset, with checked types and known labels.
 
     Attributes:
         dataset: the user's map-style dataset of (x, y).
@@ -96,7 +104,12 @@ class Wrapped(Dataset[Example]):
     """
 
     def __init__(
-        self, dataset: Any, y: Tensor, shape: tuple[int, ...], indices: Indices, where: str
+        self,
+        dataset: Any,
+        y: NDArray[np.int64],
+        shape: tuple[int, ...],
+        indices: Indices,
+        where: str,
     ) -> None:
         self.dataset, self.y, self.shape = dataset, y, shape
         self.indices, self.where = indices, where
@@ -104,39 +117,45 @@ class Wrapped(Dataset[Example]):
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> tuple[NDArray[np.float32], np.int64]:
         return _converted(self.dataset, int(self.indices[index]), self.where)
 
     def subset(self, indices: Indices) -> Wrapped:
         """The examples at `indices`, nothing copied."""
-        y = self.y[torch.from_numpy(indices)]
-        return Wrapped(self.dataset, y, self.shape, self.indices[indices], self.where)
+        chosen = self.indices[indices]
+        return Wrapped(self.dataset, self.y[indices], self.shape, chosen, self.where)
 
 
 Examples: TypeAlias = Arrays | Wrapped
 
 
 def collate(batch: Any) -> Any:
-    """Makes a `DataLoader`'s batch (`collate_fn`): float32 `[batch, ...]` and int64 `[batch]`.
+    """A `DataLoader`'s `collate_fn`: makes tensors, float32 `[batch, ...]` and int64 `[batch]`.
 
-    `Arrays` hands over batches that are ready, a tuple of two tensors; every other dataset a list
-    of examples, which torch's own `default_collate` stacks.
+    A batch of `Arrays` is a tuple of two arrays already; that of any other dataset is a list of
+    examples, which torch's `default_collate` stacks.
     """
-    if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch):
-        return batch
+    import torch  # a caller with a DataLoader has imported it
+    from torch.utils.data import default_collate
+
+    if isinstance(batch, tuple):
+        return tuple(map(torch.from_numpy, batch))
     return default_collate(batch)
 
 
-def batches(
-    data: Dataset[Any], size: int = 128
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """A data set as numpy batches (x [size, ...], y [size]), for onnxruntime."""
-    for x, y in DataLoader(data, batch_size=size, collate_fn=collate):
-        yield x.numpy(), y.numpy()
+def batches(data: MapDataset, size: int = 128) -> Iterator[Batch]:
+    """A dataset in numpy batches (x [size, ...], y [size]), for onnxruntime."""
+    for begin in range(0, len(data), size):
+        indices = range(begin, min(begin + size, len(data)))
+        if isinstance(data, Arrays):
+            yield data.__getitems__(indices)
+        else:
+            x, y = zip(*(data[index] for index in indices), strict=True)
+            yield np.stack([as_numpy(one) for one in x]), np.array([int(one) for one in y])
 
 
-def first(data: Dataset[Any], examples: int, size: int = 64) -> list[NDArray[np.float32]]:
-    """The first examples of a data set, without labels, in batches."""
+def first(data: MapDataset, examples: int, size: int = 64) -> list[NDArray[np.float32]]:
+    """The first examples of a dataset, without labels, in batches."""
     taken: list[NDArray[np.float32]] = []
     left = examples
     for x, _ in batches(data, min(size, examples)):
@@ -148,17 +167,17 @@ def first(data: Dataset[Any], examples: int, size: int = 64) -> list[NDArray[np.
 
 
 def arrays(x: Any, y: Any, where: str, scale: float = PIXEL) -> Arrays:
-    """Checks arrays or tensors of examples and labels and holds them in memory.
+    """Checks arrays or tensors of examples and labels, and keeps them in memory.
 
     Args:
         x: `[n, ...]`, numbers. uint8 is kept and multiplied by `scale` on access, and uint8
             `[n, h, w]` are grey images, `[n, 1, h, w]`; every other type becomes float32 as it is.
         y: `[n]`, integers from 0.
-        where: what error messages call them.
+        where: their name in error messages.
         scale: for uint8 only.
 
     Raises:
-        Prune2OnnxError: x is no array of numbers, has no axis beside n, or is not finite; y is
+        Prune2OnnxError: x is not an array of numbers, has no axis beside n, or is not finite; y is
             not `[n]`, not of integers, or negative; there are no examples.
     """
     x, y = _numpy(x, f"{where}: x"), _numpy(y, f"{where}: y")
@@ -169,7 +188,7 @@ def arrays(x: Any, y: Any, where: str, scale: float = PIXEL) -> Arrays:
         )
     if x.size == 0:
         raise Prune2OnnxError(
-            f"{where}: x has shape {list(x.shape)}, so it holds nothing; expected examples"
+            f"{where}: x has shape {list(x.shape)} and is empty; expected examples"
         )
     if y.ndim != 1:
         raise Prune2OnnxError(
@@ -187,7 +206,7 @@ def arrays(x: Any, y: Any, where: str, scale: float = PIXEL) -> Arrays:
         scale = 1.0
         with np.errstate(over="ignore"):  # too large for float32 becomes inf, caught below
             x = x.astype(np.float32)
-        # The sum is finite if all of x is, save for overflow: only then look for the place.
+        # The sum is finite if all of x is, barring overflow: search only where it is not.
         if not np.isfinite(x.sum(dtype=np.float64)):
             bad = np.argwhere(~np.isfinite(x))
             if len(bad):
@@ -200,9 +219,8 @@ def arrays(x: Any, y: Any, where: str, scale: float = PIXEL) -> Arrays:
         raise Prune2OnnxError(
             f"{where}: x has dtype {x.dtype}, expected uint8 (pixels) or numbers that fit float32"
         )
-    # W: torch warns about memory that it may not write to, such as a file's.
-    stored = torch.from_numpy(np.require(x, requirements=["C", "W"]))
-    return Arrays(stored, _labels(y, where), scale)
+    # W: torch warns about read-only memory, such as that of a file.
+    return Arrays(np.require(x, requirements=["C", "W"]), _labels(y, where), scale)
 
 
 def wrap(dataset: Any, where: str) -> Examples:
@@ -217,9 +235,10 @@ def wrap(dataset: Any, where: str) -> Examples:
     """
     if isinstance(dataset, Arrays | Wrapped):
         return dataset
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        return arrays(*dataset.tensors, where)
-    if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+    if is_torch(dataset, "TensorDataset") and len(dataset.tensors) == 2:
+        x, y = dataset.tensors
+        return arrays(x, y, where)
+    if is_torch(dataset, "IterableDataset") or not hasattr(dataset, "__len__"):
         raise Prune2OnnxError(
             f"{where}: a {type(dataset).__name__} has no length and no order, expected a map-style "
             "dataset (__len__ and __getitem__); read it into arrays"
@@ -247,7 +266,7 @@ def wrap(dataset: Any, where: str) -> Examples:
     return Wrapped(dataset, _labels(known, where), tuple(first.shape), every, where)
 
 
-def _labels(y: NDArray[Any], where: str) -> Tensor:
+def _labels(y: NDArray[Any], where: str) -> NDArray[np.int64]:
     """Labels as int64 `[n]`, or an error."""
     if y.dtype.kind not in "biu":
         raise Prune2OnnxError(
@@ -260,51 +279,73 @@ def _labels(y: NDArray[Any], where: str) -> Tensor:
             f"{where}: label {y[wrong[0]]} in example {wrong[0]}, expected integers from 0; "
             "number the classes 0, 1, 2, ..."
         )
-    return torch.from_numpy(y.astype(np.int64))
+    return y.astype(np.int64)
+
+
+TorchType = Literal["Tensor", "Dataset", "IterableDataset", "TensorDataset"]
+
+
+def is_torch(value: Any, *types: TorchType) -> bool:
+    """Whether a value is of one of torch's types; does not import torch."""
+    if "torch" not in sys.modules:
+        return False  # then no value can be
+    import torch
+    import torch.utils.data
+
+    modules = {"Tensor": torch}
+    return isinstance(value, tuple(getattr(modules.get(t, torch.utils.data), t) for t in types))
+
+
+def as_numpy(value: Any) -> NDArray[Any]:
+    """An array, a tensor or nested lists as a numpy array; bfloat16 as float32."""
+    if is_torch(value, "Tensor"):
+        value = value.detach().cpu()
+        value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+    return np.asarray(value)
 
 
 def _numpy(value: Any, what: str) -> NDArray[Any]:
-    """An array, a tensor or nested lists as a numpy array."""
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        value = value.float() if value.dtype == torch.bfloat16 else value
     try:
-        return np.asarray(value)
-    except Exception as error:  # numpy raises what the value's own conversion raises
+        return as_numpy(value)
+    except Exception as error:  # whatever the value's own conversion raises
         raise Prune2OnnxError(
             f"{what} is a {type(value).__name__}, expected an array: {error}"
         ) from error
 
 
-def _converted(dataset: Any, index: int, where: str) -> Example:
-    """One example of a user's dataset as (float32 tensor, int64 tensor)."""
+def _converted(dataset: Any, index: int, where: str) -> tuple[NDArray[np.float32], np.int64]:
+    """One example of a user's dataset, checked."""
     where = f"{where}: example {index}"
     try:
         item = dataset[index]
     except Exception as error:
         raise Prune2OnnxError(
-            f"{where}: reading it raised {type(error).__name__}: {error}; mend the dataset"
+            f"{where}: reading it raised {type(error).__name__}: {error}; fix the dataset"
         ) from error
     if not isinstance(item, tuple | list) or len(item) != 2:
         raise Prune2OnnxError(f"{where} is a {type(item).__name__}, expected a pair (x, y)")
-    x = item[0]
-    if isinstance(x, np.ndarray):
-        # torch warns about memory that it may not write to and refuses negative strides.
-        x = np.require(x, requirements=["C", "W"])
     try:
-        x = torch.as_tensor(x)
-    except Exception as error:  # torch raises TypeError, ValueError or RuntimeError here
+        x = as_numpy(item[0])
+        # numpy would also accept an image, with its channels last
+        known = isinstance(item[0], np.ndarray | list | tuple | float) or is_torch(
+            item[0], "Tensor"
+        )
+        if not known or x.dtype.kind not in "biufc":
+            raise TypeError("not numbers")
+    except Exception as error:  # whatever the value's own conversion raises
         raise Prune2OnnxError(
             f"{where}: x is a {type(item[0]).__name__}, expected a tensor or an array; "
             "convert it in the dataset (torchvision: ToTensor)"
         ) from error
-    if x.ndim == 0 or x.is_complex():
+    if x.ndim == 0 or x.dtype.kind == "c":
         raise Prune2OnnxError(
             f"{where}: x has shape {list(x.shape)} and dtype {x.dtype}, expected real numbers with "
             "at least one axis"
         )
-    x = x.to(torch.float32) * PIXEL if x.dtype == torch.uint8 else x.to(torch.float32)
-    if not bool(torch.isfinite(x).all()):
+    scale = np.float32(PIXEL if x.dtype == np.uint8 else 1)
+    with np.errstate(over="ignore"):
+        x = np.ascontiguousarray(x, np.float32) * scale
+    if not np.isfinite(x).all():
         raise Prune2OnnxError(f"{where}: x holds NaN or infinity, expected finite float32")
     try:
         y = operator.index(item[1])
@@ -312,4 +353,4 @@ def _converted(dataset: Any, index: int, where: str) -> Example:
         raise Prune2OnnxError(
             f"{where}: label {item[1]!r} is a {type(item[1]).__name__}, expected an integer from 0"
         ) from error
-    return x, torch.tensor(y, dtype=torch.int64)
+    return x, np.int64(y)

@@ -1,4 +1,4 @@
-"""Folders of images, one folder a class: `folder:DIR`."""
+"""Folders of images, one folder per class: `folder:DIR`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prune2onnx.errors import Prune2OnnxError, one_line
 
 FORM = "expected DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*"
 GREY = ("1", "L", "LA")
-# Pillow would clip 16-bit and float images to 8 bits without a word.
+# Pillow would silently clip 16-bit and float images to 8 bits.
 DEEP = ("I", "F")
 
 
@@ -23,7 +23,7 @@ def read_folder(argument: str) -> tuple[Arrays, Arrays | None]:
     """`folder:DIR`: DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/* with no test set.
 
     Classes are numbered by name, in order of code points. Every file in a class folder must be an
-    image (hidden ones are passed over), all of one size; x is uint8 `[n, 3, h, w]`, or
+    image (hidden ones are ignored), all of one size; x is uint8 `[n, 3, h, w]`, or
     `[n, 1, h, w]` if all of them are grey. Transparency is dropped.
 
     Raises:
@@ -32,7 +32,7 @@ def read_folder(argument: str) -> tuple[Arrays, Arrays | None]:
     """
     root = existing_folder(argument, "folder:DIR")
     top = _folders(root)
-    # A class may be called "train"; it is a set only if there are folders in it.
+    # A class may be called "train"; with folders in it, it is the training set.
     if "train" not in top or not _folders(top["train"]):
         if "test" in top and _folders(top["test"]):
             raise Prune2OnnxError(f"{root}: has test/ but no classes in train/; {FORM}")
@@ -77,7 +77,7 @@ def _read(sets: list[dict[str, Path]]) -> list[Arrays]:
         grey &= is_grey
         if first is None:
             first = path
-            x = _room((len(files), *pixels.shape), path)
+            x = _allocated((len(files), *pixels.shape), path)
         if pixels.shape != x.shape[1:]:
             raise Prune2OnnxError(
                 f"{path}: {_size(pixels.shape)} pixels, but {first} has {_size(x.shape[1:])}, "
@@ -86,9 +86,9 @@ def _read(sets: list[dict[str, Path]]) -> list[Arrays]:
         x[row] = pixels
     x = x[:, :1] if grey else x
     y = np.array([label for _, label, _ in files])
-    of = np.array([n for _, _, n in files])
+    set_of = np.array([n for _, _, n in files])
     return [
-        arrays(x[of == n], y[of == n], str(next(iter(folders.values())).parent))
+        arrays(x[set_of == n], y[set_of == n], str(next(iter(folders.values())).parent))
         for n, folders in enumerate(sets)
     ]
 
@@ -114,15 +114,15 @@ def _pixels(path: Path) -> tuple[NDArray[np.uint8], bool]:
                     "8-bit image; convert it, or read it with file.py:callable"
                 )
             return np.asarray(image.convert("RGB")).transpose(2, 0, 1), image.mode in GREY
-    # Pillow's plug-ins raise these on what they cannot make out (SyntaxError: a broken PNG).
+    # Pillow's plug-ins raise these on a file they cannot read (SyntaxError: a broken PNG).
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise Prune2OnnxError(
-            f"{path}: not a readable image ({one_line(error)}), expected one; mend or remove it"
+            f"{path}: not a readable image ({one_line(error)}), expected one; fix or remove it"
         ) from error
 
 
-def _room(shape: tuple[int, ...], path: Path) -> NDArray[np.uint8]:
-    """Memory for all images."""
+def _allocated(shape: tuple[int, ...], path: Path) -> NDArray[np.uint8]:
+    """An uninitialised array for all images, or an error where memory is short."""
     try:
         return np.empty(shape, np.uint8)
     except MemoryError as error:

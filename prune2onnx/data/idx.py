@@ -2,7 +2,7 @@
 
 An IDX file is two zero bytes, one byte for the type, one for the number of axes, the sizes of the
 axes as big-endian uint32, then the values, big-endian, last axis fastest
-(http://yann.lecun.com/exdb/mnist). It may be compressed with gzip, whatever its name says.
+(http://yann.lecun.com/exdb/mnist). It may be compressed with gzip, under any name.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from prune2onnx.files import write_whole
 
 DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
-# md5 of the uncompressed files: gzip's own bytes differ from one copy to the next.
+# md5 of the uncompressed files: the gzip bytes differ between copies.
 MNIST = {
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
     "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
@@ -42,7 +42,7 @@ LARGEST_DOWNLOAD = 32 << 20  # three times the largest of the four
 
 
 def read_idx_folder(argument: str) -> tuple[Arrays, Arrays]:
-    """`idx:DIR`: train-images*, train-labels*, t10k-images* and t10k-labels*, plain or gzip.
+    """`idx:DIR`: train-images*, train-labels*, t10k-images* and t10k-labels*, gzip or not.
 
     Images `[n, h, w]` become `[n, 1, h, w]`; other shapes stay. uint8 is scaled to 0 ... 1.
     """
@@ -52,7 +52,7 @@ def read_idx_folder(argument: str) -> tuple[Arrays, Arrays]:
 
 
 def read_mnist(argument: str) -> tuple[Arrays, Arrays]:
-    """`mnist[:DIR]`: the canonical 60,000 + 10,000; downloads what DIR lacks, checks everything.
+    """`mnist[:DIR]`: the canonical 60,000 + 10,000; downloads what DIR lacks and checks all files.
 
     DIR is by default `prune2onnx/mnist` in the user's cache folder.
 
@@ -70,7 +70,7 @@ def parse_idx(content: bytes, where: str) -> NDArray[Any]:
     """The array in the bytes of an IDX file (gzip or not), in its own type and shape.
 
     Raises:
-        Prune2OnnxError: not IDX, cut short, or followed by more bytes than its header promises.
+        Prune2OnnxError: not IDX, cut short, or longer than its header says.
     """
     content = _unzipped(content, where)
     if len(content) < 4 or content[:2] != b"\0\0" or content[2] not in DTYPES or content[3] == 0:
@@ -81,15 +81,15 @@ def parse_idx(content: bytes, where: str) -> NDArray[Any]:
     dtype, axes = np.dtype(DTYPES[content[2]]), content[3]
     start = 4 + 4 * axes
     if len(content) < start:
-        shape, expected, told = (), start, f"a header of {axes} axes"
+        shape, expected, described = (), start, f"a header of {axes} axes"
     else:
         shape = tuple(np.frombuffer(content[4:start], ">u4").tolist())
         expected = start + math.prod(shape) * dtype.itemsize
-        told = f"{dtype.name} {list(shape)}"
+        described = f"{dtype.name} {list(shape)}"
     if len(content) != expected:
         state = "cut short" if len(content) < expected else "too long"
         raise Prune2OnnxError(
-            f"{where}: {len(content):,} bytes found, {expected:,} expected for {told}; "
+            f"{where}: {len(content):,} bytes found, {expected:,} expected for {described}; "
             f"the file is {state}: copy or download it again"
         )
     return np.frombuffer(content, dtype, offset=start).reshape(shape)
@@ -119,7 +119,7 @@ def _examples(x: NDArray[Any], y: NDArray[Any], where: str) -> Arrays:
 
 
 def _find(folder: Path, prefix: str) -> Path:
-    """The one file of that name; a plain file beside its own .gz is preferred."""
+    """The one file with a prefix; an uncompressed file is preferred to its own .gz."""
     found = sorted(p for p in folder.glob(f"{prefix}*") if p.is_file())
     found = [p for p in found if p.suffix != ".gz" or p.with_suffix("") not in found]
     if len(found) != 1:
@@ -132,7 +132,7 @@ def _find(folder: Path, prefix: str) -> Path:
 
 
 def _unzipped(content: bytes, where: str) -> bytes:
-    """Undoes gzip, where there is any."""
+    """The content, decompressed where it is gzip."""
     if not content.startswith(b"\x1f\x8b"):
         return content
     try:
@@ -149,9 +149,9 @@ def _unzipped(content: bytes, where: str) -> bytes:
 
 
 def _cache() -> Path:
-    """Our folder in the user's cache (XDG Base Directory Specification)."""
+    """This project's folder in the user's cache (XDG Base Directory Specification)."""
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The specification says to ignore relative paths, and an empty one counts as unset.
+    # By the specification relative paths are ignored, and an empty one counts as unset.
     return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "prune2onnx"
 
 
@@ -163,7 +163,7 @@ def _mnist_file(folder: Path, name: str) -> bytes:
             if (found := _md5(content)) != MNIST[name]:
                 raise Prune2OnnxError(
                     f"{path}: md5 {found} (uncompressed), expected {MNIST[name]}: not the "
-                    "canonical MNIST; delete the file to download it anew, or use idx:DIR for "
+                    "canonical MNIST; delete the file to download it again, or use idx:DIR for "
                     "other data"
                 )
             return content
@@ -173,7 +173,7 @@ def _mnist_file(folder: Path, name: str) -> bytes:
 
 
 def _download(name: str, folder: Path) -> bytes:
-    """The gzip file from the first mirror that gives the canonical content."""
+    """The gzip file from the first mirror that serves the canonical content."""
     failures = []
     for mirror in MIRRORS:
         try:

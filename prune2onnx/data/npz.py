@@ -1,4 +1,4 @@
-"""Arrays in numpy's archive: `npz:FILE`."""
+"""Arrays in an archive of numpy's: `npz:FILE`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ KEYS = "expected x_train, y_train[, x_test, y_test] or x, y"
 
 
 def read_npz(argument: str) -> tuple[Arrays, Arrays | None]:
-    """`npz:FILE`: x_train, y_train, x_test, y_test; or without the last two; or x, y.
+    """`npz:FILE`: x_train, y_train, x_test, y_test; the last two may be missing; or x, y.
 
     x is `[n, ...]` (images `[n, channels, h, w]`), y is `[n]`; see `arrays` for types. Other
-    entries are passed over.
+    entries are ignored.
 
     Raises:
         Prune2OnnxError: the file is missing, damaged, holds pickled objects or other names.
@@ -27,13 +27,13 @@ def read_npz(argument: str) -> tuple[Arrays, Arrays | None]:
     if not argument or not path.is_file():
         raise Prune2OnnxError(f"{argument or 'npz:FILE'}: no such file; expected npz:FILE")
     try:
-        with path.open("rb") as stream:  # ours to close: numpy leaves it open on a damaged file
-            archive = np.load(stream, allow_pickle=False)  # a pickle from a stranger runs code
+        with path.open("rb") as stream:  # opened here, as numpy leaves a damaged file open
+            archive = np.load(stream, allow_pickle=False)  # a pickle may run code
             if isinstance(archive, np.ndarray):
                 raise ValueError("it is a single array, as numpy.save writes it")
             wanted = _wanted(set(archive.files), path)
             found = [archive[name] for name in wanted]
-    # What numpy raises on a foreign, cut or corrupt file, and on pickled objects (ValueError).
+    # numpy raises these on another format, a damaged file, and pickled objects (ValueError).
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Prune2OnnxError(
             f"{path}: not an .npz archive of plain arrays ({one_line(error)}); "

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-from torch.utils.data import Dataset
 
 from prune2onnx.callables import call_with, load_callable
-from prune2onnx.data.examples import Data, Examples, arrays, wrap
+from prune2onnx.data.examples import Data, Examples, arrays, is_torch, wrap
 from prune2onnx.errors import Prune2OnnxError
 
 FORM = (
@@ -23,13 +21,13 @@ def read_own(spec: str, validation: float, seed: int) -> Data | tuple[Examples, 
 
     It may return
 
-    1. a `Data`: taken as it is, its validation set too;
+    1. a `Data`: used as it is, with its validation set;
     2. `(train, test)`, each a torch map-style Dataset of (x, y) or a pair `(x, y)` of arrays or
        tensors;
     3. `(x, y)`, arrays or tensors, or a single Dataset: a test set is then held out.
 
     In 2 and 3 the validation set is held out of train. A Dataset that augments its examples at
-    random augments the validation examples too; return a `Data` where that matters.
+    random augments the validation examples, too; return a `Data` where that matters.
 
     Raises:
         Prune2OnnxError: the function is missing or raises, or returns something else.
@@ -56,19 +54,19 @@ def _part(part: Any, where: str) -> Examples:
 
 
 def _is_array(value: Any) -> bool:
-    return isinstance(value, Tensor | np.ndarray)
+    return isinstance(value, np.ndarray) or is_torch(value, "Tensor")
 
 
 def _is_dataset(value: Any) -> bool:
-    """A torch Dataset, or anything else with a length and items that is no array or pair."""
-    if isinstance(value, Dataset):
+    """Whether it is a torch Dataset, or has a length and items but is not an array or a pair."""
+    if is_torch(value, "Dataset"):
         return True
     plain = _is_array(value) or isinstance(value, tuple | list | dict | str | bytes)
     return not plain and hasattr(value, "__len__") and hasattr(value, "__getitem__")
 
 
 def _checked(data: Data, spec: str) -> Data:
-    """A user's Data with types made sure of, its sets not empty and of the shape it says."""
+    """A user's `Data`, checked: types, shapes and labels of its sets, none of them empty."""
     if data.classes < 2:
         raise Prune2OnnxError(f"{spec}: classes is {data.classes}, expected at least 2")
     named = {"train": data.train, "validation": data.validation, "test": data.test}

@@ -1,4 +1,4 @@
-"""Holding examples out: the same examples for the same seed, every class in its share."""
+"""Stratified splits: the same examples for the same seed, the same fraction of every class."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ def hold_out(
     Raises:
         Prune2OnnxError: one of the two would be empty.
     """
-    keep, held = stratified(examples.y.numpy(), fraction, seed)
+    keep, held = stratified(examples.y, fraction, seed)
     if len(held) == 0:
         raise Prune2OnnxError(
             f"{where}: {len(examples)} examples are too few to hold {fraction:.0%} out for "
-            f"{what} with every class left in training: zero examples there; bring more"
+            f"{what} with every class left in training: zero examples there; add more"
         )
     return examples.subset(keep), examples.subset(held)
 
 
 def stratified(y: NDArray[np.int64], fraction: float, seed: int) -> tuple[Indices, Indices]:
-    """Chooses round(fraction * n) examples so that each class gives its share.
+    """Holds out round(fraction * n) examples, the same fraction of each class.
 
-    Shares are apportioned by largest remainder; a class never gives its last example, so small
-    sets may give fewer. Both results are in ascending order.
+    Numbers are rounded by the largest remainder method; a class keeps at least one example, so a
+    small set may give fewer. Both results are in ascending order.
+
+    Returns:
+        Indices of those kept, and of those held out.
 
     >>> y = np.array([0, 0, 0, 0, 1, 1, 1, 1])
     >>> keep, held = stratified(y, 0.25, seed=0)
     >>> y[keep].tolist(), y[held].tolist()
     ([0, 0, 0, 1, 1, 1], [0, 1])
     """
-    # RandomState's stream is frozen by numpy's policy (NEP 19), default_rng's is not: a seed in a
-    # recipe must mean the same split for ever.
+    # numpy guarantees RandomState's stream (NEP 19), but not default_rng's: the seed of a recipe
+    # must always give the same split.
     order = np.random.RandomState(seed % 2**32).permutation(len(y))
     order = order[np.argsort(y[order], kind="stable")]
     counts = np.unique(y, return_counts=True)[1]

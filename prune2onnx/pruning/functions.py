@@ -1,10 +1,9 @@
-r"""Pruning functions: what training sees of a weight w, given a threshold t.
+r"""Pruning functions: the value that a weight w has in training, given a threshold t.
 
 Every function here is odd in w, differentiable (almost everywhere) in w and in t, close to w where
 |w| >> t and close to 0 where |w| << t, so a threshold can be learned by back-propagation beside
-the weight it prunes. A function returns its value together with both partial derivatives: the
-closed forms cost half the memory traffic of a graph of elementary operations, and stand beside the
-equation they belong to.
+the weight it prunes. A function returns its value and both partial derivatives: the closed forms
+take half the memory traffic of a graph of elementary operations, and stand beside their equation.
 
 Notation: sigma is the logistic function, beta (1 / units of w) the sharpness, t > 0 broadcasts
 against w. No layer, threshold parameter or mask lives here.
@@ -34,7 +33,7 @@ def threshold_linear(w: Tensor, t: Tensor, beta: float | Tensor) -> Partials:
     below = torch.add(w, t).mul_(-beta).sigmoid_()
     gap = above - below
     beyond = w.abs() > t
-    # ReLU(w - t) - ReLU(-w - t) is w less its part within [-t, t].
+    # ReLU(w - t) - ReLU(-w - t) is w minus w clamped to [-t, t].
     value = torch.sub(w, w.clamp(-t, t)).addcmul_(gap, t)
     above.addcmul_(above, above, value=-1)  # sigma' = sigma (1 - sigma)
     below.addcmul_(below, below, value=-1)
@@ -61,8 +60,7 @@ def sigmoid_gate(w: Tensor, t: Tensor, beta: float | Tensor) -> Partials:
 
     v(w, t) = w sigma(beta (|w| - t))
 
-    Unlike threshold-linear it leaves survivors no jump of height t / 2 at the threshold's edge
-    but half of their value, and its leak below the threshold vanishes with w.
+    At |w| = t it passes half of w; what it passes below the threshold vanishes with w.
     """
     gate, gate_w, gate_t = survivor_gate(w, t, beta)
     return w * gate, gate_w.mul_(w).add_(gate), gate_t.mul_(w)
@@ -80,7 +78,7 @@ def survivor_gate(w: Tensor, t: Tensor, beta: float | Tensor) -> Partials:
 
 
 class _WithPartials(torch.autograd.Function):
-    """Lends a function that returns its partial derivatives to autograd (first order only)."""
+    """Makes a function with its partial derivatives an autograd function (first order only)."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
-"""Granularity: how a weight splits into groups that live or die together.
+"""Granularity: how a weight is split into groups that are pruned as a whole.
 
 A granularity measures each group by one number, which the pruning function compares with the
-threshold, and spreads the pruned measure back over the group. It knows shapes, not thresholds.
+threshold, and spreads the pruned measure back over the group. Thresholds are in `weights`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Weight:
 class Channel:
     """An output channel or neuron is a group; its measure is the root mean square of its weights.
 
-    The root mean square, not the norm, so that thresholds of layers with different fan-in are on
-    one scale.
+    The root mean square, not the norm, so that thresholds of layers with different fan-in are
+    comparable.
     """
 
     channel_axis: int

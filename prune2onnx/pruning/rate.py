@@ -1,8 +1,8 @@
-"""What a surviving weight takes in the file, in bits: its position and its value.
+"""Estimates the bits that a surviving weight takes in the file: its position and its value.
 
-A position costs the more, the rarer its neighbours: in a row and a column that are full already it
-costs next to nothing, and in one that is empty otherwise, all of it. A penalty in bits therefore
-empties channels and inputs that a penalty on counts would leave thinly spread.
+The sparser a row and a column are, the more bits a position in them takes: next to none where both
+are full. A penalty in bits therefore empties channels and inputs in which a penalty on counts would
+leave a few weights. How weights are really coded: see `packing.codecs`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ import math
 from torch import Tensor
 
 VALUE_BITS = 3.0
-"""What the value of a survivor takes, about: sign and one of a few magnitudes."""
+"""Approximate bits of a survivor's value: its sign and one of a few magnitudes."""
 
 _PRIOR = 0.2
-"""Weight of the whole layer's density in that of each row and column: an empty one may revive."""
+"""Weight of the layer's density in that of each row and column, so that an empty one can revive."""
 
 _MOST_BITS = 14.0
 
 
 def density_of_bits(bits: float) -> float:
-    """The density at which positions and values, drawn independently, take so many bits an element.
+    """The density at which an element takes so many bits on average.
 
-    H(d) + d * `VALUE_BITS` = bits, H the binary entropy; 1 where there are bits enough for all.
+    H(d) + d * `VALUE_BITS` = bits, H the binary entropy, for positions and values drawn
+    independently; 1 where the bits are enough for all elements.
 
     >>> round(density_of_bits(1.0), 2), density_of_bits(4.0)
     (0.14, 1.0)
@@ -37,9 +38,9 @@ def density_of_bits(bits: float) -> float:
 
 
 def survivor_bits(alive: Tensor) -> Tensor:
-    """Bits each element of a weight takes in a file, or would take if it survived.
+    """Bits that each element of a weight takes in a file, or would take if it survived.
 
-    Positions are taken for independent draws with probability r c / p: r the density of the
+    Positions are modelled as independent draws with probability r c / p: r the density of the
     element's output channel, c that of its input channel, p that of the weight.
 
     Args:
@@ -54,12 +55,12 @@ def survivor_bits(alive: Tensor) -> Tensor:
     True
     """
     if alive.ndim < 2:
-        share = alive.float().mean().clamp(2**-_MOST_BITS, 1).expand(alive.shape)
-        return VALUE_BITS - share.log2()
+        probability = alive.float().mean().clamp(2**-_MOST_BITS, 1).expand(alive.shape)
+        return VALUE_BITS - probability.log2()
     blocks = alive.float().flatten(2).mean(2) if alive.ndim > 2 else alive.float()
     every = blocks.mean() + 2**-_MOST_BITS
     rows = blocks.mean(1, keepdim=True) + _PRIOR * every
     columns = blocks.mean(0, keepdim=True) + _PRIOR * every
-    share = (rows * columns / every).clamp(2**-_MOST_BITS, 1)
-    bits = VALUE_BITS - share.log2()
+    probability = (rows * columns / every).clamp(2**-_MOST_BITS, 1)
+    bits = VALUE_BITS - probability.log2()
     return bits.view(*bits.shape, *[1] * (alive.ndim - 2))

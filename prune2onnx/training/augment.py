@@ -1,7 +1,7 @@
-"""Augmentation: training images moved and mirrored at random, so that a network sees more of them.
+"""Augmentation: random crop and flip of training images (He et al., arXiv 1512.03385).
 
-The usual crop and flip (He et al., arXiv 1512.03385): an image is padded with zeros and a window of
-its own size cut out at random; half of them are mirrored. Drawn anew in every epoch, by its seed.
+An image is padded with zeros and a window of its own size cut out at random; half of the images are
+mirrored. Every epoch draws again, with its own seed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from prune2onnx.errors import RecipeError
-from prune2onnx.recipe import Augment
+from prune2onnx.runs.recipe import Augment
 
 
 def check_images(settings: Augment, shape: Sequence[int]) -> None:
-    """Sees to it that what is to be augmented are images.
+    """Checks that the examples to augment are images.
 
     Raises:
         RecipeError: examples have another shape than [channels, height, width].
@@ -34,7 +34,7 @@ def augment(x: Tensor, settings: Augment, generator: torch.Generator) -> Tensor:
     Args:
         x: [n, channels, height, width], on the CPU.
         settings: how far, and whether to mirror.
-        generator: draws.
+        generator: source of randomness.
     """
     if not settings.shift and not settings.flip:
         return x

@@ -1,8 +1,8 @@
 """Checkpoints of a training run: safetensors files that appear whole or not at all.
 
-`running.safetensors` holds an unfinished phase (model and optimiser), `<phase>.safetensors` the
-plain state_dict at the end of one. Facts that are not tensors stand in the file's metadata. What
-the facts mean is `train`'s business.
+`running.safetensors` holds an unfinished phase (model and optimizer), `<phase>.safetensors` the
+plain state_dict at the end of one. Facts that are not tensors are in the file's metadata; `loop`
+knows what they mean.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.files import write_whole
 
 _RUNNING = "running"
+_OPTIMIZER = "optimiser"  # first part of the names of its tensors
 _START_AGAIN = "start again with --overwrite"
 
 
@@ -29,7 +30,7 @@ class Checkpoints:
 
     Args:
         folder: made when first needed; None keeps nothing.
-        accelerator: tells the main process and lets the others wait for it.
+        accelerator: knows the main process, for which the others wait.
         settings: a digest of what the run depends on; a checkpoint of other settings is refused.
     """
 
@@ -37,14 +38,14 @@ class Checkpoints:
         self.folder, self.accelerator, self.settings = folder, accelerator, settings
 
     def forget(self, phases: tuple[str, ...]) -> None:
-        """Removes what an earlier run left."""
+        """Removes the checkpoints of an earlier run."""
         if self.folder and self.accelerator.is_main_process:
             for name in (_RUNNING, *phases):
                 self._path(name).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
 
     def save_finished(self, phase: str, model: nn.Module, facts: dict[str, Any]) -> None:
-        """Keeps the model at the end of a phase, and drops what was kept along the way."""
+        """Saves the model at the end of a phase, and removes the checkpoint of its epochs."""
         self._save(phase, plain_state(model), facts)
         if self.folder and self.accelerator.is_main_process:
             self._path(_RUNNING).unlink(missing_ok=True)
@@ -59,20 +60,20 @@ class Checkpoints:
         return facts
 
     def save_running(
-        self, phase: str, epoch: int, model: nn.Module, optimiser: Any, facts: dict[str, Any]
+        self, phase: str, epoch: int, model: nn.Module, optimizer: Any, facts: dict[str, Any]
     ) -> None:
-        """Keeps an unfinished phase after an epoch."""
+        """Saves an unfinished phase after an epoch."""
         tensors = {f"model/{name}": value for name, value in plain_state(model).items()}
-        names = _optimised_names(model, optimiser)
-        for index, state in optimiser.state_dict()["state"].items():
+        names = _optimized_names(model, optimizer)
+        for index, state in optimizer.state_dict()["state"].items():
             tensors |= {
-                f"optimiser/{names[index]}/{slot}": value.cpu().contiguous()
+                f"{_OPTIMIZER}/{names[index]}/{slot}": value.cpu().contiguous()
                 for slot, value in state.items()
             }
         self._save(_RUNNING, tensors, facts | {"phase": phase, "epoch": epoch})
 
-    def load_running(self, phase: str, model: nn.Module, optimiser: Any) -> dict[str, Any] | None:
-        """Restores an unfinished phase; returns its facts, None if another phase, or none, runs."""
+    def load_running(self, phase: str, model: nn.Module, optimizer: Any) -> dict[str, Any] | None:
+        """Restores an unfinished phase; returns its facts, None if it is another one or missing."""
         found = self._load(_RUNNING)
         if found is None or found[1]["phase"] != phase:
             return None
@@ -80,22 +81,22 @@ class Checkpoints:
         inner = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
         self._restore(model, inner, _RUNNING)
         state: dict[int, dict[str, Tensor]] = {}
-        parameters = [p for group in optimiser.param_groups for p in group["params"]]
-        for index, name in enumerate(_optimised_names(model, optimiser)):
-            prefix = f"optimiser/{name}/"
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, name in enumerate(_optimized_names(model, optimizer)):
+            prefix = f"{_OPTIMIZER}/{name}/"
             slots = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            if slots:  # laid out in memory as the parameter is
+            if slots:  # in the memory layout of the parameter
                 like = parameters[index]
                 state[index] = {
                     k: torch.empty_like(like).copy_(v) if v.shape == like.shape else v
                     for k, v in slots.items()
                 }
-        groups = optimiser.state_dict()["param_groups"]
-        optimiser.load_state_dict({"state": state, "param_groups": groups})
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
         return facts
 
     def _path(self, name: str) -> Path:
-        assert self.folder is not None  # every caller has looked
+        assert self.folder is not None  # callers check it
         return self.folder / f"{name}.safetensors"
 
     def _save(self, name: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -112,7 +113,7 @@ class Checkpoints:
             with safe_open(self._path(name), framework="pt") as file:
                 facts = json.loads(file.metadata()["prune2onnx"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except Exception as error:  # safetensors, JSON and the system each raise their own
+        except Exception as error:  # safetensors, JSON and the system raise different types
             raise Prune2OnnxError(
                 f"{self._path(name)}: not a checkpoint of this program ({error}); {_START_AGAIN}"
             ) from error
@@ -136,14 +137,14 @@ class Checkpoints:
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state_dict on the CPU; tied tensors stand there once each name."""
+    """A copy of the state_dict on the CPU; tied tensors are copied under each name."""
     return {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in model.state_dict().items()
     }
 
 
-def _optimised_names(model: nn.Module, optimiser: Any) -> list[str]:
-    """Names of the optimiser's parameters, in its own order (the order of its state's indices)."""
+def _optimized_names(model: nn.Module, optimizer: Any) -> list[str]:
+    """Names of the optimizer's parameters, in the order of its state's indices."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return [names[id(p)] for group in optimiser.param_groups for p in group["params"]]
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]

@@ -1,7 +1,7 @@
-"""Denormal numbers, on which a CPU is 40 times slower: zero while training, exact while coding.
+"""Denormal numbers, on which a CPU is 40 times slower: flushed in training, exact in coding.
 
-Pruned weights, their gradients and Adam's moments decay into denormals. What is coded must come
-back bit for bit, so the mode is put back whenever a file is made.
+Pruned weights, their gradients and Adam's moments decay into denormals. Coded weights must be
+restored bit for bit, so the mode is reset whenever a file is made.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 @contextlib.contextmanager
 def denormals(*, flushed: bool) -> Iterator[None]:
-    """Sets the processor's mode; puts it back afterwards, for it is the whole process's.
+    """Sets the processor's mode, which is that of the whole process, and restores it afterwards.
 
     Args:
         flushed: whether denormals become zero.

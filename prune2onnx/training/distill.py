@@ -1,7 +1,7 @@
-"""Distillation: a network learns what the dense one answers, not only which label is right.
+"""Distillation: a network learns the outputs of the dense one, not only the labels.
 
 Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531). The teacher is the
-network itself before it was pruned; with a weight of 1 no label is needed.
+network itself before it was pruned; with a weight of 1 labels are not used.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prune2onnx.recipe import Recipe
+from prune2onnx.runs.recipe import Recipe
 
 
 class Teacher:
-    """A dense network in evaluation mode that grades another one's scores.
+    """A dense network in evaluation mode, from whose outputs another network learns.
 
     Args:
-        model: the dense network; a copy is kept.
-        recipe: how much its answers count, and at which temperature.
+        model: the dense network; copied.
+        recipe: the weight of its outputs in the loss, and the temperature.
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
@@ -41,10 +41,10 @@ class Teacher:
         if not self.weight:
             return functional.cross_entropy(scores, y)
         with torch.no_grad():
-            wanted = self.model(x)
+            target = self.model(x)
         soft = functional.kl_div(
             functional.log_softmax(scores / self.temperature, 1),
-            functional.log_softmax(wanted.to(scores.dtype) / self.temperature, 1),
+            functional.log_softmax(target.to(scores.dtype) / self.temperature, 1),
             reduction="batchmean",
             log_target=True,
         )

@@ -1,16 +1,16 @@
-"""`fit`: a classifier trained, pruned, tuned and put on few levels, on CPU, GPU or many processes.
+"""`fit`: trains, prunes, tunes and quantizes a classifier, on CPU, GPU or in several processes.
 
-dense (ordinary training) -> narrow (whole channels, where asked for) -> prune (weights and
-thresholds together, under a pressure that aims at a density or a size) -> tune (fixed masks) ->
-share (few levels). From the second phase on a network may learn from the dense one's answers. Needs
-no file unless asked for checkpoints.
+dense (ordinary training) -> channels (channel pruning, on request) -> prune (weights and thresholds
+together, under a penalty that leads to a density or a size) -> tune (fixed masks) -> quantize (few
+levels). From the second phase on, a network may learn from the dense one's outputs. Writes no file
+but checkpoints, on request. Each phase is in `phases`, the training loop in `loop`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +21,20 @@ from torch import Tensor, nn
 
 from prune2onnx.data import Data
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
-from prune2onnx.history import Epoch
-from prune2onnx.recipe import Recipe
+from prune2onnx.files import write_whole
+from prune2onnx.runs.history import Callbacks, Epoch
+from prune2onnx.runs.recipe import PHASES, Recipe
 from prune2onnx.training.augment import check_images
 from prune2onnx.training.checkpoint import Checkpoints, plain_state
 from prune2onnx.training.denormals import denormals
-from prune2onnx.training.loop import PHASES, Step
-from prune2onnx.training.phases import Deployment, Run
+from prune2onnx.training.deployment import Deployment
+from prune2onnx.training.loop import Run
+from prune2onnx.training.phases import train_phase
 from prune2onnx.training.scoring import check_output
 
-# Where the recipe gives no epochs: the steps a phase takes, and the fewest epochs.
-_DEFAULT_STEPS = {"dense": 1500, "narrow": 2000, "prune": 4000, "tune": 1500, "share": 800}
-_FEWEST_EPOCHS = {"dense": 5, "narrow": 6, "prune": 10, "tune": 3, "share": 2}
+# Where the recipe gives no epochs: the steps of a phase, and its fewest epochs.
+_DEFAULT_STEPS = {"dense": 1500, "channels": 2000, "prune": 4000, "tune": 1500, "quantize": 800}
+_FEWEST_EPOCHS = {"dense": 5, "channels": 6, "prune": 10, "tune": 3, "quantize": 2}
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,14 @@ class Fitted:
     """The outcome of `fit`.
 
     Attributes:
-        model: pruned, shared, in evaluation mode, on the CPU, with plain parameters.
+        model: pruned, quantized, in evaluation mode, on the CPU, with plain parameters.
         dense: state_dict of the network before pruning.
         pruned: names of the pruned weights.
         history: every epoch, in order.
-        dense_error: percent of the validation split, of the network to compare with; NaN after
-            the dense phase alone.
+        dense_error: percent of the validation split, of the network to compare with; NaN if only
+            the dense phase was run.
         error: percent of the validation split, of `model`.
+        steps: name of a weight on levels -> the step of which its values are multiples.
     """
 
     model: nn.Module
@@ -55,6 +58,7 @@ class Fitted:
     history: tuple[Epoch, ...]
     dense_error: float
     error: float
+    steps: Mapping[str, float]
 
     @property
     def density(self) -> float:
@@ -70,7 +74,7 @@ def with_epochs(recipe: Recipe, examples: int) -> Recipe:
     Args:
         recipe: epochs may be None there.
         examples: size of the training split; a default is a number of steps, not of epochs, so
-            that a small data set is not left half trained.
+            that a small dataset is trained enough.
     """
     steps_per_epoch = max(1, examples // recipe.batch_size)
     sections = {}
@@ -80,19 +84,19 @@ def with_epochs(recipe: Recipe, examples: int) -> Recipe:
         if epochs is None:
             needed = math.ceil(_DEFAULT_STEPS[phase] / steps_per_epoch)
             epochs = max(_FEWEST_EPOCHS[phase], needed)
-            if phase == "narrow" and not recipe.narrows:
+            if phase == "channels" and not recipe.prunes_channels:
                 epochs = 0
         sections[phase] = section.model_copy(update={"epochs": epochs})
     return recipe.model_copy(update=sections)
 
 
 def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Accelerator:
-    """What accelerate finds: devices and processes, in the recipe's precision.
+    """The devices and processes that accelerate finds, in the recipe's precision.
 
     Raises:
         Prune2OnnxError: this process already trains in another precision, or the device cannot.
     """
-    # a network may hold a layer that its forward leaves out
+    # a network may have a layer that its forward does not use
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     try:
         return Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=[unused])
@@ -103,8 +107,16 @@ def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Accelerator:
         ) from error
 
 
+def made_by_main(accelerator: Accelerator, path: Path, make: Callable[[], str]) -> str:
+    """The text of a file, which the main process writes if it is missing; the others wait."""
+    if accelerator.is_main_process and not path.exists():
+        write_whole(path, make())
+    accelerator.wait_for_everyone()
+    return path.read_text()
+
+
 def end_processes() -> None:
-    """Takes leave of the other processes of a run, where there are any.
+    """Destroys the process group of a run of several processes.
 
     The last call of a program: one that ends without it may be torn down with its threads alive.
     """
@@ -121,35 +133,33 @@ def fit(
     checkpoints: Path | None = None,
     resume: bool = False,
     start: str = "dense",
-    stop: str = "share",
+    stop: str = "quantize",
     teacher: nn.Module | None = None,
     deployment: Deployment | None = None,
-    on_step: Callable[[Step], None] = lambda _: None,
-    on_epoch: Callable[[Epoch], None] = lambda _: None,
+    callbacks: Callbacks | None = None,
 ) -> Fitted:
-    """Trains, prunes, tunes and shares a classifier.
+    """Trains, prunes, tunes and quantizes a classifier.
 
     Args:
         model: maps [n, *data.input_shape] to [n, data.classes] scores; trained in place up to the
             point where folding replaces BatchNorm layers.
-        data: its training split is learned from; choices look at its validation split; its test
+        data: its training split is trained on, its validation split decides choices, its test
             split is not read.
         recipe: the settings; `with_epochs` fills in epochs that are None.
         accelerator: devices, precision and processes; default: what accelerate finds, with the
             recipe's precision.
         checkpoints: folder for a checkpoint after each epoch and one for each finished phase.
         resume: continue from what is in `checkpoints`.
-        start: the first phase: "dense", "prune" for a model that comes trained, "tune" for one
-            that comes pruned as well (its exact zeros are the masks).
+        start: the first phase: "dense", "prune" for a trained model, "tune" for one that is pruned,
+            too (its exact zeros are the masks).
         stop: the last phase.
         teacher: the dense network to learn from (`recipe.distill`) and to compare with; default:
             the model as it is before it is pruned.
-        deployment: tells what the file will take; needed for `recipe.target_size`.
-        on_step: called every few steps, on the main process.
-        on_epoch: called after each epoch, on the main process.
+        deployment: measures the file; needed for `recipe.target_size` and for channel pruning.
+        callbacks: called during training.
 
     Returns:
-        The finished model and how it came about.
+        The finished model and its history.
 
     Raises:
         Prune2OnnxError: the loss became NaN or infinite (with phase, epoch and step), the model's
@@ -161,21 +171,24 @@ def fit(
             f"batch_size {recipe.batch_size} cannot be split among {accelerator.num_processes} "
             "processes; choose a multiple"
         )
-    if accelerator.num_processes > 1 and len(data.train) < accelerator.num_processes:  # type: ignore[arg-type]
-        raise RecipeError("fewer training examples than processes")
+    if accelerator.num_processes > 1 and len(data.train) < accelerator.num_processes:
+        raise RecipeError(
+            f"{len(data.train)} training examples for {accelerator.num_processes} processes, "
+            "expected at least one for each; start fewer processes"
+        )
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    recipe = with_epochs(recipe, len(data.train))  # type: ignore[arg-type]
+    recipe = with_epochs(recipe, len(data.train))
     model = model.to(accelerator.device)
     check_images(recipe.augment, data.input_shape)
     check_output(model, data, accelerator.device)
     _channels_last(model, data, accelerator.device)
-    settings = f"{recipe.to_yaml()}{len(data.train)} training examples"  # type: ignore[arg-type]
+    settings = f"{recipe.to_yaml()}{len(data.train)} training examples"
     kept = Checkpoints(checkpoints, accelerator, hashlib.sha256(settings.encode()).hexdigest())
     if not resume:
         kept.forget(PHASES)
-    run = Run(data, recipe, accelerator, kept, on_step, on_epoch, deployment=deployment)
-    first = "narrow" if start == "prune" else start
+    run = Run(data, recipe, accelerator, kept, callbacks or Callbacks(), deployment)
+    first = "channels" if start == "prune" else start
     phases = PHASES[PHASES.index(first) : PHASES.index(stop) + 1]
     dense = plain_state(model)
     order = {name: index for index, (name, _) in enumerate(model.named_parameters())}
@@ -184,19 +197,26 @@ def fit(
             if not recipe.phase(phase).epochs:
                 continue
             if phase != "dense" and run.teacher is None:
-                run.meet(model if teacher is None else teacher.to(accelerator.device))
-            run.phase(phase, model)
+                run.set_teacher(model if teacher is None else teacher.to(accelerator.device))
+            train_phase(run, phase, model)
             _restore_order(model, order)
             if phase == "dense":
                 dense = plain_state(model)
-    error = run.error(model)
-    return Fitted(model.cpu().eval(), dense, run.pruned, tuple(run.history), run.dense_error, error)
+    return Fitted(
+        error=run.error(model),
+        model=model.cpu().eval(),
+        dense=dense,
+        pruned=run.state.pruned,
+        history=tuple(run.state.history),
+        dense_error=run.dense_error,
+        steps=run.state.steps,
+    )
 
 
 def _channels_last(model: nn.Module, data: Data, device: torch.device) -> None:
-    """Lays convolutions out with channels last, in which they are up to twice as fast.
+    """Sets the memory format of convolutions to channels last, up to twice as fast.
 
-    A model that insists on the other layout (`view` of a convolution's output) keeps it.
+    A model that needs the other format (`view` of a convolution's output) keeps it.
     """
     if len(data.input_shape) != 3:
         return
@@ -208,10 +228,10 @@ def _channels_last(model: nn.Module, data: Data, device: torch.device) -> None:
 
 
 def _restore_order(model: nn.Module, order: dict[str, int]) -> None:
-    """Puts every module's parameters back in order; parametrizations leave theirs last.
+    """Restores the order of every module's parameters; parametrizations put theirs last.
 
-    Order decides which is tried first and which stands first in the file, so it has to be that of
-    a run that starts from a checkpoint.
+    The order decides which is tried first and which comes first in the file, so it has to be that
+    of a run that starts from a checkpoint.
     """
     for prefix, module in model.named_modules():
         stem = f"{prefix}." if prefix else ""

@@ -1,8 +1,8 @@
-"""Folding of BatchNorm into the convolution or linear layer before it, on a torch module.
+"""Folds BatchNorm into the convolution or linear layer before it, on a torch module.
 
-Exporters and runtimes fold BatchNorm too, but after that a channel's weights are the shared values
-times a factor of its own, and the codebook is lost. So it is folded here, before values are shared.
-Which layer feeds which is read off the exported graph, not guessed from names.
+Exporters and runtimes fold BatchNorm, too, but then each channel's weights are levels times a
+factor of its own, and no longer share a codebook. So it is folded here, before weights are put on
+levels. Which layer is before which is read from the traced graph, not guessed from names.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from prune2onnx.errors import Prune2OnnxError, first_line
 
-# The operators that BatchNorm may follow. A layer's own type must be one of these, too: a subclass
-# may do with its weight and bias what it likes.
+# The operators that BatchNorm may follow. A layer's type must be one of `_LAYERS`, too: a
+# subclass may use its weight and bias in another way.
 _OPERATORS = {
     torch.ops.aten.linear.default,
     torch.ops.aten.conv1d.default,
@@ -31,6 +31,11 @@ _OPERATORS = {
 }
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a model has a BatchNorm layer of any type."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
 def fold_batch_norm(model: nn.Module, example: Tensor) -> dict[str, str]:
@@ -51,11 +56,11 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> dict[str, str]:
         Prune2OnnxError: torch cannot trace the model.
     """
     model.eval()
-    if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+    if not has_batch_norm(model):
         return {}
     try:
         program = torch.export.export(model, (example,))
-    except Exception as error:  # the tracer raises what the model's own code raises, and more
+    except Exception as error:  # the tracer raises what the model's code raises, and more
         raise Prune2OnnxError(
             f"{type(model).__name__}: torch.export cannot trace the model, which folding "
             f"BatchNorm needs: {type(error).__name__}: {first_line(error)}"
@@ -104,6 +109,6 @@ def _fold(layer: Any, norm: Any) -> None:
         bias = (before - norm.running_mean) * factor + norm.bias
     else:
         weight, bias = fuse_conv_bn_weights(layer.weight, layer.bias, *statistics, transposed)
-    # + 0.0: a pruned weight times a negative factor is -0.0, which is not the zero we store.
+    # + 0.0: a pruned weight times a negative factor is -0.0, which is not the zero that is stored.
     layer.weight = nn.Parameter(weight.detach() + 0.0, layer.weight.requires_grad)
     layer.bias = nn.Parameter(bias.detach(), norm.bias.requires_grad)

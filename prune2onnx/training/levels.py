@@ -1,11 +1,11 @@
-"""Weights on a grid while they are trained: whole multiples of one learned scale each.
+"""Quantization-aware training: each parameter on levels, whole multiples of one learned scale.
 
 Forward, a weight is `clamp(round(w / s), -k, k) * s`; backward, rounding counts as the identity
-within the grid's range, and the scale is learned, too: Learned Step Size Quantization (Esser et
-al., arXiv 1902.08153). Zeros stay zeros. So a survivor may still change its level in the last
-phase, which shared values with fixed members could not, and a file needs no codebook for it.
+within the range of the levels, and the scale is learned, too: Learned Step Size Quantization (Esser
+et al., arXiv 1902.08153). Zeros stay zeros. A survivor may still change its level, unlike with
+fixed clusters, and a file needs no codebook for it.
 
-`put_on_levels` puts parameters there, `bake_levels` leaves plain parameters again.
+`put_on_levels` starts this, `bake_levels` leaves plain parameters again; when, is up to `phases`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.pruning.rate import survivor_bits
 
 MOST_LEVELS = 127
-"""Largest multiple: what a byte can count."""
+"""Largest level: that of a signed byte."""
 
 _SAMPLE = 1 << 16
 _CANDIDATES = 46
 
 
 class _Round(torch.autograd.Function):
-    """Rounds to the grid; straight through for the weight, LSQ's gradient for the scale."""
+    """Rounds to levels; straight-through gradient for the weight, LSQ's for the scale."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor, scale: Tensor, alive: Tensor, largest: int) -> Tensor:
@@ -67,12 +67,12 @@ class _Levels(nn.Module):
         self.register_buffer("alive", weight.detach() != 0)
 
     def step(self) -> Tensor:
-        """The scale, positive whatever the optimiser does."""
+        """The scale, positive whatever the optimizer does."""
         return self.scale.abs().clamp_min(1e-12)
 
     def levels(self, w: Tensor) -> Tensor:
-        """Whole numbers, float, of w's shape."""
-        return _whole(w, self.step(), self.largest) * self.alive + 0.0  # no -0
+        """The levels: whole numbers, float, of w's shape."""
+        return _nearest_levels(w, self.step(), self.largest) * self.alive + 0.0  # no -0
 
     def forward(self, w: Tensor) -> Tensor:
         result: Tensor = _Round.apply(  # type: ignore[no-untyped-call]
@@ -96,8 +96,8 @@ def _best_scale(w: Tensor, largest: int) -> Tensor:
 def _common_scale(parameters: Sequence[Tensor], largest: Mapping[str, int]) -> Tensor:
     """The scale with the least squared error, relative to each parameter's own mean square.
 
-    So a parameter counts as much as it has nonzeros: a few biases that would fit a finer grid do
-    not make the weights leave theirs.
+    So a parameter counts by its nonzeros: a few biases that would fit a finer scale do not change
+    the scale of many weights.
     """
     present = [
         (p.detach(), k) for p, k in zip(parameters, largest.values(), strict=True) if p.any()
@@ -117,32 +117,32 @@ def _common_scale(parameters: Sequence[Tensor], largest: Mapping[str, int]) -> T
 
 
 def _error(w: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """Squared error of rounding to the grid."""
+    """Squared error of rounding to levels."""
     return (_rounded(w, scale, largest) - w).square().sum()
 
 
 def _rounded(w: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """The nearest values on the grid; no -0."""
-    return (_whole(w, scale, largest) + 0.0) * scale
+    """The nearest values on levels; no -0."""
+    return (_nearest_levels(w, scale, largest) + 0.0) * scale
 
 
-def _whole(w: Tensor, scale: Tensor, largest: int) -> Tensor:
-    """The nearest whole multiples of a scale."""
+def _nearest_levels(w: Tensor, scale: Tensor, largest: int) -> Tensor:
+    """The nearest levels, as whole numbers."""
     return (w / scale).round().clamp(-largest, largest)
 
 
 def put_on_levels(
     model: nn.Module, largest: Mapping[str, int], *, common: bool = False
 ) -> nn.Module:
-    """Puts parameters on grids with learned scales, in place; zeros stay zeros.
+    """Puts parameters on levels with learned scales, in place; zeros stay zeros.
 
-    Make the optimiser after this call.
+    Make the optimizer after this call.
 
     Args:
         model: a module with plain parameters (bake it first).
         largest: parameter name -> largest level k, 1 to 127: values are -k s, ..., k s.
-        common: whether all parameters share one scale s; in a file that saves one multiplication
-            each.
+        common: whether all parameters share one scale s, which saves one multiplication each in
+            the file.
 
     Returns:
         The same model.
@@ -155,7 +155,7 @@ def put_on_levels(
         if not 1 <= count <= MOST_LEVELS:
             raise Prune2OnnxError(f"{name}: largest level {count}, expected 1 to {MOST_LEVELS}")
         if not torch.isfinite(model.get_parameter(name)).all():
-            raise Prune2OnnxError(f"{name}: NaN or infinite values fit no grid")
+            raise Prune2OnnxError(f"{name}: NaN or infinite values fit no level")
     scale: nn.Parameter | None = None
     if common and largest:
         scale = nn.Parameter(_common_scale([model.get_parameter(n) for n in largest], largest))
@@ -174,7 +174,7 @@ def put_on_levels(
 
 
 def _grids(model: nn.Module) -> Iterator[tuple[_Levels, nn.Parameter, list[tuple[Any, str]]]]:
-    """Each grid once, with its parameter and every module and attribute that holds it."""
+    """Each `_Levels` once, with its parameter and the modules and attributes that hold it."""
     found: dict[int, tuple[_Levels, nn.Parameter, list[tuple[Any, str]]]] = {}
     for module in model.modules():
         if not parametrize.is_parametrized(module):
@@ -187,12 +187,12 @@ def _grids(model: nn.Module) -> Iterator[tuple[_Levels, nn.Parameter, list[tuple
 
 
 def scales_of(model: nn.Module) -> list[nn.Parameter]:
-    """The learned scales, each once, for an optimiser group of their own."""
+    """The learned scales, each once, for an optimizer group of their own."""
     return list({id(grid.scale): grid.scale for grid, _, _ in _grids(model)}.values())
 
 
 def bake_levels(model: nn.Module) -> dict[str, Tensor]:
-    """Leaves plain parameters that hold level * scale, rounded once, in place.
+    """Leaves plain parameters with values level * scale, rounded once, in place.
 
     Returns:
         Name of the parameter -> its scale, in the order of the modules.
@@ -206,15 +206,15 @@ def bake_levels(model: nn.Module) -> dict[str, Tensor]:
     return {grid.name: grid.step().detach().clone() for grid, _, _ in grids}
 
 
-def put_back(model: nn.Module, name: str, scale: Tensor) -> None:
-    """Rounds a plain parameter to a grid that it has left, in place."""
+def round_to_levels(model: nn.Module, name: str, scale: Tensor) -> None:
+    """Rounds a plain parameter to multiples of a scale, in place."""
     with torch.no_grad():
         parameter = model.get_parameter(name)
         parameter.copy_(_rounded(parameter, scale, MOST_LEVELS))
 
 
-def worth(weights: Mapping[str, Tensor], sensitivity: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What each survivor is worth: the loss that its zero would add, per bit that it takes.
+def saliency(weights: Mapping[str, Tensor], sensitivity: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The saliency of each survivor: how much the loss grows if it is removed, per bit it takes.
 
     The loss is taken to second order with the diagonal of the empirical Fisher information, as
     Optimal Brain Damage does with the Hessian's (LeCun et al., 1990).
@@ -233,11 +233,11 @@ def worth(weights: Mapping[str, Tensor], sensitivity: Mapping[str, Tensor]) -> d
     return found
 
 
-def drop(model: nn.Module, worths: Mapping[str, Tensor], least: float) -> None:
-    """Makes zeros of the survivors that are worth less; on a grid they stay so."""
+def remove_below(model: nn.Module, saliencies: Mapping[str, Tensor], least: float) -> None:
+    """Zeroes survivors of less saliency than `least`; those on levels stay zero."""
     with torch.no_grad():
         grids = {grid.name: grid for grid, _, _ in _grids(model)}
-        for name, values in worths.items():
+        for name, values in saliencies.items():
             if name in grids:
                 grids[name].alive &= values >= least
             else:
@@ -253,16 +253,16 @@ def coarsen(
     *,
     allowed: float,
 ) -> tuple[dict[str, int], tuple[str, ...]]:
-    """Chooses how small parameters, biases above all, are stored: as coarsely as accuracy allows.
+    """Stores small parameters, mostly biases, as coarsely as the error allows.
 
-    In order of bytes: on levels, in half precision, as they are; the first with which the error
-    stays within what is allowed, each judged with those chosen before it in place.
+    Tries levels first, then float16, else leaves the parameter; takes the first with which the
+    error stays within `allowed`. Choices for earlier parameters are in place for the later ones.
 
     Args:
-        model: its parameters take the coarser values that were chosen.
+        model: its parameters take the coarser values that are chosen.
         names: the parameters to try, in this order.
-        largest: level that is tried.
-        error: measures the model as it stands.
+        largest: the largest level to try.
+        error: measures the model as it is.
         allowed: the largest error to accept.
 
     Returns:

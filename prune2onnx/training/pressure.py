@@ -1,10 +1,10 @@
-"""How hard training presses on weights: lambda, moved until a density or a size is reached.
+"""The pressure of pruning: lambda, the penalty's factor, adjusted to reach a density or a size.
 
-A fixed lambda has no brake and no aim: a threshold that outruns its layer's weights runs on, and
-which density it ends at, nobody knows beforehand. Here the density follows a schedule down to its
-goal, and lambda is the multiplier of that constraint: it grows while there is more than wanted and
-falls while there is less (dual ascent). The goal itself is known, or follows from a size in bytes
-that is measured on the way.
+With a fixed lambda nothing stops a threshold that exceeds its layer's weights, and the density at
+the end is unknown. Here the density follows a schedule down to its goal, and lambda is the
+multiplier of that constraint: it grows while more is left than wanted and falls while less is (dual
+ascent). The goal is given, or follows from a size in bytes that is measured during training. The
+penalty itself is in `pruning`.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune2onnx.recipe import Prune
+from prune2onnx.runs.recipe import Prune
 
 _RATE = 40.0
 """Growth of log lambda over a whole phase at an excess of 100 %."""
 
 _RANGE = (-5.0, 8.0)
-"""Of log lambda, from where it starts."""
+"""Range of log lambda, relative to its start."""
 
-_BRAKE = 0.1
-"""Excess over which the pressure goes from half to full; it ends as far below the goal."""
+_RISE = 0.1
+"""Range of the excess over which the clamped pressure rises from zero to full."""
 
 Slopes = tuple[float, float, float]
-"""d log amount / d log density: the least that is believed, the first guess, the largest."""
+"""d log amount / d log density: the least to accept, the first guess, the largest to accept."""
 
 SIZE_SLOPES: Slopes = (0.3, 0.9, 1.2)
-"""Of bytes; near 1 where weights are all there is."""
+"""Slopes for bytes; near 1 where the file is nearly all weights."""
 
 
 class Pressure:
@@ -41,8 +41,8 @@ class Pressure:
         size: elements of the pruned weights.
         steps: of the phase.
         goal: density to end at, 0-1.
-        device: where survivors are counted.
-        start: density to begin with, 0-1.
+        device: on which survivors are counted.
+        start: density at the beginning, 0-1.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Pressure:
         self._seen: tuple[float, float] | None = None
 
     def above(self, alive: Tensor, progress: float) -> Tensor:
-        """Excess of the survivors over those wanted at a point of the phase (0-1): 0.1 is 10 %.
+        """Excess of survivors over those wanted at a fraction of the phase: 0.1 is 10 %.
 
         On a logarithmic scale the wanted density falls quickly at first, slowly towards the end.
         """
@@ -71,14 +71,14 @@ class Pressure:
         return excess
 
     def factor(self, above: Tensor) -> Tensor:
-        """What to multiply the penalty with in the next step; moves the multiplier."""
+        """The factor of the penalty in the next step; updates lambda."""
         with torch.no_grad():
             step = (_RATE / self.steps) * torch.log1p(above).clamp(-0.5, 0.5)
             self._log.add_(step).clamp_(*_RANGE)
-            # a channel that goes stays away, so nothing is to be pressed below the goal
-            rest = 0.5 if self.settings.granularity == "weight" else 0.0
-            brake = (above / _BRAKE + rest).clamp(0, 1)
-            factor: Tensor = self.settings.pressure / self.size * self._log.exp() * brake
+            # pruned channels do not come back, so there is no pressure below the goal
+            at_goal = 0.5 if self.settings.granularity == "weight" else 0.0
+            clamp = (above / _RISE + at_goal).clamp(0, 1)
+            factor: Tensor = self.settings.pressure / self.size * self._log.exp() * clamp
             return factor
 
     def aim(
@@ -88,16 +88,16 @@ class Pressure:
         target: float,
         slopes: Slopes = SIZE_SLOPES,
     ) -> None:
-        """Moves the goal to where an amount that falls with the density would be as wanted.
+        """Sets the goal to the density at which an amount that falls with it would be as wanted.
 
         Args:
-            density: now, 0-1.
-            amount: now: bytes of the file, weights that are left.
+            density: the current one, 0-1.
+            amount: the current one, such as bytes of the file.
             target: the amount wanted.
-            slopes: how the amount falls with the density.
+            slopes: how the amount depends on the density.
         """
         least, slope, largest = slopes
-        if not amount or not density:  # nothing is left, or reaches an output
+        if not amount or not density:  # nothing is left, or nothing left reaches an output
             self.goal = min(1.0, 2 * max(self.goal, density))
             return
         if self._seen is not None and not math.isclose(self._seen[0], density, rel_tol=0.01):
@@ -108,11 +108,11 @@ class Pressure:
         self.goal = min(max(goal, 1 / self.size), 1.0)
 
     def state(self) -> dict[str, Any]:
-        """What a continued run needs."""
+        """What a resumed run needs."""
         return {"goal": self.goal, "log": float(self._log), "seen": self._seen}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up a saved state."""
+        """Restores a saved state."""
         self.goal = state["goal"]
         self._log.fill_(state["log"])
         self._seen = tuple(state["seen"]) if state["seen"] else None

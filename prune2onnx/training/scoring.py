@@ -1,24 +1,26 @@
-"""How a network meets examples: batches in a seeded order, its error on a split, a first try.
+"""Runs a network on examples: batches in a seeded order, its error on a split, a first check.
 
-Knows models and data sets; knows nothing of pruning or of how training goes on.
+Knows models and datasets, but not pruning, nor the training loop, which is in `loop`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Sampler
 
-from prune2onnx.data import Data, collate
+from prune2onnx.data import Data, MapDataset, batches, collate
 from prune2onnx.errors import Prune2OnnxError
 
 
 class Order(Sampler[list[int]]):
-    """Batches of indices for one process: a seeded shuffle, cut alike by every process."""
+    """Batches of indices for one process: a seeded shuffle, which all processes split alike."""
 
     def __init__(self, examples: int, batch_size: int, rank: int, processes: int) -> None:
         self.examples = examples
@@ -37,9 +39,14 @@ class Order(Sampler[list[int]]):
             yield batch[self.rank].tolist()
 
 
+def loader(data: MapDataset, order: Iterable[list[int]]) -> DataLoader[Any]:
+    """Batches of a dataset as tensors, in the given order."""
+    return DataLoader(data, batch_sampler=order, collate_fn=collate)  # type: ignore[arg-type]
+
+
 def evaluate(
     model: nn.Module,
-    data: Dataset[Any],
+    data: MapDataset,
     accelerator: Accelerator | None = None,
     *,
     batch_size: int = 256,
@@ -49,7 +56,7 @@ def evaluate(
     Args:
         model: maps [n, ...] inputs to [n, classes] scores.
         data: a split of `Data`.
-        accelerator: shares the work among its processes; None runs here alone.
+        accelerator: splits the work among its processes; None: only this process.
         batch_size: examples at a time.
 
     Returns:
@@ -58,15 +65,14 @@ def evaluate(
     processes = accelerator.num_processes if accelerator else 1
     rank = accelerator.process_index if accelerator else 0
     device = accelerator.device if accelerator else next(model.parameters()).device
-    size = len(data)  # type: ignore[arg-type]
+    size = len(data)
     mine = range(rank, size, processes)
     batches = [list(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    loader = DataLoader(data, batch_sampler=batches, collate_fn=collate)
     totals = torch.zeros(2, dtype=torch.float64)
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for x, y in loader:
+        for x, y in loader(data, batches):
             scores = model(x.to(device)).float().cpu()
             totals[0] += (scores.argmax(1) != y).sum()
             totals[1] += nn.functional.cross_entropy(scores, y, reduction="sum")
@@ -81,7 +87,7 @@ def check_output(
     data: Data,
     device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> None:
-    """Runs one small batch, so that a model that does not fit the data says so at once.
+    """Runs one small batch, so that a model that does not fit the data fails at once.
 
     Raises:
         Prune2OnnxError: the model fails, or does not return a score for each class.
@@ -105,3 +111,10 @@ def check_output(
             f"the model returns {shape} for an input of shape {list(x.shape)}, expected scores "
             f"[2, {data.classes}]: one for each class of {data.name}"
         )
+
+
+def scores_of(model: nn.Module, data: MapDataset, size: int) -> NDArray[np.float32]:
+    """Outputs of a model for all examples of a split, [n, classes], `size` at a time."""
+    with torch.no_grad():
+        parts = [model(torch.from_numpy(x)).float().numpy() for x, _ in batches(data, size)]
+    return np.concatenate(parts)

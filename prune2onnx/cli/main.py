@@ -1,0 +1,80 @@
+"""The command line: `main` and its verbs; an error is one line and an exit status.
+
+Tables and progress go to stderr; with --json, stdout gets the report and nothing else. Exit status:
+0 done, 1 failed, 2 wrong usage, 3 a budget was missed, 4 onnxruntime disagrees with the reference,
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import click
+
+import prune2onnx
+from prune2onnx.cli import measuring, models, pages, training
+from prune2onnx.errors import Prune2OnnxError, RenamedWarning
+
+_INTERRUPTED = 130
+
+
+class _Verbs(click.Group):
+    """Turns our errors into one line on stderr and an exit status, without a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("always", RenamedWarning)
+                warnings.showwarning = partial(_show_warning, warnings.showwarning)
+                return super().invoke(ctx)
+        except Prune2OnnxError as error:
+            click.echo(f"prune2onnx: {error}", err=True)
+            ctx.exit(error.exit_status)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("prune2onnx: interrupted", err=True)
+            ctx.exit(_INTERRUPTED)
+        except BrokenPipeError:
+            # the reader of our output has ended, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+
+
+def _show_warning(
+    show: Callable[..., None], message: Warning | str, *details: Any, **more: Any
+) -> None:
+    """Shows our warnings as one line, without their place in the code."""
+    if isinstance(message, RenamedWarning):
+        click.echo(f"prune2onnx: {message}", err=True)
+    else:
+        show(message, *details, **more)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(prune2onnx.__version__, prog_name="prune2onnx")
+def main() -> None:
+    """Compress a network by pruning, quantization and coding into one ONNX file.
+
+    Any onnxruntime opens it.
+    """
+
+
+for _verb in (
+    training.compress,
+    training.sweep,
+    models.pack,
+    models.unpack,
+    models.shrink,
+    models.quantize,
+    models.inspect,
+    models.features,
+    measuring.validate,
+    measuring.benchmark,
+    pages.report,
+    pages.demo,
+):
+    main.add_command(_verb)

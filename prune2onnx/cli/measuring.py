@@ -1,0 +1,99 @@
+"""The verbs that measure: validate and benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from prune2onnx.cli.options import GroupedCommand, Integers
+from prune2onnx.cli.output import console, must_fold
+from prune2onnx.cli.tables import benchmark_tables, report_table
+from prune2onnx.runs.options import BenchmarkOptions
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("file", type=_PATH, metavar="FILE.onnx")
+@click.option(
+    "--reference",
+    type=_PATH,
+    metavar="DENSE.onnx",
+    help="the file to compare with; default: the unpacked FILE",
+)
+@click.option(
+    "--data", help="data set with test examples, as for compress; default: random inputs, no error"
+)
+@click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
+def validate(file: Path, reference: Path | None, data: str | None, as_json: bool) -> None:
+    """Validate FILE in onnxruntime: weights, folding, outputs, error, size, load time, latency."""
+    from prune2onnx.runtime.validate import validate as run
+
+    examples = None
+    if data is not None:
+        from prune2onnx.data import batches, load_data
+
+        examples = batches(load_data(data).test)
+    report = run(file, reference, batches=examples)
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    else:
+        console.print(report_table(report))
+    must_fold(report, file)
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("files", type=_PATH, metavar="FILE.onnx...", nargs=-1, required=True)
+@click.option(
+    "--batch", type=Integers(), default="1", show_default=True, help="batch sizes, such as 1,16"
+)
+@click.option(
+    "--threads",
+    type=Integers(),
+    default="0",
+    help="numbers of threads, such as 1,2; 0, the default: chosen by onnxruntime",
+)
+@click.option(
+    "--seconds",
+    type=float,
+    default=BenchmarkOptions.seconds,
+    show_default=True,
+    help="seconds of timed inferences for each batch size and number of threads",
+)
+@click.option(
+    "--warm-up",
+    type=int,
+    default=BenchmarkOptions.warm_up,
+    show_default=True,
+    help="inferences of each file before any is timed",
+)
+@click.option("--profile", is_flag=True, help="also time operators, with onnxruntime's profiler")
+@click.option("--json", "as_json", is_flag=True, help="print all figures as JSON on stdout")
+def benchmark(
+    files: tuple[Path, ...],
+    batch: tuple[int, ...],
+    threads: tuple[int, ...],
+    seconds: float,
+    warm_up: int,
+    profile: bool,
+    as_json: bool,
+) -> None:
+    """Measure latency, throughput, load time and memory of files side by side, on the CPU.
+
+    Inferences of the files are interleaved, on random inputs. A difference from the first file that
+    is not significant is marked as within noise.
+
+    \b
+    prune2onnx benchmark dense.onnx small.onnx --batch 1,16 --threads 1,2
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.runtime.benchmark import benchmark as run
+
+    found = run(
+        files, batches=batch, threads=threads, seconds=seconds, warm_up=warm_up, profile=profile
+    )
+    if as_json:
+        click.echo(found.to_json(), nl=False)
+        return
+    for table in benchmark_tables(found):
+        console.print(table)

@@ -1,0 +1,301 @@
+"""The verbs that turn one ONNX file into another, or read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prune2onnx.cli.options import GroupedCommand, choice_of, max_bytes_option
+from prune2onnx.cli.output import console, print_json, print_weights, say
+from prune2onnx.cli.tables import layers_table, shrink_table
+from prune2onnx.runs.options import Int8Options, PackOptions
+from prune2onnx.shrinking.structure import BLOCK
+
+_PATH = click.Path(path_type=Path)
+_source = click.argument("source", type=_PATH, metavar="IN.onnx")
+_target = click.argument("target", type=_PATH, metavar="OUT.onnx")
+_external = click.option(
+    "--external", metavar="NAME", help="write large weights to a data file NAME beside OUT.onnx"
+)
+
+
+@click.command(cls=GroupedCommand)
+@_source
+@_target
+@click.option(
+    "--load",
+    type=choice_of(PackOptions, "load"),
+    default=PackOptions.load,
+    show_default=True,
+    help="optimise for size or load time: small has the fewest bytes; fast has no entropy code, "
+    "so that sessions open quickly",
+)
+@click.option(
+    "--format",
+    "form",
+    type=choice_of(PackOptions, "form"),
+    default=PackOptions.form,
+    show_default=True,
+    help="form of the weights: packed codes them; sparse-initializer writes ONNX's own sparse "
+    "tensors, which are far larger",
+)
+@click.option(
+    "--strip", is_flag=True, help="remove doc strings, default attributes and long internal names"
+)
+@click.option("--shrink", is_flag=True, help="remove dead channels and neurons, as shrink does")
+@click.option(
+    "--anonymize", is_flag=True, help="rename weights to the shortest names, for a smaller file"
+)
+@click.option("--bits", type=float, help="lossy: about so many bits per weight on average, 1 to 8")
+@click.option("--prune", type=float, help="lossy: fraction of the weights to make zero, 0 to 1")
+@click.option(
+    "--max-rel-error",
+    type=float,
+    help="lossy: largest relative error (L2) of each weight; with --data, of the outputs",
+)
+@click.option("--data", help="inputs for --max-rel-error: a data set as for compress, or 'random'")
+@_external
+@click.option("--json", "as_json", is_flag=True, help="print the weights as JSON on stdout")
+def pack(
+    source: Path,
+    target: Path,
+    load: Any,
+    form: Any,
+    strip: bool,
+    shrink: bool,
+    anonymize: bool,
+    bits: float | None,
+    prune: float | None,
+    max_rel_error: float | None,
+    data: str | None,
+    external: str | None,
+    as_json: bool,
+) -> None:
+    """Pack IN.onnx into a smaller OUT.onnx that any onnxruntime opens.
+
+    Lossless, unless --bits, --prune or --max-rel-error is given.
+
+    \b
+    prune2onnx pack model.onnx small.onnx
+    prune2onnx pack model.onnx small.onnx --bits 6
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.commands.pack import pack_file
+    from prune2onnx.graph.file import file_nbytes
+
+    options = PackOptions(
+        load, form, strip, shrink, bits, prune, max_rel_error, data, external, anonymize
+    )
+    result = pack_file(source, target, options)
+    for note in result.notes:
+        say(note)
+    print_weights(
+        result.rows,
+        target,
+        file_nbytes(target),
+        as_json,
+        before=result.nbytes_before,
+        notes=result.notes,
+    )
+
+
+@click.command(cls=GroupedCommand)
+@_source
+@_target
+@_external
+@max_bytes_option
+def unpack(source: Path, target: Path, external: str | None, max_bytes: int) -> None:
+    """Unpack IN.onnx into a file with dense weights, equal bit for bit."""
+    from prune2onnx.graph.file import load, save
+    from prune2onnx.packing.sparse import from_sparse
+    from prune2onnx.packing.unpack import unpack as run
+
+    model = run(load(source, max_bytes), max_bytes)
+    if model.graph.sparse_initializer:
+        model = from_sparse(model, max_bytes)
+    written = save(model, target, external)
+    for path in written:
+        say(f"{path}: {path.stat().st_size:,} bytes")
+
+
+@click.command(cls=GroupedCommand)
+@_source
+@_target
+@click.option(
+    "--gather-inputs", is_flag=True, help="drop unused inputs of the first layers by a Gather"
+)
+@click.option(
+    "--multiple",
+    type=click.IntRange(1),
+    default=BLOCK,
+    show_default=True,
+    help="keep a multiple of so many channels in a convolution, since other numbers may be slower "
+    "in onnxruntime; 1: the smallest file",
+)
+@_external
+@click.option("--json", "as_json", is_flag=True, help="print the changes as JSON on stdout")
+def shrink(
+    source: Path,
+    target: Path,
+    gather_inputs: bool,
+    multiple: int,
+    external: str | None,
+    as_json: bool,
+) -> None:
+    """Remove dead channels and neurons from IN.onnx; OUT.onnx has the same outputs.
+
+    A channel is dead if no weight reads it, or if it is constant and can be added to the next
+    layer's bias. Outputs are compared in onnxruntime before anything is written.
+    """
+    from prune2onnx.commands.shrink import shrink_file
+
+    result = shrink_file(
+        source, target, gather_inputs=gather_inputs, multiple=multiple, external=external
+    )
+    if as_json:
+        print_json(result.to_dict())
+        return
+    for note in result.notes:
+        say(note)
+    if result.rows:
+        console.print(shrink_table(result))
+    for line in result.reasons():
+        say(line)
+    if not result.rows:
+        say(f"{target}: nothing could be removed; the model is the same")
+        return
+    sizes = f"{result.nbytes_before:,} bytes before, {result.nbytes:,} now"
+    branches = f", {result.bypassed} branches that added only zeros" if result.bypassed else ""
+    say(f"{target}: removed {result.removed} channels and neurons{branches}; {sizes}")
+    if result.difference is not None:
+        say(f"outputs differ by at most {result.difference:.1e}")
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("file", type=_PATH, metavar="FILE.onnx")
+@click.option("--json", "as_json", is_flag=True, help="print the weights as JSON on stdout")
+@max_bytes_option
+def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
+    """Show how each weight of an ONNX file is stored, and its size in other forms."""
+    from prune2onnx.graph.file import file_nbytes, load
+    from prune2onnx.packing.inspection import inspect as run
+
+    found = run(load(file, max_bytes), max_bytes)
+    print_weights(
+        found.rows,
+        file,
+        file_nbytes(file),
+        as_json,
+        load_ms=found.load_ms,
+        load_nbytes=found.load_nbytes,
+        warning=found.warning,
+    )
+    if found.load_ms and not as_json:
+        say(
+            f"decoding adds about {found.load_ms:,.0f} ms and {found.load_nbytes / 1e6:,.1f} MB "
+            "to a load; prune2onnx validate measures it"
+        )
+    if found.warning:
+        click.echo(f"prune2onnx: {file}: {found.warning}", err=True)
+
+
+@click.command(cls=GroupedCommand)
+@_source
+@_target
+@click.option("--data", required=True, help="data set, as for compress")
+@click.option(
+    "--max-drop",
+    type=float,
+    default=Int8Options.max_drop,
+    show_default=True,
+    help="points of validation error that int8 may add (accuracy loss); layers stay float until "
+    "that is met",
+)
+@click.option(
+    "--examples",
+    type=int,
+    default=Int8Options.examples,
+    show_default=True,
+    help="calibration examples, for the ranges of activations",
+)
+@click.option(
+    "--method",
+    type=choice_of(Int8Options, "method"),
+    default=Int8Options.method,
+    show_default=True,
+    help="calibration method, for the ranges of activations",
+)
+@click.option(
+    "--keep", multiple=True, metavar="WEIGHT", help="keep the layer with this weight in float"
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="random seed of the validation split"
+)
+@click.option("--json", "as_json", is_flag=True, help="print the layers as JSON on stdout")
+def quantize(
+    source: Path,
+    target: Path,
+    data: str,
+    max_drop: float,
+    examples: int,
+    method: Any,
+    keep: tuple[str, ...],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Quantize IN.onnx to int8 by onnxruntime's quantizer, in layers where accuracy allows it.
+
+    \b
+    prune2onnx quantize model.onnx int8.onnx --data folder:images
+    prune2onnx pack int8.onnx small.onnx --strip
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.commands.quantize import quantize_file
+
+    result = quantize_file(
+        source,
+        target,
+        data,
+        Int8Options(examples, method, max_drop, keep),
+        seed=seed,
+    )
+    if as_json:
+        print_json(result.to_dict())
+        return
+    console.print(layers_table(result))
+    say(
+        f"{target}: {result.nbytes:,} bytes, {result.nbytes_before:,} in float32; validation error "
+        f"{result.error:.2f} %, {result.float_error:.2f} % in float32; an inference takes "
+        f"{result.timing.ratio:.2f} of the time"
+    )
+    for note in result.notes:
+        say(note)
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("file", type=_PATH, metavar="FILE.onnx")
+@click.option("--data", required=True, help="data set, as for compress")
+@click.option(
+    "--layer",
+    metavar="NAME",
+    help="a value, node or weight of the graph  [default: the input of the last layer]",
+)
+@click.option("-o", "--output", required=True, type=_PATH, help=".npz file to write")
+@click.option("--json", "as_json", is_flag=True, help="print name and shapes as JSON on stdout")
+def features(file: Path, data: str, layer: str | None, output: Path, as_json: bool) -> None:
+    """Write the output of a layer of FILE.onnx for each example, as features for other models.
+
+    The file has x_train, y_train, x_test and y_test, as --data npz:FILE reads them.
+
+    \b
+    prune2onnx features runs/digits/model.onnx --data digits -o features.npz
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.commands.features import features_file
+
+    name, shapes = features_file(file, output, data, layer=layer)
+    if as_json:
+        found = {"layer": name, "shapes": {key: list(shape) for key, shape in shapes.items()}}
+        print_json(found)
+        return
+    shapes_text = ", ".join(f"{key} {list(shape)}" for key, shape in shapes.items())
+    say(f"{output}: {name}: {shapes_text}")

@@ -1,0 +1,223 @@
+"""Options: their types, those made from the recipe's fields, and how --help groups them.
+
+`compress` and `sweep` have one option for each setting of the recipe (`prune.epochs` is
+`--prune-epochs`). --help shows the most used options first, then the others by subject; --help-all
+adds every setting of every phase.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import click
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from prune2onnx.packing.unpack import MAX_BYTES
+from prune2onnx.runs.recipe import PHASES, RENAMED, settings
+
+_BYTES = TypeAdapter(ByteSize)
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: 5000000, 5MB, 2GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Reads the number."""
+        try:
+            return int(_BYTES.validate_python(value))
+        except ValidationError:
+            self.fail(f"{value!r} is not a size, such as 5000000, 5MB or 2GiB", param, ctx)
+
+
+class Integers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers, comma-separated: 1,16."""
+
+    name = "integers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Reads the numbers."""
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers, such as 1,16", param, ctx)
+
+
+class _Factor(click.ParamType[tuple[str, float]]):
+    """PATTERN=FACTOR, as in --prune-importance 'conv*=0.2'."""
+
+    name = "pattern=factor"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, float]:
+        pattern, _, factor = str(value).rpartition("=")
+        try:
+            return pattern, float(factor)
+        except ValueError:
+            self.fail(f"{value!r} is not PATTERN=FACTOR, such as 'conv*=0.2'", param, ctx)
+
+
+FIRST, BUDGET, DATA, MODEL, PHASE, OUTPUT = (
+    "What most runs need",
+    "Budget",
+    "Data",
+    "Model and training",
+    "Phases",
+    "Output",
+)
+"""Headings of --help, in their order."""
+
+_GROUPS = {
+    FIRST: ("data", "weights", "target_size", "max_drop", "goal"),
+    BUDGET: ("target_density", "target_macs", "trials"),
+    DATA: ("validation", "batch_size", "augment.shift", "augment.flip", "seed"),
+    MODEL: ("start", "distill", "temperature", "teacher", "precision"),
+    OUTPUT: ("int8", "anonymize", "opset"),
+}
+"""Heading -> settings of the recipe under it; the settings of a phase are under its name."""
+
+_HEADING = {setting: heading for heading, listed in _GROUPS.items() for setting in listed}
+
+
+class Option(click.Option):
+    """An option under a heading of --help.
+
+    Args:
+        group: the heading.
+        detail: whether only --help-all shows it.
+    """
+
+    def __init__(
+        self, *args: Any, group: str = "Options", detail: bool = False, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.group, self.detail = group, detail
+
+
+option = partial(click.option, cls=Option)
+
+
+class GroupedCommand(click.Command):
+    """A command whose --help lists options under headings; a command without any has one list."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options as click does, one heading after the other."""
+        every = ctx.meta.get("help_all", False)
+        found: dict[str, list[tuple[str, str]]] = {}
+        left_out = False
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is None or isinstance(param, click.Argument):
+                continue
+            if getattr(param, "detail", False) and not every:
+                left_out = True
+                continue
+            found.setdefault(getattr(param, "group", "Options"), []).append(record)
+        order = [FIRST, BUDGET, DATA, MODEL, PHASE, *(f"Phase {name}" for name in PHASES), OUTPUT]
+        for heading in sorted(found, key=lambda h: order.index(h) if h in order else len(order)):
+            with formatter.section(heading):
+                formatter.write_dl(found[heading])
+        if left_out:
+            formatter.write_paragraph()
+            formatter.write_text("--help-all shows every setting of every phase.")
+
+
+def _help_all(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.meta["help_all"] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
+help_all_option = click.option(
+    "--help-all",
+    is_flag=True,
+    expose_value=False,
+    is_eager=True,
+    callback=_help_all,
+    help="Show every setting of every phase and exit.",
+)
+
+
+def choice_of(options: type, name: str) -> click.Choice[str]:
+    """The values that a field of some options may have."""
+    return click.Choice(typing.get_args(typing.get_type_hints(options)[name]))
+
+
+def recipe_options(
+    command: Callable[..., None], without: tuple[str, ...] = ("model",)
+) -> Callable[..., None]:
+    """Adds one option per setting of the recipe, except the model, which is the argument."""
+    fields = settings()
+    for old, new in RENAMED.items():
+        if new in fields:
+            command = _recipe_option(old, fields[new], hidden=True)(command)
+    for dotted, field in reversed(fields.items()):
+        if dotted not in without:
+            command = _recipe_option(dotted, field)(command)
+    return help_all_option(command)
+
+
+def _recipe_option(dotted: str, field: Any, *, hidden: bool = False) -> Callable[..., Any]:
+    click_type, repeated = _click_type(field.annotation)
+    default = field.get_default(call_default_factory=True)
+    shown = "" if default in (None, {}, ()) else f"  [default: {_shown(default)}]"
+    flag = dotted.replace(".", "-").replace("_", "-")
+    section, _, name = dotted.rpartition(".")
+    return option(
+        f"--{flag}/--no-{flag}" if click_type is bool else f"--{flag}",
+        dotted.replace(".", "__"),  # the function's parameter must be an identifier
+        type=click_type,
+        multiple=repeated,
+        default=None,
+        hidden=hidden,
+        help=f"{field.description}{shown}",
+        group=_HEADING.get(dotted, PHASE if name == "epochs" else f"Phase {section}"),
+        detail=dotted not in _HEADING and name != "epochs",
+    )
+
+
+def _click_type(annotation: Any) -> tuple[Any, bool]:
+    """A recipe field's type as click's, and whether the option may be repeated."""
+    inner = [a for a in typing.get_args(annotation) if a is not type(None)]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return _click_type(inner[0])
+    if annotation is ByteSize:
+        return Size(), False
+    if typing.get_origin(annotation) is typing.Literal:
+        return click.Choice(inner), False
+    if typing.get_origin(annotation) is tuple:
+        return str, True
+    if typing.get_origin(annotation) is dict:
+        return _Factor(), True
+    return annotation, False
+
+
+def _shown(default: Any) -> str:
+    return ", ".join(default) if isinstance(default, tuple) else str(default)
+
+
+def overrides_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Dotted name -> value, for the recipe's options that were given."""
+    return {
+        name.replace("__", "."): dict(value) if name == "prune__importance" else value
+        for name, value in options.items()
+        if value not in (None, ())
+    }
+
+
+max_bytes_option = click.option(
+    "--max-bytes",
+    type=Size(),
+    default=MAX_BYTES,
+    show_default="2 GiB",
+    help="limit the largest array that decoding may make, for files that are not trusted",
+)

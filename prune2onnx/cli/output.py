@@ -1,0 +1,108 @@
+"""Output of the verbs: lines, tables and progress on stderr, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prune2onnx.cli.tables import weights_table
+from prune2onnx.errors import MismatchError
+from prune2onnx.packing.rows import WeightRow
+from prune2onnx.runs.history import Callbacks, Epoch, Step
+from prune2onnx.runs.report import Report
+
+console = Console(stderr=True)
+if not console.is_terminal:  # a log has no width: wide enough that no column is cut
+    console = Console(stderr=True, width=160)
+
+
+def say(text: str) -> None:
+    """Prints a line as it is."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(content: Any) -> None:
+    """Prints data as JSON on stdout."""
+    click.echo(json.dumps(content, indent=2))
+
+
+def print_weights(
+    rows: tuple[WeightRow, ...], file: Path, nbytes: int, as_json: bool, **facts: Any
+) -> None:
+    """Prints how the weights of a file are stored: a table, or JSON with further facts."""
+    if as_json:
+        weights = [row.to_dict() for row in rows]
+        known = {key: value for key, value in facts.items() if value is not None}
+        print_json({"file": str(file), "nbytes": nbytes, **known, "weights": weights})
+        return
+    console.print(weights_table(rows, nbytes))
+    if before := facts.get("before"):
+        say(f"{before:,} bytes before, {nbytes:,} now: {before / nbytes:.2f} times smaller")
+
+
+def must_fold(report: Report, file: Path) -> None:
+    """Checks that onnxruntime folds the decoders.
+
+    Raises:
+        MismatchError: it does not.
+    """
+    if not report.folded:
+        raise MismatchError(
+            f"{file}: onnxruntime {report.environment['onnxruntime']} does not fold the decoders; "
+            "outputs are correct, but weights are decoded at every inference"
+        )
+
+
+@contextmanager
+def progress() -> Iterator[Callbacks]:
+    """A bar per phase with loss, density and validation error; lines if stderr is no terminal."""
+    bars: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    columns = (
+        TextColumn("{task.description:<8}"),
+        BarColumn(bar_width=24),
+        TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+        TextColumn("{task.fields[facts]}"),
+        TimeRemainingColumn(),
+    )
+    shown = Progress(*columns, console=console, disable=not console.is_terminal)
+
+    def bar(phase: str, epochs: int) -> Any:
+        if phase not in bars:
+            bars[phase] = shown.add_task(phase, total=epochs, epoch=0, epochs=epochs, facts="")
+            errors[phase] = ""
+        return bars[phase]
+
+    def facts(phase: str, loss: float, density: float) -> str:
+        return f"loss {loss:.4f}  density {100 * density:6.2f} %{errors[phase]}"
+
+    def on_step(step: Step) -> None:
+        shown.update(
+            bar(step.phase, step.epochs),
+            completed=step.epoch - 1 + step.step / step.steps,
+            epoch=step.epoch,
+            facts=facts(step.phase, step.loss, step.density),
+        )
+
+    def on_epoch(epoch: Epoch) -> None:
+        task = bar(epoch.phase, epoch.epochs)
+        errors[epoch.phase] = f"  validation error {epoch.validation_error:.2f} %"
+        text = facts(epoch.phase, epoch.loss, epoch.density)
+        shown.update(task, completed=epoch.epoch, epoch=epoch.epoch, facts=text)
+        if not console.is_terminal and epoch.epoch in _milestones(epoch.epochs):
+            say(f"{epoch.phase:<8} epoch {epoch.epoch}/{epoch.epochs}  {text}")
+
+    with shown:
+        yield Callbacks(on_step, on_epoch)
+
+
+def _milestones(epochs: int) -> set[int]:
+    """The epochs that a log reports: about ten per phase, the last one included."""
+    return {1, epochs, *range(max(1, epochs // 10), epochs, max(1, epochs // 10))}

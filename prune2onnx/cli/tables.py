@@ -1,0 +1,230 @@
+"""Results as tables for people, by rich."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from prune2onnx.errors import printable
+from prune2onnx.packing.rows import WeightRow
+from prune2onnx.runs.front import Front, Point, over_seeds
+from prune2onnx.runs.report import Report, bytes_text
+
+if TYPE_CHECKING:  # these import onnxruntime and data sets, which only some verbs need
+    from prune2onnx.commands.quantize import QuantizeResult
+    from prune2onnx.commands.shrink import ShrinkResult
+    from prune2onnx.runtime.benchmark import Benchmark, Timing
+
+
+def weights_table(rows: Sequence[WeightRow], nbytes: int | None = None) -> Table:
+    """One line per weight, and totals.
+
+    Args:
+        rows: the weights; if their entropy was measured, columns compare with other forms.
+        nbytes: size of the whole file; the rest is graph and decoder.
+    """
+    table = Table(title="weights")
+    compared = any(row.entropy_nbytes is not None for row in rows)
+    others = ("entropy", "sparse", "zipped") if compared else ()
+    headings = ("name", "shape", "type", "density", "codec", "bytes", "bits/weight")
+    for heading in (*headings, *others, "why dense"):
+        numeric = heading in ("density", "bytes", "bits/weight", *others)
+        # names and codecs are never cut; reasons wrap
+        table.add_column(
+            heading, justify="right" if numeric else "left", no_wrap=heading != "why dense"
+        )
+    for row in rows:
+        bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}"
+        shape = "x".join(map(str, row.shape)) or "scalar"
+        density = f"{100 * row.density:.2f} %"
+        cells: list[str | Text] = [
+            Text(printable(row.name)),
+            shape,
+            row.dtype,
+            density,
+            row.codec,
+            f"{row.nbytes:,}",
+            bits,
+        ]
+        if compared:
+            forms = (row.entropy_nbytes, row.sparse_nbytes, row.zipped_nbytes)
+            cells += ["" if form is None else f"{form:,.0f}" for form in forms]
+        table.add_row(*cells, Text(printable(row.reason)))
+    own = sum(row.nbytes for row in rows)
+    blank = [""] * 4
+    table.add_section()
+    if compared:
+        totals = [
+            f"{sum(form or 0 for form in column):,.0f}"
+            for column in (
+                [row.entropy_nbytes for row in rows],
+                [row.sparse_nbytes for row in rows],
+                [row.zipped_nbytes for row in rows],
+            )
+        ]
+        table.add_row("weights", *blank, f"{own:,}", "", *totals, "")
+    if nbytes is not None:
+        table.add_row("graph and decoder", *blank, f"{nbytes - own:,}")
+        table.add_row("file", *blank, f"{nbytes:,}")
+    return table
+
+
+def report_table(report: Report) -> Table:
+    """The dense and the compressed file, a line per quantity."""
+    table = Table(title="dense and compressed, in onnxruntime")
+    for heading in ("", "dense", "compressed", ""):
+        table.add_column(heading, justify="left" if not heading else "right")
+    a, b = report.dense, report.compressed
+    sizes = bytes_text(a.nbytes), bytes_text(b.nbytes)
+    table.add_row("file", *sizes, f"{report.ratio:.1f}x smaller")
+    if a.error is not None and b.error is not None:
+        table.add_row("test error", f"{a.error:.2f} %", f"{b.error:.2f} %", f"{report.drop:+.2f}")
+    if a.macs and b.macs:
+        fewer = f"{a.macs / b.macs:.2f}x fewer"
+        table.add_row("multiply-adds", f"{a.macs:,}", f"{b.macs:,}", fewer)
+    if a.load_ms is not None and b.load_ms is not None:
+        table.add_row("load", f"{a.load_ms:.1f} ms", f"{b.load_ms:.1f} ms", "")
+    if a.peak_rss_bytes is not None and b.peak_rss_bytes is not None:
+        memory = bytes_text(a.peak_rss_bytes), bytes_text(b.peak_rss_bytes)
+        table.add_row("peak memory of a load", *memory, "")
+    if a.latency_ms is not None and b.latency_ms is not None:
+        for name in ("p50", "p95"):
+            x, y = a.latency_ms[name], b.latency_ms[name]
+            table.add_row(f"latency {name}", f"{x:.3f} ms", f"{y:.3f} ms", f"{y / x:.2f}x")
+    if report.validation is not None:
+        c, d = report.validation["dense_error"], report.validation["error"]
+        table.add_row("validation error", f"{c:.2f} %", f"{d:.2f} %", f"{d - c:+.2f}")
+    folded = "folded on load" if report.folded else "NOT folded: decoded at every inference"
+    table.add_row("density", "100 %", f"{100 * report.density:.2f} %", "")
+    if report.max_abs_diff is None:
+        outputs = f"the network was not run: {report.skipped}"
+    else:
+        outputs = f"outputs differ by at most {report.max_abs_diff:.1e} from the reference's"
+    notes = "".join(f"\n{line}" for line in (*report.budget, *report.notes))
+    table.caption = f"decoders {folded}; {outputs}{notes}"
+    return table
+
+
+def front_table(front: Front) -> Table:
+    """A line per run, and a line of means for each budget that has several seeds."""
+    table = Table(title="size and error")
+    headings = ("budget", "seed", "bytes", "test error", "validation", "accuracy loss", "density")
+    for heading in (*headings, "smaller", "time", ""):
+        left = heading in ("budget", "")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "")
+    pareto = front.pareto
+    for points in front.by_budget:
+        for point in points:
+            mark = point.message if point.state in ("done", "failed") else ""
+            if point.state != "done":
+                mark = f"{point.state}: {mark}" if mark else point.state
+            elif point in pareto:
+                mark = f"* {mark}"
+            seconds = "" if point.seconds is None else f"{point.seconds:,.0f} s"
+            last = Text(printable(mark))
+            table.add_row(point.budget, str(point.seed), *_cells(point), seconds, last)
+        mean = over_seeds(points)
+        if len(points) > 1 and mean["nbytes"] is not None:
+            size, error, validation = (mean[key] for key in ("nbytes", "error", "validation_error"))
+            table.add_row(
+                "",
+                "mean",
+                f"{size['mean']:,.0f}",
+                f"{error['mean']:.2f} ± {error['spread']:.2f} %",
+                f"{validation['mean']:.2f} ± {validation['spread']:.2f} %",
+                style="dim",
+            )
+    table.add_section()
+    for dense in front.dense:
+        errors = f"{dense.error:.2f} %", f"{dense.validation_error:.2f} %"
+        table.add_row("dense", str(dense.seed), f"{dense.nbytes:,}", *errors)
+    table.caption = (
+        "* Pareto front: no smaller file has this validation error or a lower one; accuracy loss: "
+        "points of test error added"
+    )
+    return table
+
+
+def _cells(point: Point) -> tuple[str, ...]:
+    if point.state != "done":
+        return ("",) * 6
+    assert point.density is not None
+    return (
+        f"{point.nbytes:,}",
+        f"{point.error:.2f} %",
+        f"{point.validation_error:.2f} %",
+        f"{point.drop:+.2f}",
+        f"{100 * point.density:.2f} %",
+        f"{point.ratio:.1f}x",
+    )
+
+
+def shrink_table(result: ShrinkResult) -> Table:
+    """A line for each weight that changed."""
+    table = Table("weight", "shape before", "after", title="shrunk")
+    for row in result.rows:
+        old, new = ("x".join(map(str, shape)) for shape in (row.before, row.after))
+        after = "same" if old == new else new or "removed"
+        table.add_row(Text(printable(row.name)), old or "none", after)
+    return table
+
+
+def layers_table(result: QuantizeResult) -> Table:
+    """A line for each layer."""
+    table = Table("weight", "operator", "computes in", "disturbance", "why", title="layers")
+    for layer in result.layers:
+        known = "" if layer.disturbance is None else f"{layer.disturbance:.1e}"
+        number_type = "int8" if layer.is_int8 else "float32"
+        name = Text(printable(layer.weight))
+        table.add_row(name, layer.op, number_type, known, layer.reason)
+    return table
+
+
+def benchmark_tables(benchmark: Benchmark) -> list[Table]:
+    """Tables of files, of inferences and, with a profile, of operators."""
+    opened = _table("files", "file", "bytes", "load ms", "peak memory MB")
+    for load in benchmark.loads:
+        memory = f"{load.peak_rss_bytes / 1e6:.1f}"
+        opened.add_row(_name(load.file), f"{load.nbytes:,}", f"{load.load_ms:.1f}", memory)
+    headings = ("file", "batch", "threads", "p50 ms", "p95 ms", "p99 ms", "examples/s")
+    timings = _table("inferences, interleaved", *headings, "time / first file's")
+    for timing in benchmark.timings:
+        times = (f"{ms:.3f}" for ms in (timing.p50_ms, timing.p95_ms, timing.p99_ms))
+        threads = str(timing.threads or "default")
+        cells = [str(timing.batch), threads, *times, f"{timing.throughput:,.0f}"]
+        timings.add_row(_name(timing.file), *cells, _compared(timing))
+    tables = [opened, timings]
+    if benchmark.operators:
+        headings = ("file", "batch", "threads", "operator", "kernels", "ms", "fraction")
+        operators = _table("kernels in an inference", *headings)
+        for one in benchmark.operators:
+            cells = [str(one.batch), str(one.threads or "default"), one.name]
+            figures = [str(one.kernels), f"{one.ms:.4f}", f"{100 * one.share:.0f} %"]
+            operators.add_row(_name(one.file), *cells, *figures)
+        tables.append(operators)
+    return tables
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title)
+    for heading in headings:
+        text = heading in ("file", "operator", "time / first file's")
+        table.add_column(heading, justify="left" if text else "right", no_wrap=text)
+    return table
+
+
+def _name(file: str) -> Text:
+    return Text(printable(file))
+
+
+def _compared(timing: Timing) -> str:
+    if timing.ratio is None:
+        return ""
+    if timing.interval is None:
+        return f"{timing.ratio:.2f} (too few rounds for an interval)"
+    low, high = timing.interval
+    verdict = ", within noise" if timing.is_noise else ""
+    return f"{timing.ratio:.2f} ({low:.2f} to {high:.2f}{verdict})"

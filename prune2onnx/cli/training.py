@@ -1,0 +1,250 @@
+"""The verbs that train: compress and sweep."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prune2onnx.cli.options import (
+    FIRST,
+    OUTPUT,
+    GroupedCommand,
+    option,
+    overrides_of,
+    recipe_options,
+)
+from prune2onnx.cli.output import console, must_fold, progress, say
+from prune2onnx.cli.tables import front_table, report_table, weights_table
+from prune2onnx.errors import BudgetError, Prune2OnnxError, RecipeError
+from prune2onnx.runs.history import Callbacks
+from prune2onnx.runs.recipe import read_recipe, resolve
+
+_PATH = click.Path(path_type=Path)
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("model", required=False)
+@option("-o", "--output", type=_PATH, help="folder for the run", group=FIRST)
+@option("--recipe", type=_PATH, help="YAML file with settings; options override it", group=FIRST)
+@option("--resume", type=_PATH, help="continue the run in this folder", group=FIRST)
+@option("--overwrite", is_flag=True, help="start again in a folder that holds a run", group=OUTPUT)
+@option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout", group=OUTPUT)
+@option("--cpu", is_flag=True, help="do not use a GPU", group=OUTPUT)
+@recipe_options
+def compress(
+    model: str | None,
+    output: Path | None,
+    recipe: Path | None,
+    resume: Path | None,
+    overwrite: bool,
+    cpu: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Train, prune, quantize, export, pack and validate MODEL.
+
+    MODEL is path/to/file.py:callable or package.module:callable, a function that returns an
+    nn.Module; it is called with input_shape and classes if it takes them.
+
+    \b
+    prune2onnx compress models/lenet.py:lenet_300_100 --data digits -o runs/digits
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.commands.compress import compress as run
+    from prune2onnx.runs.folder import recipe_of
+    from prune2onnx.training.fit import end_processes
+
+    overrides = overrides_of(options)
+    if resume is not None:
+        if model or output or recipe or overwrite or overrides:
+            raise RecipeError(
+                "--resume takes every setting from the run's own recipe.yaml; "
+                "give it alone, with --cpu or --json at most"
+            )
+        resolved, directory = recipe_of(resume), resume
+    else:
+        content, directory = _started(model, recipe, output, overrides, "run")
+        resolved = resolve(content, overrides, source=str(recipe or "options"))
+    try:
+        with progress() as callbacks:
+            report = run(
+                resolved,
+                directory,
+                overwrite=overwrite,
+                resume=resume is not None,
+                cpu=cpu,
+                callbacks=callbacks,
+            )
+    except KeyboardInterrupt:
+        if not (directory / "recipe.yaml").exists():
+            raise
+        say(f"continue with: prune2onnx compress --resume {directory}")
+        raise
+    end_processes()
+    if report is None:
+        return
+    console.print(weights_table(report.weights, report.compressed.nbytes))
+    console.print(report_table(report))
+    for name in ("model.onnx", "report.html"):
+        say(f"{directory / name}")
+    if as_json:
+        click.echo(report.to_json(), nl=False)
+    must_fold(report, directory / "model.onnx")
+    if report.missed:
+        missed = "; ".join(map(str, report.missed))
+        raise BudgetError(
+            f"{directory / 'model.onnx'}: {missed}; prune longer (--prune-epochs), train the last "
+            "phases longer (--tune-epochs, --quantize-epochs), or set a larger budget"
+        )
+
+
+def _started(
+    model: str | None,
+    recipe: Path | None,
+    output: Path | None,
+    overrides: dict[str, Any],
+    what: str,
+) -> tuple[dict[str, Any], Path]:
+    """The recipe's content and the folder of a new run; the model is added to the overrides."""
+    content = {} if recipe is None else read_recipe(recipe)
+    if model is not None:
+        overrides["model"] = model
+    if "model" not in content and model is None:
+        raise click.UsageError("Missing argument 'MODEL', and no recipe names one")
+    if output is None:
+        raise click.UsageError(f"Missing option '-o': the folder for the {what}")
+    return content, output
+
+
+_SWEPT = ("target_size", "target_density", "max_drop", "seed")
+"""Settings that a sweep chooses for each run."""
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("model", required=False)
+@option("-o", "--output", type=_PATH, help="folder for the sweep", group=FIRST)
+@option("--sizes", metavar="6KB,10KB", help="budgets: bytes of the whole file", group=FIRST)
+@option(
+    "--densities",
+    metavar="0.01,0.03",
+    help="budgets: surviving fraction of the pruned weights, 0-1",
+    group=FIRST,
+)
+@option(
+    "--drops",
+    metavar="0.1,0.3",
+    help="budgets: points of validation error added (accuracy loss)",
+    group=FIRST,
+)
+@option(
+    "--seeds",
+    metavar="0,1,2",
+    help="random seeds; each budget is run with each of them  [default: the recipe's]",
+    group=FIRST,
+)
+@option(
+    "--storage",
+    metavar="URL",
+    envvar="PRUNE2ONNX_STORAGE",
+    help="database, as an optuna URL, for workers on several machines  [default: sweep.db in the "
+    "folder]",
+    group=OUTPUT,
+)
+@option("--study", help="name of the sweep in that database  [default: prune2onnx]", group=OUTPUT)
+@option("--recipe", type=_PATH, help="YAML file with settings; options override it", group=FIRST)
+@option("--resume", type=_PATH, help="continue the sweep in this folder, or join it", group=FIRST)
+@option("--cpu", is_flag=True, help="do not use a GPU", group=OUTPUT)
+@option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="print the Pareto front as JSON on stdout",
+    group=OUTPUT,
+)
+@partial(recipe_options, without=("model", *_SWEPT))
+def sweep(
+    model: str | None,
+    output: Path | None,
+    sizes: str | None,
+    densities: str | None,
+    drops: str | None,
+    seeds: str | None,
+    storage: str | None,
+    study: str | None,
+    recipe: Path | None,
+    resume: Path | None,
+    cpu: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compress MODEL to each of a list of budgets, to see error against size.
+
+    MODEL and the options are those of compress. --resume continues a sweep, also in several
+    processes at the same time.
+
+    \b
+    prune2onnx sweep models/lenet.py:lenet_300_100 -o runs/front --sizes 6KB,10KB --seeds 0,1
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.commands.sweep import sweep as run
+    from prune2onnx.commands.sweep import sweep_of
+
+    overrides = overrides_of(options)
+    lists = {"sizes": sizes, "densities": densities, "drops": drops, "seeds": seeds}
+    given: dict[str, Any] = {k: v for k, v in lists.items() if v is not None}
+    if resume is not None:
+        if model or output or recipe or study or given or overrides:
+            raise RecipeError(
+                "--resume takes every setting from the sweep's own sweep.yaml; "
+                "give it alone, with --storage, --cpu or --json at most"
+            )
+        given, directory = sweep_of(resume, storage), resume
+    else:
+        content, directory = _started(model, recipe, output, overrides, "sweep")
+        if left := [name for name in _SWEPT[:3] if content.pop(name, None) is not None]:
+            say(f"{recipe}: {', '.join(left)} is ignored, since each run has a budget of its own")
+        given["recipe"] = resolve(content, overrides, source=str(recipe or "options"))
+        given |= {"storage": storage, "study": study or "prune2onnx"}
+    shown: list[Callbacks] = []  # the progress bars of the present run
+    with ExitStack() as bars:
+
+        def on_note(text: str) -> None:
+            bars.close()
+            say(text)
+            shown[:] = [bars.enter_context(progress())]
+
+        try:
+            front = run(
+                **given,
+                directory=directory,
+                resume=resume is not None,
+                cpu=cpu,
+                on_note=on_note,
+                callbacks=Callbacks(
+                    lambda step: shown[0].on_step(step), lambda epoch: shown[0].on_epoch(epoch)
+                ),
+            )
+        except KeyboardInterrupt:
+            if (directory / "sweep.yaml").exists():
+                bars.close()
+                say(f"continue with: prune2onnx sweep --resume {directory}")
+            raise
+    console.print(front_table(front))
+    for name in ("front.json", "front.svg", "report.html"):
+        say(f"{directory / name}")
+    if as_json:
+        click.echo(front.to_json(), nl=False)
+    if front.failed:
+        failures = "; ".join(f"{point.name}: {point.message}" for point in front.failed)
+        raise Prune2OnnxError(
+            f"{directory}: {len(front.failed)} of {len(front.points)} runs failed: {failures}; "
+            f"try them again with --resume {directory}"
+        )
+    if front.missed:
+        names = ", ".join(point.name for point in front.missed)
+        raise BudgetError(
+            f"{directory}: {len(front.missed)} of {len(front.points)} runs missed their budget: "
+            f"{names}; prune longer (--prune-epochs), or set larger budgets"
+        )

@@ -1,0 +1,368 @@
+"""`compress`: from a network and its data to a small ONNX file that is validated and measured.
+
+One folder holds a run: recipe.yaml (written first, so that a killed run can be continued),
+checkpoints/, dense.onnx, model.onnx, history.json (a line per epoch), report.json and report.html.
+
+This module has the order of the steps; each step lives in a module of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from prune2onnx.data import Data, batches, load_data
+from prune2onnx.errors import RecipeError
+from prune2onnx.files import write_whole
+from prune2onnx.graph.strip import strip
+from prune2onnx.packing.pack import Packed, pack
+from prune2onnx.runs.budget import Search, Trial, goals
+from prune2onnx.runs.folder import DENSE, HISTORY, MODEL, PAGE, RECIPE, REPORT
+from prune2onnx.runs.history import Callbacks, Epoch
+from prune2onnx.runs.options import Int8Options
+from prune2onnx.runs.pages.page import write_page
+from prune2onnx.runs.recipe import MACS, Recipe
+from prune2onnx.runs.report import Report
+from prune2onnx.runtime.compare import check_outputs, scores
+from prune2onnx.runtime.int8_choice import all_int8, choose, int8_error
+from prune2onnx.runtime.layer_times import layer_times
+from prune2onnx.runtime.session import session
+from prune2onnx.runtime.validate import validate
+from prune2onnx.shrinking.costs import multiply_adds
+from prune2onnx.training.augment import check_images
+from prune2onnx.training.deployment import Deployment
+from prune2onnx.training.export import Template
+from prune2onnx.training.fit import Fitted, fit, made_by_main, make_accelerator, with_epochs
+from prune2onnx.training.fold import has_batch_norm
+from prune2onnx.training.model import Network, make_model
+from prune2onnx.training.scoring import check_output, scores_of
+
+_PRICES = "prices.json"  # measured once, so that a continued run ends as an uninterrupted one
+
+
+def compress(
+    recipe: Recipe,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    resume: bool = False,
+    cpu: bool = False,
+    callbacks: Callbacks | None = None,
+) -> Report | None:
+    """Trains, prunes, quantizes, exports, packs and validates, into one folder.
+
+    Args:
+        recipe: the settings; for a run to be continued see `runs.folder.recipe_of`.
+        directory: the run's folder, made if missing.
+        overwrite: start again in a folder that holds a run.
+        resume: continue the run in `directory` from its last checkpoint; on the same machine's CPU
+            the result is the same, byte for byte, as that of an uninterrupted run.
+        cpu: do not use a GPU.
+        callbacks: called with the progress of training.
+
+    Returns:
+        The report, also written to report.json and, for people, to report.html; None in all but the
+        main process.
+
+    Raises:
+        RecipeError: the recipe does not fit the folder or the processes.
+        Prune2OnnxError: a step failed; the message names what and why.
+        MismatchError: onnxruntime disagrees with torch or with the numpy decoder.
+    """
+    directory = Path(directory)
+    _check_folder(directory, overwrite or resume)
+    model, data, template = prepared(recipe)
+    recipe = with_epochs(recipe, len(data.train))
+    accelerator = make_accelerator(recipe, cpu=cpu)
+    checkpoints = directory / "checkpoints"
+    if accelerator.is_main_process:
+        _clear(directory, everything=not resume)
+        write_whole(directory / RECIPE, recipe.to_yaml())
+    accelerator.wait_for_everyone()
+    by_main = partial(made_by_main, accelerator)
+    deployment = Deployment(
+        data.input_shape,
+        recipe.file,
+        # training folds BatchNorm before it exports the network, which changes the graph
+        template=None if has_batch_norm(model) else template,
+        rewrite=partial(all_int8, data=data) if recipe.tries_int8 else None,
+        prices=_prices(partial(template.filled, model), recipe, checkpoints / _PRICES, by_main),
+    )
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = make_model(recipe.model_copy(update={"weights": recipe.teacher}), data)
+
+    def run(model: Network, recipe: Recipe, folder: Path, start: str, stop: str) -> Fitted:
+        return fit(
+            model,
+            data,
+            recipe,
+            accelerator=accelerator,
+            checkpoints=folder,
+            resume=resume,
+            start=start,
+            stop=stop,
+            teacher=teacher,
+            deployment=deployment,
+            callbacks=callbacks,
+        )
+
+    if recipe.searches and recipe.first_phase != "tune":
+        fitted = _search(model, recipe, data, checkpoints, run, deployment)
+    else:
+        fitted = run(model, recipe, checkpoints, recipe.first_phase, "quantize")
+    if not accelerator.is_main_process:
+        return None
+    dense = teacher or make_model(recipe, data)
+    if teacher is None:
+        dense.load_state_dict(fitted.dense)
+    report = _deploy(fitted, template.filled(dense), deployment, recipe, data, directory)
+    epochs = [asdict(epoch) for epoch in fitted.history]
+    write_whole(directory / HISTORY, json.dumps(epochs, indent=1, allow_nan=False) + "\n")
+    write_whole(directory / REPORT, report.to_json())
+    write_page(directory)
+    return report
+
+
+def _check_folder(directory: Path, may_hold_a_run: bool) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise RecipeError(f"{directory}: a file, expected a folder for the run")
+    there = [name for name in (RECIPE, DENSE, MODEL, REPORT) if (directory / name).exists()]
+    if there and not may_hold_a_run:
+        raise RecipeError(
+            f"{directory}: holds a run already ({', '.join(there)}); continue it with "
+            f"--resume {directory}, start again with --overwrite, or choose another folder with -o"
+        )
+
+
+def _clear(directory: Path, *, everything: bool) -> None:
+    """Removes what an earlier run left: its results, or all of it."""
+    outdated = [directory / name for name in (DENSE, MODEL, HISTORY, REPORT, PAGE)]
+    if everything:
+        checkpoints = directory / "checkpoints"
+        # the recipe first: a kill must leave no old checkpoint beside a new recipe
+        old = checkpoints.rglob("*.safetensors")
+        outdated = [directory / RECIPE, checkpoints / _PRICES, *old, *outdated]
+    for path in outdated:
+        path.unlink(missing_ok=True)
+
+
+def _prices(
+    graph: Callable[[], onnx.ModelProto],
+    recipe: Recipe,
+    path: Path,
+    by_main: Callable[[Path, Callable[[], str]], str],
+) -> dict[str, float] | None:
+    """Milliseconds of each layer, if channels are pruned by time.
+
+    The main process measures them, and all processes read the file at `path`.
+    """
+    settings = recipe.channels
+    if not (settings.epochs and recipe.goal != "size" and settings.price == "time"):
+        return None
+
+    def measured() -> str:
+        times = layer_times(graph(), batch=settings.batch, int8=recipe.tries_int8)
+        return json.dumps(times, indent=1) + "\n"
+
+    found: dict[str, float] = json.loads(by_main(path, measured))
+    return found
+
+
+def _deploy(
+    fitted: Fitted,
+    dense: onnx.ModelProto,
+    deployment: Deployment,
+    recipe: Recipe,
+    data: Data,
+    directory: Path,
+) -> Report:
+    """Writes dense.onnx and model.onnx, and validates and measures the second against the first."""
+    write_whole(directory / DENSE, dense.SerializeToString())
+    expected = scores_of(fitted.model, data.test, recipe.batch_size)
+    shrunk = deployment.shrunk(fitted.model)
+    chosen = _packed(fitted, shrunk, deployment, recipe, data, expected)
+    packed = chosen.packed
+    write_whole(directory / MODEL, packed.model.SerializeToString())
+    report = validate(
+        directory / MODEL,
+        directory / DENSE,
+        batches=batches(data.test, recipe.batch_size),
+        rows=packed.rows,
+        expected=expected if chosen.is_float else None,
+        density=fitted.density,
+        seed=recipe.seed,
+    )
+    before, after = multiply_adds(dense), multiply_adds(shrunk)
+    return replace(
+        report,
+        dense=replace(report.dense, macs=before),
+        compressed=replace(report.compressed, macs=after),
+        budget=goals(
+            recipe,
+            nbytes=packed.model.ByteSize(),
+            density=fitted.density,
+            macs=after / before,
+            drop=chosen.error - fitted.dense_error,
+        ),
+        validation={"dense_error": fitted.dense_error, "error": chosen.error},
+        notes=(*chosen.notes, *_on_zeros(report, after / before, chosen.is_float, recipe)),
+    )
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The packed model, in float32 or int8, and its error: percent of the validation split."""
+
+    packed: Packed
+    error: float
+    is_float: bool = True
+    notes: tuple[str, ...] = ()
+
+
+def _packed(
+    fitted: Fitted,
+    shrunk: onnx.ModelProto,
+    deployment: Deployment,
+    recipe: Recipe,
+    data: Data,
+    expected: NDArray[np.float32],
+) -> _Chosen:
+    """The packed model: in int8 if that was asked for, is faster, and keeps the budgets."""
+
+    def as_float() -> Packed:
+        return deployment.pack(fitted.model, fitted.steps, rewrite=lambda graph: graph)
+
+    if not recipe.tries_int8:
+        return _Chosen(as_float(), fitted.error)
+    got, _ = scores(session(shrunk), batches(data.test, recipe.batch_size))
+    check_outputs(MODEL, got, expected)  # against torch: in int8, outputs differ
+    allowed = Int8Options.max_drop
+    if recipe.max_drop is not None:
+        allowed = max(0.0, recipe.max_drop - (fitted.error - fitted.dense_error))
+    choice = choose(shrunk, data, Int8Options(max_drop=allowed), steps=fitted.steps)
+    packed = pack(strip(choice.made.model).model, anonymize=recipe.anonymize)
+    nbytes = packed.model.ByteSize()
+    why = ""
+    if not choice.is_faster:
+        why = choice.notes[0]
+    elif recipe.target_size is not None and nbytes > recipe.target_size:
+        why = f"in int8 it would take {nbytes:,} bytes"
+    if why:
+        return _Chosen(as_float(), fitted.error, notes=(f"computes in float32: {why}",))
+    left = [layer.weight for layer in choice.made.layers if not layer.is_int8]
+    note = f"computes in int8, in {choice.timing.ratio:.2f} of the time"
+    note += f"; float32 stays {', '.join(left)}" if left else ""
+    assert choice.made.error is not None  # it was measured
+    return _Chosen(packed, choice.made.error, is_float=False, notes=(note,))
+
+
+def _on_zeros(report: Report, macs: float, is_float: bool, recipe: Recipe) -> tuple[str, ...]:
+    """A note on why zeros alone save no time, with the measured times."""
+    was, now = report.dense.latency_ms, report.compressed.latency_ms
+    if was is None or now is None or report.density == 1:
+        return ()
+    ratio = now["p50"] / was["p50"]
+    number = "float32" if is_float else "int8"
+    hint = " (--goal latency)" if recipe.goal == "size" else ""
+    return (
+        f"takes {ratio:.2f} of the dense network's time, with {100 * macs:.0f} % of its "
+        f"multiply-adds, in {number}: zeros alone save no time, because onnxruntime multiplies "
+        f"with them, too; fewer channels and int8 do{hint}",
+    )
+
+
+def _search(
+    model: Network,
+    recipe: Recipe,
+    data: Data,
+    checkpoints: Path,
+    run: Callable[[Network, Recipe, Path, str, str], Fitted],
+    deployment: Deployment,
+) -> Fitted:
+    """The smallest, or fastest, network within the allowed accuracy loss.
+
+    Each trial prunes the same dense network.
+    """
+    assert recipe.max_drop is not None
+    past: tuple[Epoch, ...] = ()
+    if recipe.first_phase == "dense":
+        dense = run(model, recipe, checkpoints, "dense", "dense")
+        model, past = dense.model, dense.history
+    aim, first = "target_macs", MACS
+    if recipe.goal == "size":
+        aim, first = "target_density", recipe.wanted_density
+    search = Search(recipe.max_drop, first, recipe.trials)
+    best: Fitted | None = None
+    while (fraction := search.next()) is not None:
+        tried = recipe.model_copy(update={aim: fraction})
+        folder = checkpoints / f"trial-{1 + len(search.trials)}"
+        fitted = run(copy.deepcopy(model), tried, folder, "prune", "quantize")
+        error = fitted.error
+        if recipe.goal == "size":
+            cost = deployment.nbytes(fitted.model, fitted.steps)
+        else:
+            cost = multiply_adds(deployment.shrunk(fitted.model))
+        if recipe.tries_int8:  # the error that int8 adds counts, too
+            error = max(error, int8_error(deployment.shrunk(fitted.model), data))
+        search.trials.append(Trial(fraction, error - fitted.dense_error, cost))
+        if search.best == len(search.trials) - 1:
+            best = replace(fitted, history=(*past, *fitted.history))
+    assert best is not None  # there is at least one trial
+    return best
+
+
+def prepared(recipe: Recipe) -> tuple[Network, Data, Template]:
+    """The network, its data and its graph, checked for what would fail after hours of training.
+
+    Raises:
+        RecipeError: the data do not fit the augmentation.
+        Prune2OnnxError: the network or the data cannot be loaded, they do not fit each other, or
+            torch cannot export the network.
+    """
+    data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
+    model = make_model(recipe, data)
+    check_images(recipe.augment, data.input_shape)
+    check_output(model, data)
+    return model, data, Template(model, data.input_shape, opset=recipe.opset)
+
+
+def train_dense(
+    recipe: Recipe,
+    directory: str | Path,
+    *,
+    cpu: bool = False,
+    callbacks: Callbacks | None = None,
+) -> Path:
+    """Runs the dense phase alone, or the rest of it, so that several prunings can start from it.
+
+    Args:
+        recipe: the settings.
+        directory: checkpoints are kept there; training continues from the last one.
+        cpu: do not use a GPU.
+        callbacks: called with the progress of training.
+
+    Returns:
+        The file of weights, for `Recipe.weights`.
+    """
+    directory = Path(directory)
+    data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
+    fit(
+        make_model(recipe, data),
+        data,
+        recipe,
+        accelerator=make_accelerator(recipe, cpu=cpu),
+        checkpoints=directory,
+        resume=True,
+        stop="dense",
+        callbacks=callbacks,
+    )
+    return directory / "dense.safetensors"

@@ -1,0 +1,139 @@
+"""`pack`: read, normalize, shrink and approximate if asked, pack, compare, write.
+
+The order of the steps, and what is reported about them; each step lives in a module of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from prune2onnx.commands.source import read
+from prune2onnx.errors import RecipeError
+from prune2onnx.graph.file import save
+from prune2onnx.graph.strip import strip
+from prune2onnx.packing.approximation.approximate import Approximation, approximate, search
+from prune2onnx.packing.inline import is_packed
+from prune2onnx.packing.pack import pack_normalized
+from prune2onnx.packing.rows import WeightRow
+from prune2onnx.runs.options import PackOptions
+from prune2onnx.runtime.compare import check_same, output_error
+from prune2onnx.runtime.session import UnrunnableError, random_inputs, session
+from prune2onnx.shrinking.shrink import shrink
+from prune2onnx.shrinking.structure import BLOCK
+
+_EXAMPLES = 256
+"""Examples for a search for the fewest bits: the first ones of the validation split."""
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What `pack_file` wrote.
+
+    Attributes:
+        rows: one per weight.
+        notes: changes besides the weights' encoding, in words.
+        nbytes_before: size of the file that was read, external data included.
+        files: the files that were written.
+    """
+
+    rows: tuple[WeightRow, ...]
+    notes: tuple[str, ...]
+    nbytes_before: int
+    files: tuple[Path, ...]
+
+
+def pack_file(
+    source: Path,
+    target: Path,
+    options: PackOptions | None = None,
+    evaluate: Callable[[ModelProto], float] | None = None,
+) -> PackResult:
+    """Packs a file.
+
+    If the graph changes (an old operator set, dead channels), outputs are compared in onnxruntime
+    before anything is written.
+
+    Args:
+        source: the file to pack.
+        target: the file to write.
+        options: by default, lossless packing.
+        evaluate: a model -> its error, for `max_rel_error`, in place of `options.data`.
+
+    Raises:
+        RecipeError: options that exclude each other, or one out of range.
+        MismatchError: onnxruntime gives other outputs than for the file that was read.
+        Prune2OnnxError: the file cannot be read, normalized, or written.
+    """
+    options = options or PackOptions()
+    if options.data is not None and options.max_rel_error is None:
+        raise RecipeError("--data is for --max-rel-error, the error on these data; give both")
+    given = read(source)
+    normal, changed = given.normal, given.is_upgraded
+    notes = list(normal.notes)
+    if options.shrink:
+        shrunk = shrink(normal.model, multiple=BLOCK)
+        normal, changed = replace(normal, model=shrunk.model), changed or bool(shrunk.rows)
+        notes += shrunk.notes
+    if changed:
+        try:
+            check_same(source.name, normal.model, given.unpacked)
+            notes.append("onnxruntime gives equal outputs before and after")
+        except UnrunnableError as error:
+            notes.append(f"not run in onnxruntime: {error}")
+    if options.strip:
+        normal = replace(normal, model=strip(normal.model).model)
+    quantized = None
+    if options.lossy:
+        made = _approximated(normal.model, options, evaluate)
+        normal, quantized = replace(normal, model=made.model), made.quantized
+        notes += made.notes
+    if options.form == "sparse-initializer":
+        from prune2onnx.packing.sparse import to_sparse
+
+        result, rows = to_sparse(normal.model)
+    else:
+        packed = pack_normalized(
+            normal, load=options.load, quantized=quantized, anonymize=options.anonymize
+        )
+        result, rows = packed.model, packed.rows
+        if not is_packed(result):
+            notes.append("packing would not make the file smaller; its weights stay dense")
+    files = save(result, target, options.external)
+    return PackResult(rows, tuple(notes), given.nbytes, files)
+
+
+def _approximated(
+    model: ModelProto, options: PackOptions, evaluate: Callable[[ModelProto], float] | None
+) -> Approximation:
+    if options.data is None and evaluate is None:
+        return approximate(
+            model, bits=options.bits, prune=options.prune, max_rel_error=options.max_rel_error
+        )
+    if options.bits is not None:
+        raise RecipeError("--bits and --max-rel-error: give one of them, it determines the other")
+    assert options.max_rel_error is not None  # pack_file made sure
+    if evaluate is None:
+        assert options.data is not None
+        evaluate = output_error(model, inputs_from(options.data, model))
+    return search(model, evaluate, options.max_rel_error, prune=options.prune)
+
+
+def inputs_from(data: str, model: ModelProto) -> list[dict[str, NDArray[Any]]]:
+    """Inputs of a model: examples of a data set, or random ones for "random".
+
+    Raises:
+        Prune2OnnxError: there are no such data.
+    """
+    opened = session(model)
+    if data == "random":
+        return [random_inputs(opened, seed) for seed in range(4)]
+    from prune2onnx.data import first, load_data
+
+    name = opened.get_inputs()[0].name
+    return [{name: x} for x in first(load_data(data).validation, _EXAMPLES)]

@@ -1,0 +1,339 @@
+"""Reads and writes ONNX files, with weights inside or in a data file beside them.
+
+Declared sizes are checked against the data before anything is allocated, and a model is never
+serialized whole where it may exceed the 2 GB of a protobuf message. Files appear whole or not at
+all. Operators are the other modules' task; how weights are coded is that of `packing`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import onnx
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.files import unwritten, write_whole
+from prune2onnx.graph.domain import DOMAIN
+from prune2onnx.graph.protobuf import MAX_NBYTES, TYPED_FIELDS, copy_but, nbytes
+from prune2onnx.graph.shapes import without_weights
+from prune2onnx.graph.tensors import check, check_loaded, declared_nbytes, external
+from prune2onnx.graph.walk import in_model, nodes_in
+
+EXTERNAL_NBYTES = 1024
+"""A smaller tensor stays in the model when a data file is written, as it does in onnx's own."""
+
+_PAGE = 4096  # onnxruntime maps a large tensor into memory where it starts on a page
+_PAGED_NBYTES = 2**20
+
+
+def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
+    """Reads an ONNX file, with external data beside it.
+
+    A truncated file may still parse, so the model is checked, too.
+
+    Args:
+        path: the .onnx file.
+        max_bytes: most bytes of external data to read; default: no limit.
+
+    Returns:
+        The model; all its tensors hold their data.
+
+    Raises:
+        Prune2OnnxError: the file is missing, unreadable, empty, above 2 GB, not ONNX or damaged; a
+            tensor's data have another size than its shape says; or external data are missing, too
+            short, outside the file's folder, or more than `max_bytes`.
+    """
+    path = Path(path)
+    model = _parsed(path)
+    if not model.graph.ByteSize() or not (
+        model.graph.node or model.graph.initializer or model.graph.sparse_initializer
+    ):
+        raise Prune2OnnxError(f"{path}: no graph in it; not an ONNX model, or cut short")
+    if not model.opset_import:
+        raise Prune2OnnxError(f"{path}: no operator set is imported; not ONNX, or cut short")
+    try:
+        _check_names(model)
+        for tensor in in_model(model):
+            check(tensor)
+    except Prune2OnnxError as error:
+        raise Prune2OnnxError(f"{path}: {error}") from error
+    _read_external(model, path, max_bytes)
+    defined = {function.name for function in model.functions if function.domain == DOMAIN}
+    for node in model.graph.node:
+        if node.domain == DOMAIN and node.op_type not in defined:
+            raise Prune2OnnxError(
+                f"{path}: {', '.join(node.output)}: its decode function {node.op_type!r} is "
+                "missing; the file is cut short"
+            )
+    try:
+        onnx.checker.check_model(without_weights(model))
+    except EncodeError:
+        return model  # more than 2 GB of weights outside initializers: onnx cannot check it
+    except (onnx.checker.ValidationError, ValueError) as error:
+        raise Prune2OnnxError(
+            f"{path}: not a valid ONNX model: {one_line(error)[:1000]}"
+        ) from error
+    return model
+
+
+def _parsed(path: Path) -> ModelProto:
+    try:
+        if path.is_dir():
+            raise Prune2OnnxError(f"{path}: a folder; give the .onnx file in it")
+        nbytes = path.stat().st_size
+        if not path.is_file():
+            raise Prune2OnnxError(f"{path}: not a file; give an .onnx file")
+        if not nbytes:
+            raise Prune2OnnxError(f"{path}: an empty file; export or copy the model again")
+        if nbytes > MAX_NBYTES:
+            raise Prune2OnnxError(
+                f"{path}: {nbytes:,} bytes, an ONNX file has at most {MAX_NBYTES:,}; "
+                "export it with external data"
+            )
+        return onnx.load(path, format="protobuf", load_external_data=False)
+    except FileNotFoundError as error:
+        raise Prune2OnnxError(f"{path}: no such file; check the path") from error
+    except OSError as error:
+        raise Prune2OnnxError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except DecodeError as error:
+        raise Prune2OnnxError(
+            f"{path}: not an ONNX model, or cut short ({one_line(error)}); export or copy it again"
+        ) from error
+
+
+def _check_names(model: ModelProto) -> None:
+    """Checks that names are text: protobuf returns bytes where they are not UTF-8."""
+    nodes = [model.graph.node, *(function.node for function in model.functions)]
+    names: set[str | bytes] = {v.name for v in (*model.graph.input, *model.graph.output)}
+    names.update(tensor.name for tensor in in_model(model))
+    names.update(entry.domain for entry in model.opset_import)
+    for function in model.functions:
+        names.update((function.domain, function.name, *function.input, *function.output))
+    for node in itertools.chain.from_iterable(map(nodes_in, nodes)):
+        names.update((node.domain, node.op_type, node.name, *node.input, *node.output))
+        names.update(attribute.name for attribute in node.attribute)
+    messages: list[ModelProto | TensorProto] = [model, *in_model(model)]
+    for message in messages:
+        names.add(message.doc_string)
+        for entry in message.metadata_props:
+            names.update((entry.key, entry.value))
+    for name in names:
+        if not isinstance(name, str):
+            raise Prune2OnnxError(
+                f"{name[:40]!r}: a name or a note that is not UTF-8; the file is damaged"
+            )
+
+
+def _read_external(model: ModelProto, path: Path, max_bytes: int | None) -> None:
+    """Loads external data in place; every size is known and checked before the first is read."""
+    tensors = [tensor for tensor in in_model(model) if external(tensor)]
+    try:
+        places = [_place(tensor, path) for tensor in tensors]
+        total = sum(nbytes for _, _, nbytes in places)
+        if max_bytes is not None and total > max_bytes:
+            raise Prune2OnnxError(
+                f"{path}: its external data take {total:,} bytes, at most {max_bytes:,} are "
+                "allowed; raise the limit, or shrink the model first"
+            )
+        for tensor, (file, offset, nbytes) in zip(tensors, places, strict=True):
+            with file.open("rb") as stream:
+                stream.seek(offset)
+                tensor.raw_data = stream.read(nbytes)
+            tensor.ClearField("data_location")
+            del tensor.external_data[:]
+            check(tensor)  # the file may have shrunk since its size was read
+    except OSError as error:
+        raise Prune2OnnxError(
+            f"{path}: external data cannot be read: {error.filename}: {error.strerror or error}; "
+            "put it beside the file"
+        ) from error
+
+
+def _place(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
+    """Where a tensor's external data are: (file, offset, nbytes)."""
+
+    def refused(what: str, advice: str = "export the model again") -> Prune2OnnxError:
+        return Prune2OnnxError(
+            f"{path}: external data cannot be read: {tensor.name}: {what}; {advice}"
+        )
+
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    posix, windows = PurePosixPath(location), PureWindowsPath(location)
+    if not posix.parts or "\0" in location:
+        raise refused(f"its location is {location!r}, expected a file name")
+    if posix.is_absolute() or windows.anchor or ".." in (*posix.parts, *windows.parts):
+        raise refused(f"{location!r} lies outside of the model's folder")
+    file = path.parent / location
+    # Where the model itself is a link, as in a download cache, its data file may link to the same
+    # folder.
+    allowed = {path.parent.resolve(), path.resolve().parent}
+    if not any(file.resolve().is_relative_to(folder) for folder in allowed):
+        raise refused(f"{location!r} links to a file outside of the model's folder")
+    if not file.exists():
+        raise refused(f"there is no file {location!r}", "put it beside the file")
+    if not file.is_file():
+        raise refused(f"{location!r} is not a file")
+    available = file.stat().st_size
+    wanted = declared_nbytes(tensor)
+    if wanted is None:
+        raise refused("data of its element type cannot be external")
+    numbers = {}
+    for key, default in (("offset", 0), ("length", wanted)):
+        text = entries.get(key, str(default))
+        if not text.isascii() or not text.isdecimal():
+            raise refused(f"its {key} is {text!r}, expected a number of bytes")
+        numbers[key] = int(text) if len(text) < 100 else 10**100
+    offset, length = numbers["offset"], numbers["length"]
+    if length != wanted:
+        raise refused(f"its length is {length:,} bytes, its shape and type take {wanted:,}")
+    if offset + length > available:
+        raise refused(
+            f"it lies at bytes {offset:,} to {offset + length:,} of {location!r}, which has "
+            f"{available:,}",
+            "the data file is cut short, copy it again",
+        )
+    return file, offset, wanted
+
+
+def save(model: ModelProto, path: str | Path, external: str | None = None) -> tuple[Path, ...]:
+    """Writes a model, whole or not at all, with a data file beside it where that is needed.
+
+    Initializers of `EXTERNAL_NBYTES` or more go to the data file. The streams of packed weights
+    stay in the model, unless it would still exceed 2 GB. The model is not modified.
+
+    Two files cannot be replaced in one step, so the old ones are first renamed to
+    `.<name>.previous`: other processes see the old pair, none, or the new pair. Where writing
+    fails, the old pair is put back.
+
+    Args:
+        model: all tensors hold their data.
+        path: the .onnx file; its folder is created.
+        external: name of the data file; default: none up to 2 GB, above `<path's name>.data`.
+
+    Returns:
+        The files written, the model first.
+
+    Raises:
+        Prune2OnnxError: a file cannot be written, `external` is not a plain file name, or the model
+            is above 2 GB without its initializers.
+    """
+    path = Path(path)
+    for tensor in in_model(model):
+        check_loaded(tensor)
+    total = nbytes(model)
+    if external is None and total <= MAX_NBYTES:
+        write_whole(path, model.SerializeToString())
+        return (path,)
+    name = f"{path.name}.data" if external is None else external
+    if name in ("", ".", "..", path.name) or {"/", "\\", "\0"} & set(name):
+        raise Prune2OnnxError(
+            f"{name!r}: not a name for a data file; give a file name without a folder, other than "
+            f"{path.name!r}"
+        )
+    streams = {n for node in model.graph.node if node.domain == DOMAIN for n in node.input}
+    shell, outside = _split(model, name, streams)
+    if nbytes(shell) > MAX_NBYTES:
+        shell, outside = _split(model, name, set())
+    if (left := nbytes(shell)) > MAX_NBYTES:
+        raise Prune2OnnxError(
+            f"{path}: {left:,} bytes without its initializers, an ONNX file has at most "
+            f"{MAX_NBYTES:,}; keep its weights as initializers of the main graph"
+        )
+    data = path.with_name(name)
+    _write_pair(path, shell.SerializeToString(), data, outside, total)
+    return (path, data)
+
+
+def _split(
+    model: ModelProto, name: str, inline: set[str]
+) -> tuple[ModelProto, list[tuple[TensorProto, int]]]:
+    """The model without its large initializers, and those: (tensor, offset in the data file)."""
+    shell = ModelProto()
+    copy_but(shell, model, "graph")
+    copy_but(shell.graph, model.graph, "initializer")
+    outside = []
+    end = 0
+    for tensor in model.graph.initializer:
+        size = declared_nbytes(tensor)
+        if size is None or size < EXTERNAL_NBYTES or tensor.name in inline:
+            shell.graph.initializer.append(tensor)
+            continue
+        offset = -(-end // _PAGE) * _PAGE if size >= _PAGED_NBYTES else end
+        end = offset + size
+        stub = shell.graph.initializer.add()
+        copy_but(stub, tensor, "raw_data", *TYPED_FIELDS)
+        stub.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", name), ("offset", offset), ("length", size)):
+            stub.external_data.add(key=key, value=str(value))
+        outside.append((tensor, offset))
+    return shell, outside
+
+
+def _write_pair(
+    path: Path, content: bytes, data: Path, outside: list[tuple[TensorProto, int]], total: int
+) -> None:
+    new = [file.with_name(f".{file.name}.partial") for file in (path, data)]
+    old = [file.with_name(f".{file.name}.previous") for file in (path, data)]
+    moved: list[tuple[Path, Path]] = []
+    placed = False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new[1].open("wb") as stream:
+            for tensor, offset in outside:
+                stream.seek(offset)
+                stream.write(_raw(tensor))
+            stream.flush()
+            os.fsync(stream.fileno())
+        with new[0].open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        try:
+            for file, previous in zip((path, data), old, strict=True):  # the model is moved first
+                if file.exists():
+                    file.replace(previous)
+                    moved.append((previous, file))
+            new[1].replace(data)
+            placed = True
+            new[0].replace(path)  # and placed last
+        except BaseException:
+            if placed:
+                data.unlink(missing_ok=True)
+            for previous, file in reversed(moved):
+                previous.replace(file)
+            raise
+        for previous in old:
+            previous.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritten(path, total, error) from error
+    finally:
+        for partial in new:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+def _raw(tensor: TensorProto) -> bytes:
+    if tensor.HasField("raw_data"):
+        return bytes(tensor.raw_data)
+    return bytes(numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data)
+
+
+def file_nbytes(path: Path) -> int:
+    """Bytes of a model: the file and its external data."""
+    total: int = path.stat().st_size
+    proto = onnx.load(path, load_external_data=False)
+    beside = {
+        entry.value
+        for tensor in proto.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for name in beside:
+        total += (path.parent / name).stat().st_size
+    return total

@@ -1,0 +1,100 @@
+"""Shapes and element types of a graph's values, inferred without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
+
+from prune2onnx.graph.protobuf import copy_but
+from prune2onnx.graph.tensors import declared_nbytes
+from prune2onnx.graph.walk import is_constant
+
+
+def without_weights(model: ModelProto, least: int = 2**16) -> ModelProto:
+    """A copy whose large initializers and constants are inputs of the graph, for type and shape.
+
+    onnx's checker and shape inference serialize a model; what values its weights have is no matter.
+
+    Args:
+        model: not modified; its large weights are not copied.
+        least: bytes from which on a tensor is left out.
+    """
+    result = ModelProto()
+    copy_but(result, model, "graph")
+    graph = result.graph
+    graph.SetInParent()
+    copy_but(graph, model.graph, "initializer", "node")
+    inputs = {value.name for value in graph.input}
+
+    def left_out(tensor: TensorProto, name: str) -> bool:
+        if (declared_nbytes(tensor) or 0) < least:
+            return False
+        if name not in inputs:
+            graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+        return True
+
+    graph.initializer.extend(t for t in model.graph.initializer if not left_out(t, t.name))
+    for node in model.graph.node:
+        if is_constant(node):
+            values = [a.t for a in node.attribute if a.name == "value" and a.HasField("t")]
+            if values and left_out(values[0], node.output[0]):
+                continue
+        graph.node.append(node)
+    return result
+
+
+def inferred(model: ModelProto, batch: int | None = None) -> ModelProto:
+    """The model `without_weights`, with the shapes of its values as far as they can be inferred.
+
+    Where inference fails, only the shapes that the model declares.
+
+    Args:
+        model: not modified.
+        batch: extent of the first axis of each input that has no initializer; default: as declared.
+    """
+    known = without_weights(model)
+    stored = {tensor.name for tensor in model.graph.initializer}
+    for value in known.graph.input[: len(model.graph.input)]:
+        dims = value.type.tensor_type.shape.dim
+        if batch is not None and dims and value.name not in stored:
+            dims[0].dim_value = batch
+    try:
+        return onnx.shape_inference.infer_shapes(known, data_prop=True)
+    except Exception:  # onnx raises several types, which have no common base
+        return known
+
+
+def values_in(graph: GraphProto) -> Iterator[ValueInfoProto]:
+    """The values that a graph declares: inputs, inner values, outputs."""
+    yield from graph.input
+    yield from graph.value_info
+    yield from graph.output
+
+
+def extents_of(value: ValueInfoProto) -> tuple[int | str, ...] | None:
+    """Extents of a value: a number, the name of a dynamic one, or "" for an unknown one.
+
+    None where the number of axes is unknown.
+    """
+    declared = value.type.tensor_type
+    if not declared.HasField("shape"):
+        return None
+    dims = declared.shape.dim
+    return tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims)
+
+
+def shapes_of(model: ModelProto, batch: int | None = None) -> dict[str, list[int]]:
+    """Shapes of a graph's values; an unknown extent is 0.
+
+    Args:
+        model: not modified.
+        batch: examples at a time; default: as the model declares.
+    """
+    shapes = ((value.name, extents_of(value)) for value in values_in(inferred(model, batch).graph))
+    return {
+        name: [extent if isinstance(extent, int) else 0 for extent in extents]
+        for name, extents in shapes
+        if extents is not None
+    }

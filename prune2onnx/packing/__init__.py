@@ -1,0 +1,1 @@
+"""Packing: weights as short streams that any onnxruntime decodes; lossless, or approximated."""

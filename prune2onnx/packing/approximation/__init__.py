@@ -1,0 +1,1 @@
+"""Approximation without training: fewer levels, zeros and half precision for trained weights."""

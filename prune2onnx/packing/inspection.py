@@ -1,0 +1,144 @@
+"""Reads how the weights of a file are stored, and what other forms of them would take.
+
+Runs nothing in onnxruntime: the cost of a load is an estimate here; `runtime.validate` measures it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from prune2onnx.graph.domain import DOMAIN, MARK
+from prune2onnx.graph.protobuf import framed
+from prune2onnx.graph.tensors import array_of, densified
+from prune2onnx.packing.codecs import entropy_nbytes
+from prune2onnx.packing.inline import is_packed, outlined
+from prune2onnx.packing.rows import WeightRow
+from prune2onnx.packing.sparse import CODEC as SPARSE
+from prune2onnx.packing.sparse import sparse_nbytes, within
+from prune2onnx.packing.unpack import MAX_BYTES, Coded, coded
+
+# Fitted to what `prune2onnx validate` measures with onnxruntime 1.32 on a server's core: the time
+# to fold an operator and to make a byte of its result, and the memory held for each such byte.
+_NODE_MS = 0.07
+_NBYTE_MS = 1.0e-6
+_HELD = 1.6
+
+# Other forms are measured for this many dense bytes only, at 10 to 100 MB/s: a small file may
+# decode to gigabytes, and its reader should not wait for minutes.
+_FREE_NBYTES = 1 << 26
+_NBYTES_PER_BYTE = 32
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """How the weights of a model are stored.
+
+    Attributes:
+        rows: one per weight: the coded ones, then initializers in the file's order.
+        load_ms: about how much decoding adds to the creation of a session; 0 if nothing is packed.
+        load_nbytes: about how much memory decoding adds meanwhile.
+        warning: what another tool did to a packed file; "" where none did.
+    """
+
+    rows: tuple[WeightRow, ...]
+    load_ms: float
+    load_nbytes: int
+    warning: str
+
+
+def inspect(
+    model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = None
+) -> Inspection:
+    """Reads how each weight of a model is stored: packed, dense, or as a sparse initializer.
+
+    Other forms are measured until the weights decode to more than 64 MiB and 32 times the size of
+    the file; the rows from there on leave them out.
+
+    Args:
+        model: any; external data must be loaded.
+        max_bytes: the largest array that decoding may make, and the most bytes that all sparse
+            initializers together may take when they are dense.
+        known: its decoded weights (`coded`), if they are at hand.
+
+    Raises:
+        Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
+    """
+    left_over = inflated(model)
+    model = outlined(model)
+    found = coded(model, max_bytes) if known is None else known
+    streams = {name for node in model.graph.node if node.domain == DOMAIN for name in node.input}
+    left = _FREE_NBYTES + _NBYTES_PER_BYTE * sum(t.ByteSize() for t in model.graph.initializer)
+    rows = []
+
+    def add(name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str = "") -> None:
+        nonlocal left
+        left -= array.nbytes
+        rows.append(_row(name, array, codec, nbytes, reason, measured=left >= 0))
+
+    for name, array in found.arrays.items():
+        add(name, array, *found.how[name])
+    for tensor in model.graph.initializer:
+        if tensor.name not in streams:
+            nbytes = framed(tensor.ByteSize())
+            add(tensor.name, array_of(tensor), "dense", nbytes, "stored dense in the file")
+    allowed = max_bytes
+    for sparse in model.graph.sparse_initializer:
+        allowed = within(allowed, sparse)
+        array = array_of(densified(sparse))
+        add(sparse.values.name, array, SPARSE, framed(sparse.ByteSize()))
+    return Inspection(
+        tuple(rows),
+        _NODE_MS * found.nodes + _NBYTE_MS * found.work_nbytes,
+        int(_HELD * found.work_nbytes),
+        left_over,
+    )
+
+
+def inflated(model: ModelProto) -> str:
+    """What another tool did to a packed file; "" for a file that is packed or never was.
+
+    A file was packed once if it imports the decode call's operator set or has a metadata entry of
+    ours (onnxscript's optimizer removes imports without a call).
+    """
+    ours = any(entry.domain == DOMAIN for entry in model.opset_import)
+    ours |= any(str(entry.key).split(".")[0] == MARK for entry in model.metadata_props)
+    if not ours or is_packed(model):
+        return ""
+    left = constant_nodes(model)
+    if left:
+        what = f"another tool took its decoder apart, {left} nodes of it are left"
+    else:
+        what = "another tool made its weights dense again"
+    return f"this file was packed once, and {what}; unpack, treat, and pack again as the last step"
+
+
+def constant_nodes(model: ModelProto) -> int:
+    """Nodes that depend on no input of the graph, except those that dense files have, too."""
+    constant = {""} | {tensor.name for tensor in model.graph.initializer}
+    constant |= {sparse.values.name for sparse in model.graph.sparse_initializer}
+    count = 0
+    for node in model.graph.node:
+        if all(name in constant for name in node.input):
+            constant.update(node.output)
+            count += node.op_type not in ("Constant", "DequantizeLinear", "Identity", "Transpose")
+    return count
+
+
+def _row(
+    name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str, *, measured: bool
+) -> WeightRow:
+    row = WeightRow.of(name, array, codec, nbytes, reason)
+    if not measured or array.dtype.kind in "Oc":
+        return row
+    return replace(
+        row,
+        entropy_nbytes=entropy_nbytes(array),
+        sparse_nbytes=sparse_nbytes(array, name),
+        zipped_nbytes=len(zlib.compress(np.ascontiguousarray(array).tobytes())),
+    )

@@ -1,0 +1,267 @@
+"""Decodes packed models in numpy: back to dense ones, bit for bit, or weight by weight.
+
+A file carries its own decoder, so files of every version are read. A file is not trusted: sizes
+are checked before anything is allocated, and time and memory are bounded (`codecs.limits`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.graph.domain import DOMAIN, MARK, OP
+from prune2onnx.graph.protobuf import copy_but, framed, keep
+from prune2onnx.graph.tensors import element_type
+from prune2onnx.packing.codecs import decode, described, entropy_nbytes
+from prune2onnx.packing.codecs.evaluator import weights_of
+from prune2onnx.packing.codecs.limits import Budget
+from prune2onnx.packing.codecs.operators import stored
+from prune2onnx.packing.inline import outlined
+
+FUNCTIONS_IR = 8
+"""The first IR version with model-local functions; onnxruntime 1.17 reads up to IR 9."""
+
+MAX_BYTES = 1 << 31
+"""Largest array that decoding a file may make, by default."""
+
+IR_KEY = "prune2onnx.ir_version"
+
+NOTES_KEY = "prune2onnx.tensors"
+
+_KEYS = (MARK, IR_KEY, NOTES_KEY)
+
+
+Decoding = tuple[NodeProto, dict[str, NDArray[Any]]]
+"""A decode call and its outputs by name."""
+
+
+def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = None) -> ModelProto:
+    """The dense model: every weight an initializer again, bit for bit, in its old place.
+
+    A model that is not packed comes back as an equal copy. The model given is not modified.
+
+    Args:
+        model: packed by any version.
+        max_bytes: the largest array that decoding may make.
+        known: its decoded weights (`coded`), if they are at hand.
+
+    Raises:
+        Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
+    """
+    result = ModelProto()
+    model = outlined(model)
+    calls = _calls(model)
+    if not calls and not any(entry.domain == DOMAIN for entry in model.opset_import):
+        result.CopyFrom(model)
+        return result
+    try:
+        copy_but(result, model, "graph")
+        copy_but(result.graph, model.graph, "initializer", "node")
+    except UnicodeDecodeError as error:
+        raise Prune2OnnxError("a name that is not UTF-8; the file is damaged") from error
+    streams = {source for node in calls for source in node.input}
+    result.graph.initializer.extend(
+        tensor for tensor in model.graph.initializer if tensor.name not in streams
+    )
+    props = {entry.key: entry.value for entry in model.metadata_props}
+    notes = _notes(props)
+    declared = _declared_types(model)
+    place = 0
+    budget = _budget(model, max_bytes)
+    for node, decoded in _decodings(model, budget) if known is None else known.of(calls):
+        for name, facts in zip(list(decoded), described(node), strict=True):
+            place = min(place + max(facts.skip, 0), len(result.graph.initializer))
+            result.graph.initializer.insert(place, TensorProto())
+            tensor = result.graph.initializer[place]
+            _fill(tensor, name, decoded.pop(name), declared.get(name), budget)
+            for key, value in notes.get(name, {}).items():
+                if key == "doc_string":
+                    tensor.doc_string = value
+                else:
+                    tensor.metadata_props.add(key=key.removeprefix("."), value=value)
+            place += 1
+    result.graph.node.extend(node for node in model.graph.node if node.domain != DOMAIN)
+    keep(result.functions, lambda function: function.domain != DOMAIN)
+    keep(result.opset_import, lambda entry: entry.domain != DOMAIN)
+    if IR_KEY in props:
+        version = props[IR_KEY]
+        if version not in map(str, range(1, FUNCTIONS_IR)):
+            raise Prune2OnnxError(
+                f"{IR_KEY}: {version[:20]!r}, expected a number below {FUNCTIONS_IR}; "
+                "the file is damaged"
+            )
+        result.ir_version = int(version)
+    keep(result.metadata_props, lambda entry: entry.key not in _KEYS)
+    return result
+
+
+@dataclass(frozen=True)
+class Coded:
+    """The decoded weights of a packed model, and what decoding takes.
+
+    Attributes:
+        arrays: weight name -> decoded array.
+        how: weight name -> (codec, its bytes in the file).
+        nodes: operators that a runtime folds to decode them.
+        work_nbytes: bytes of those operators' results.
+    """
+
+    arrays: Mapping[str, NDArray[Any]]
+    how: Mapping[str, tuple[str, int]]
+    nodes: int
+    work_nbytes: int
+
+    def of(self, calls: Iterable[NodeProto]) -> Iterator[Decoding]:
+        """The outputs of each decode call."""
+        for node in calls:
+            yield node, {name: self.arrays[name] for name in node.output}
+
+
+def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
+    """Decodes every coded weight in numpy: the oracle for what onnxruntime decodes.
+
+    Raises:
+        Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
+    """
+    model = outlined(model)
+    arrays: dict[str, NDArray[Any]] = {}
+    how: dict[str, tuple[str, int]] = {}
+    sizes = {tensor.name: framed(tensor.ByteSize()) for tensor in model.graph.initializer}
+    budget = _budget(model, max_bytes)
+    for node, decoded in _decodings(model, budget):
+        if twice := arrays.keys() & decoded.keys():
+            raise Prune2OnnxError(f"{min(twice)}: decoded twice; the file is damaged")
+        arrays |= decoded
+        nbytes = framed(node.ByteSize()) + sum(sizes[source] for source in node.input)
+        bounds = {name: 1 + entropy_nbytes(array) for name, array in decoded.items()}
+        for name, facts in zip(decoded, described(node), strict=True):
+            if facts.method is not None:
+                how[name] = (facts.method.name, facts.nbytes)
+            else:
+                codec = "written out" if node.op_type == OP else f"version 1: {node.op_type}"
+                how[name] = (codec, round(nbytes * bounds[name] / sum(bounds.values())))
+    return Coded(arrays, how, budget.nodes, budget.nbytes)
+
+
+def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = None) -> ModelProto:
+    """A model of nothing but the decode calls and their streams; its outputs are the weights.
+
+    Args:
+        model: a packed model.
+        arrays: its decoded weights (`coded`), if they are at hand.
+    """
+    model = outlined(model)
+    calls = _calls(model)
+    streams = {source for node in calls for source in node.input}
+    graph = GraphProto(name="decode", node=calls)
+    graph.initializer.extend(t for t in model.graph.initializer if t.name in streams)
+    declared = _declared_types(model)
+    for name, array in (coded(model).arrays if arrays is None else arrays).items():
+        number = declared.get(name) or helper.np_dtype_to_tensor_dtype(array.dtype)
+        graph.output.append(helper.make_tensor_value_info(name, number, array.shape))
+    result = ModelProto(ir_version=model.ir_version, graph=graph)
+    result.opset_import.extend(e for e in model.opset_import if e.domain in ("", DOMAIN))
+    result.functions.extend(f for f in model.functions if f.domain == DOMAIN)
+    return result
+
+
+def verify(model: ModelProto) -> None:
+    """Decodes every coded weight and compares each decode call's checksum.
+
+    Raises:
+        Prune2OnnxError: they do not agree.
+    """
+    for _ in _decodings(model, _budget(model, MAX_BYTES)):
+        pass
+
+
+def _calls(model: ModelProto) -> list[NodeProto]:
+    return [node for node in model.graph.node if node.domain == DOMAIN]
+
+
+def _budget(model: ModelProto, max_bytes: int) -> Budget:
+    """What the decoding of a model may use."""
+    wanted = {source for node in _calls(model) for source in node.input}
+    streams = (t for t in model.graph.initializer if t.name in wanted)
+    return Budget(max_bytes, sum(tensor.ByteSize() for tensor in streams))
+
+
+def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
+    """Each decode call and its outputs."""
+    stored_as = {tensor.name: tensor for tensor in model.graph.initializer}
+    functions: dict[str, FunctionProto] = {}
+    for function in model.functions:
+        if function.domain == DOMAIN and function.name in functions:
+            raise Prune2OnnxError(
+                f"two decode functions are called {function.name!r}; the file is damaged"
+            )
+        if function.domain == DOMAIN:
+            functions[function.name] = function
+    arrays: dict[str, NDArray[Any]] = {}
+    for node in _calls(model):
+        for name in (*node.input, *node.output):
+            if not isinstance(name, str):
+                raise Prune2OnnxError(f"{name!r}: a name that is not UTF-8; the file is damaged")
+        for name in node.input:
+            if name in arrays:
+                continue
+            if name not in stored_as:
+                raise Prune2OnnxError(
+                    f"{weights_of(node)}: the stream {name!r} is missing; the file is damaged"
+                )
+            try:
+                arrays[name] = stored(stored_as[name], budget)
+            except (Prune2OnnxError, ValueError, TypeError, KeyError, OverflowError) as error:
+                raise Prune2OnnxError(
+                    f"{weights_of(node)}: the stream {name!r} is damaged: {one_line(error)[:300]}"
+                ) from error
+        yield node, decode(node, [arrays[name] for name in node.input], functions, budget)
+
+
+def _notes(props: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Doc strings and metadata of the coded weights: name -> field -> text."""
+    try:
+        notes = json.loads(props.get(NOTES_KEY, "{}"))
+        for fields in notes.values():
+            for text in (*fields, *fields.values()):
+                text.encode()  # fails unless it is text, and without half a surrogate pair
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise Prune2OnnxError(
+            f"{NOTES_KEY}: not the notes of weights in JSON: {one_line(error)[:200]}; "
+            "the file is damaged, remove that metadata entry"
+        ) from error
+    return cast("dict[str, dict[str, str]]", notes)
+
+
+def _declared_types(model: ModelProto) -> dict[str, int]:
+    """Element types that value_info declares."""
+    return {
+        value.name: value.type.tensor_type.elem_type
+        for value in model.graph.value_info
+        if value.type.HasField("tensor_type")
+    }
+
+
+def _fill(
+    tensor: TensorProto, name: str, array: NDArray[Any], declared: int | None, budget: Budget
+) -> None:
+    """Fills a tensor with a decoded weight; `declared` is the element type in the model."""
+    try:
+        budget.check(array.shape, array.dtype)
+    except Prune2OnnxError as error:
+        raise Prune2OnnxError(f"{name}: unpacking needs {error}") from error
+    budget.keep(array.nbytes)
+    tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+    if declared and declared != tensor.data_type:
+        raise Prune2OnnxError(
+            f"{name}: decodes to {element_type(tensor)}, the model declares element type "
+            f"{declared}; the file is damaged"
+        )
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))

@@ -1,0 +1,441 @@
+"""Learned thresholds on the weights of a module: prune, penalty, density, bake, hold_zeros.
+
+These calls are all a training loop needs::
+
+    prune(model)                                   # before the optimizer is made
+    loss = task_loss(model(x), y) + 1e-5 * penalty(model)
+    masks = bake(model)                            # plain parameters again, with exact zeros
+    hold_zeros(model, masks)                       # which stay zero in fine-tuning
+
+Built on `torch.nn.utils.parametrize`: the dense tensor stays at `parametrizations.weight.original`
+and keeps its identity, so an optimizer that holds it goes on. Thresholds on whole channels are in
+`channels`; the training loop is in `training`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
+from prune2onnx.pruning.granularity import GRANULARITIES
+from prune2onnx.pruning.rate import survivor_bits
+from prune2onnx.pruning.selection import (
+    channel_axis,
+    check_ties,
+    check_weight,
+    prunable_weights,
+    select,
+    selected_weights,
+)
+
+
+@dataclass(frozen=True)
+class LayerDensity:
+    """Survivors of one weight.
+
+    Attributes:
+        name: the weight's name in the unpruned state_dict.
+        nnz: elements that survive.
+        size: elements.
+        threshold: the learned threshold, or the mean of one per channel, in units of the group's
+            measure; None for a weight without one.
+    """
+
+    name: str
+    nnz: int
+    size: int
+    threshold: float | None
+
+    @property
+    def density(self) -> float:
+        """Survivors over elements, 0-1."""
+        return self.nnz / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class Density:
+    """Survivors of all pruned weights, per layer and in total."""
+
+    layers: tuple[LayerDensity, ...]
+
+    @property
+    def nnz(self) -> int:
+        """Surviving elements over all layers."""
+        return sum(layer.nnz for layer in self.layers)
+
+    @property
+    def size(self) -> int:
+        """Elements over all layers."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def total(self) -> float:
+        """Survivors over elements of all layers, 0-1."""
+        return self.nnz / self.size if self.size else 0.0
+
+
+class _LearnedThreshold(nn.Module):
+    """The parametrization of one weight: w, t -> w~.
+
+    t = scale * softplus(rho), so it is positive whatever the optimizer does to rho. `scale` is the
+    root mean square of the weight's measures when pruning began; the sharpness beta is relative to
+    it, too. In training mode the pruning function is used as it is; in evaluation mode all that is
+    within the threshold is exactly zero, as after `bake`.
+
+    Channels are treated differently. Those of a layer have similar measures, so most would come
+    near the threshold at once; the network would rely on what the function passes there, and lose
+    all of them together. So a channel is whole or exactly zero in training, too (with the
+    function's slope as a straight-through gradient), pruned ones do not come back, and the penalty
+    moves thresholds only, not weights.
+    """
+
+    scale: Tensor
+    gone: Tensor | None
+
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        channel_axis: int,
+        *,
+        function: str,
+        granularity: str,
+        per_channel: bool,
+        beta: float,
+        start: float,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.beta = beta
+        self.importance = 1.0
+        self.bits: Tensor | None = None  # of each element, once `weigh_by_bits` has set them
+        self.function = FUNCTIONS[function]
+        self.granularity = GRANULARITIES[granularity](channel_axis)
+        with torch.no_grad():
+            scale = weight.detach().float().square().mean().sqrt()
+            if not scale > 0:  # an all-zero weight has no scale: use that of an initialiser
+                scale = torch.tensor((weight.numel() / weight.shape[channel_axis]) ** -0.5)
+        shape = [1] * weight.ndim
+        if per_channel:
+            shape[channel_axis] = weight.shape[channel_axis]
+        rho = torch.expm1(torch.tensor(start)).log()  # softplus(rho) = start
+        self.rho = nn.Parameter(
+            torch.full(shape, float(rho), device=weight.device, dtype=weight.dtype)
+        )
+        self.register_buffer("scale", scale.to(weight.device, weight.dtype))
+        gone = None
+        if granularity == "channel":
+            with torch.no_grad():
+                gone = torch.zeros_like(self.granularity.measure(weight), dtype=torch.bool)
+        self.register_buffer("gone", gone)
+
+    def threshold(self) -> Tensor:
+        """The threshold t > 0, [1, ..., 1] or [1, ..., channels, ..., 1]."""
+        return self.scale * nn.functional.softplus(self.rho)
+
+    def alive(self, w: Tensor) -> Tensor:
+        """Bool, of w's shape: whether each element survives."""
+        over = self.granularity.measure(w).abs() > self.threshold()
+        if self.gone is not None:
+            over = over & ~self.gone
+        return over.expand_as(w)
+
+    def survivors(self, w: Tensor) -> Tensor:
+        """Differentiable number of surviving elements, or of their bytes; a scalar."""
+        measure = self.granularity.measure(w)
+        sharpness = self.beta / self.scale
+        if self.gone is not None:
+            measure = measure.detach()
+        gate = differentiable(survivor_gate, measure, self.threshold(), sharpness)
+        if self.gone is not None:
+            gate = gate * ~self.gone
+        if self.bits is None:
+            return gate.sum() * (w.numel() / measure.numel())
+        nbytes = self.bits.expand_as(w).sum_to_size(measure.shape) / 8
+        return (gate * nbytes).sum()
+
+    def forward(self, w: Tensor) -> Tensor:
+        measure = self.granularity.measure(w)
+        sharpness = self.beta / self.scale
+        pruned = differentiable(self.function, measure, self.threshold(), sharpness)
+        w_pruned = self.granularity.spread(w, pruned)
+        if self.training:
+            if self.gone is None:
+                return w_pruned
+            with torch.no_grad():
+                self.gone.logical_or_(measure <= self.threshold())
+        hard = torch.where(self.alive(w), w_pruned, torch.zeros_like(w_pruned))
+        return w_pruned + (hard - w_pruned).detach() if self.training else hard
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Where a learned threshold sits: a weight and every module that shares it."""
+
+    threshold: _LearnedThreshold
+    original: nn.Parameter
+    modules: tuple[nn.Module, ...]
+
+
+def _sites(model: nn.Module) -> Iterator[_Site]:
+    """The learned thresholds of a model, each once, in the order of its modules."""
+    found: dict[int, tuple[_LearnedThreshold, nn.Parameter, list[nn.Module]]] = {}
+    for module in model.modules():
+        if not parametrize.is_parametrized(module, "weight"):
+            continue
+        chain = cast(Any, module).parametrizations.weight
+        if isinstance(chain[0], _LearnedThreshold):
+            found.setdefault(id(chain.original), (chain[0], chain.original, []))[2].append(module)
+    for threshold, original, modules in found.values():
+        yield _Site(threshold, original, tuple(modules))
+
+
+def _known(value: str, table: Mapping[str, Any], what: str) -> None:
+    if value not in table:
+        near = difflib.get_close_matches(value, table, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(f"{what} {value!r} is not one of {', '.join(table)}{hint}")
+
+
+def prune(
+    model: nn.Module,
+    *,
+    function: str = "threshold-linear",
+    granularity: str = "weight",
+    thresholds: str = "layer",
+    beta: float = 10.0,
+    start: float = 0.05,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    balance: float = 0.0,
+    importance: Mapping[str, float] | None = None,
+) -> nn.Module:
+    """Puts a learned threshold on the weights of a model, in place.
+
+    Make the optimizer after this call, so that it holds the thresholds (`thresholds_of` lists
+    them, for a group of their own).
+
+    Args:
+        model: any module; Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers are considered.
+        function: a name in `FUNCTIONS`.
+        granularity: "weight", or "channel": an output channel is pruned as a whole.
+        thresholds: one per "layer", or one per "channel".
+        beta: sharpness of the pruning function, in 1 / the weight's root mean square.
+        start: first threshold, in root mean squares of the weight.
+        include: patterns (fnmatch) of the weights to prune, such as "fc1" or "features.*".
+        exclude: patterns of weights among those not to prune.
+        balance: weights the penalty by (size / largest size) ** balance, so that small layers,
+            usually important ones, are pruned less; 0 counts every element alike.
+        importance: pattern -> another factor on the penalty of the weights it matches.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RecipeError: an unknown choice, a number out of range, a pattern that matches nothing.
+        Prune2OnnxError: no layer to prune, a weight that is not finite, not initialised or
+            already parametrized; the model is left as it was.
+    """
+    _known(function, FUNCTIONS, "pruning function")
+    _known(granularity, GRANULARITIES, "granularity")
+    _known(thresholds, {"layer": 0, "channel": 0}, "thresholds")
+    for value, what in ((beta, "beta"), (start, "start")):
+        if not 0 < value < float("inf"):
+            raise RecipeError(f"{what} is {value}, expected a positive number")
+    if not 0 <= balance < float("inf"):
+        raise RecipeError(f"balance is {balance}, expected zero or a positive number")
+    holders = prunable_weights(model)
+    factors = dict.fromkeys(holders, 1.0)
+    for pattern, factor in (importance or {}).items():
+        if not 0 <= factor < float("inf"):
+            raise RecipeError(f"importance of {pattern!r} is {factor}, expected a number from 0 on")
+        for name in select(list(holders), (pattern,), "importance"):
+            factors[name] *= factor
+
+    planned: list[tuple[_LearnedThreshold, tuple[nn.Module, ...]]] = []
+    for name in selected_weights(model, include, exclude):
+        modules = holders[name]
+        if any(parametrize.is_parametrized(module, "weight") for module in modules):
+            raise Prune2OnnxError(
+                f"{name}: already parametrized; bake or remove that parametrization first, "
+                "or exclude the layer"
+            )
+        weight = modules[0].weight
+        if not isinstance(weight, nn.Parameter):
+            raise Prune2OnnxError(
+                f"{name}: a {type(weight).__name__} computed by the layer, expected a parameter; "
+                "remove the old-style weight_norm or spectral_norm, or exclude the layer"
+            )
+        check_weight(name, weight)
+        check_ties(name, weight, modules, model)
+        axis = channel_axis(modules[0])
+        learned = _LearnedThreshold(
+            name,
+            weight,
+            axis,
+            function=function,
+            granularity=granularity,
+            per_channel=thresholds == "channel",
+            beta=beta,
+            start=start,
+        )
+        learned.importance = factors[name]
+        planned.append((learned, modules))
+    largest = max(modules[0].weight.numel() for _, modules in planned)  # type: ignore[operator]
+    for learned, modules in planned:
+        size = cast(Tensor, modules[0].weight).numel()
+        learned.importance *= (size / largest) ** balance
+        learned.train(modules[0].training)
+        for module in modules:
+            parametrize.register_parametrization(module, "weight", learned)
+    return model
+
+
+def weigh_by_bits(model: nn.Module) -> None:
+    """Makes `penalty` count bytes: what each survivor takes in a file, by its current neighbours.
+
+    Call it again from time to time, as neighbours change.
+    """
+    with torch.no_grad():
+        for site in _sites(model):
+            site.threshold.bits = survivor_bits(site.threshold.alive(site.original))
+
+
+def penalty(model: nn.Module) -> Tensor:
+    """Differentiable number of surviving weights, the regulariser; a scalar.
+
+    sum over layers of importance * sum sigma(beta (|measure| - t)), times the group's size where a
+    group has many elements. After `weigh_by_bits` each element counts with the bytes it takes. The
+    project's own choice (the paper's regulariser is not used).
+
+    Raises:
+        Prune2OnnxError: the model has no learned threshold.
+    """
+    counts = [
+        site.threshold.importance * site.threshold.survivors(site.original)
+        for site in _sites(model)
+    ]
+    if not counts:
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: no learned threshold; call prune(model) first"
+        )
+    return torch.stack(counts).sum()
+
+
+def thresholds_of(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters behind the learned thresholds, for an optimizer group of their own."""
+    return [site.threshold.rho for site in _sites(model)]
+
+
+def scale_thresholds(model: nn.Module, factor: float) -> None:
+    """Multiplies every learned threshold by one factor, in place."""
+    with torch.no_grad():
+        for site in _sites(model):
+            site.threshold.rho.copy_(scaled(site.threshold.rho, factor))
+
+
+def scaled(rho: Tensor, factor: float) -> Tensor:
+    """The rho for which softplus(rho) is larger by a factor."""
+    t = nn.functional.softplus(rho.double()) * factor
+    return t + torch.log(-torch.expm1(-t))  # softplus's inverse, exact for large and small t
+
+
+def survivors(model: nn.Module) -> Tensor:
+    """Number of elements above their thresholds, a scalar on the model's device (no sync)."""
+    with torch.no_grad():
+        return sum(
+            (site.threshold.alive(site.original).sum() for site in _sites(model)),
+            start=torch.zeros((), dtype=torch.int64),
+        )
+
+
+def density(model: nn.Module) -> Density:
+    """Survivors per layer and in total, before or after `bake`.
+
+    Counts the weights that have a learned threshold; in a model without any, the nonzeros of every
+    Linear and convolution weight.
+    """
+    with torch.no_grad():
+        layers = tuple(
+            LayerDensity(
+                site.threshold.name,
+                int(site.threshold.alive(site.original).sum()),
+                site.original.numel(),
+                float(site.threshold.threshold().mean()),
+            )
+            for site in _sites(model)
+        )
+        if not layers:
+            weights = {n: cast(Tensor, m[0].weight) for n, m in prunable_weights(model).items()}
+            layers = tuple(
+                LayerDensity(name, int(torch.count_nonzero(weight)), weight.numel(), None)
+                for name, weight in weights.items()
+            )
+    return Density(layers)
+
+
+def bake(model: nn.Module) -> dict[str, Tensor]:
+    """Turns learned thresholds into exact zeros and leaves plain parameters, in place.
+
+    Survivors take the value of the pruning function, so the model's output in evaluation mode is
+    the same before and after. Names, dtype, device and the parameters' identity are kept.
+
+    Returns:
+        Weight name -> bool mask of the weight's shape, True where it survived.
+
+    Raises:
+        Prune2OnnxError: the model has no learned threshold.
+    """
+    sites = list(_sites(model))
+    if not sites:
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: no learned threshold to bake; call prune(model) first"
+        )
+    masks: dict[str, Tensor] = {}
+    for site in sites:
+        with torch.no_grad():
+            site.threshold.eval()
+            baked = site.threshold(site.original)
+            masks[site.threshold.name] = site.threshold.alive(site.original).clone()
+            site.original.copy_(baked)
+        for module in site.modules:
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    return masks
+
+
+def hold_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> Callable[[], None]:
+    """Keeps pruned elements at zero while the survivors are trained on.
+
+    Their gradients become zero, so an optimizer that does not update a zero element with zero
+    gradients (SGD, Adam, AdamW) never moves them. Make a new optimizer first: an old one still has
+    their momentum.
+
+    Args:
+        model: the baked model.
+        masks: what `bake` returned.
+
+    Returns:
+        A function that ends this.
+    """
+    handles: list[RemovableHandle] = []
+    for name, mask in masks.items():
+        parameter = model.get_parameter(name)
+        if parameter.requires_grad:  # a frozen one does not move
+            hook = partial(torch.mul, mask)
+            handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
+
+    def release() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return release

@@ -1,0 +1,1 @@
+"""The settings and results of runs as data: recipe, budgets, history, report, Pareto front."""

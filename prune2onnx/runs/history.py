@@ -1,0 +1,72 @@
+"""What training reports: each step, each epoch (an entry of history.json), and the callbacks.
+
+A module of its own, so that a run can be read, and progress shown, without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """The progress of training, for a progress bar; losses are up to 16 steps old."""
+
+    phase: str
+    epoch: int
+    epochs: int
+    step: int
+    steps: int
+    loss: float
+    density: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The result of one epoch.
+
+    Attributes:
+        phase: one of `recipe.PHASES`; in files of version 0.1 also "narrow" (now "channels") or
+            "share" (now "quantize").
+        epoch: 1 to `epochs`.
+        epochs: of this phase.
+        loss: mean training loss, penalty included.
+        density: survivors over elements of the pruned weights, 0-1; while channels are pruned, the
+            remaining fraction of their cost.
+        validation_error: percent of the validation split.
+        validation_loss: mean cross entropy on it.
+        seconds: wall-clock time, evaluation included.
+        densities: of each pruned weight, 0-1, by name; while channels are pruned, of each layer's
+            channels.
+        thresholds: learned ones, by the weight's name, mean over channels; in the weight's units,
+            and while channels are pruned in those of `ChannelThresholds.measure`.
+    """
+
+    phase: str
+    epoch: int
+    epochs: int
+    loss: float
+    density: float
+    validation_error: float
+    validation_loss: float
+    seconds: float
+    densities: dict[str, float]
+    thresholds: dict[str, float]
+
+
+def _ignore(_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Functions that are called with the progress of training, in the main process.
+
+    Attributes:
+        on_step: called every few steps.
+        on_epoch: called after each epoch.
+    """
+
+    on_step: Callable[[Step], None] = _ignore
+    on_epoch: Callable[[Epoch], None] = _ignore

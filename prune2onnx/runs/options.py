@@ -1,0 +1,79 @@
+"""Options of the verbs that take ONNX files, and the only definition of their defaults.
+
+Data only, so that the command line needs none of the libraries that do the work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """Options of a packed file.
+
+    Attributes:
+        load: "small" or "fast", as for `packing.pack`.
+        form: "packed", or "sparse-initializer".
+        strip: whether everything that inference does not need is left out (`graph.strip`).
+        shrink: whether dead channels and neurons are removed first (`shrinking`).
+        bits: lossy: bits per weight, 1 to 8.
+        prune: lossy: fraction of the weights that become zero.
+        max_rel_error: lossy: largest relative error of each weight, or, with `data`, of outputs.
+        data: the source of inputs, as for `load_data`; "random" for random inputs.
+        external: name of a data file for large weights.
+        anonymize: as for `packing.pack`.
+    """
+
+    load: Literal["small", "fast"] = "small"
+    form: Literal["packed", "sparse-initializer"] = "packed"
+    strip: bool = False
+    shrink: bool = False
+    bits: float | None = None
+    prune: float | None = None
+    max_rel_error: float | None = None
+    data: str | None = None
+    external: str | None = None
+    anonymize: bool = False
+
+    @property
+    def lossy(self) -> bool:
+        """Whether weights may change."""
+        return not (self.bits is None and self.prune is None and self.max_rel_error is None)
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """Options of quantization to int8.
+
+    Attributes:
+        examples: number of calibration examples, from the training split.
+        method: onnxruntime's method for the ranges of activations.
+        max_drop: points of error that int8 may add; layers stay float until that is met.
+        keep: weights of layers that stay float in any case.
+    """
+
+    examples: int = 512
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    max_drop: float = 0.1
+    keep: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BenchmarkOptions:
+    """Options of a benchmark.
+
+    Attributes:
+        batches: batch sizes.
+        threads: numbers of threads; 0: onnxruntime's default.
+        seconds: of timed inferences, for each batch size and number of threads.
+        warm_up: inferences of each file before any is timed.
+        profile: whether to time operators, too.
+    """
+
+    batches: tuple[int, ...] = (1,)
+    threads: tuple[int, ...] = (0,)
+    seconds: float = 5.0
+    warm_up: int = 20
+    profile: bool = False

@@ -1,0 +1,1 @@
+"""Runs and sweeps as web pages: HTML, charts, and a demo in the browser."""

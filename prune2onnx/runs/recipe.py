@@ -1,0 +1,431 @@
+"""The recipe: every setting of a compress run, in one place, enough to repeat the run.
+
+Each field states its type, bounds, default and meaning once: the command line makes its options
+from them (`prune.epochs` becomes `--prune-epochs`), YAML files are checked against them, and the
+resolved recipe is written beside the result. `read_recipe` opens the only file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from prune2onnx.errors import RecipeError, RenamedWarning
+from prune2onnx.shrinking.structure import BLOCK
+
+PHASES = ("dense", "channels", "prune", "tune", "quantize")
+"""The phases of training, in their order; each is a section of the recipe."""
+
+RENAMED = {
+    "narrow.epochs": "channels.epochs",
+    "narrow.spare": "channels.margin",
+    "narrow.price": "channels.price",
+    "narrow.batch": "channels.batch",
+    "narrow.multiple": "channels.multiple",
+    "share.epochs": "quantize.epochs",
+    "share.lr": "quantize.lr",
+    "share.scale_lr": "quantize.scale_lr",
+    "share.levels": "quantize.levels",
+    "share.step": "quantize.step",
+    "share.small_levels": "quantize.small_levels",
+    "share.slack": "quantize.slack",
+}
+"""Settings of version 0.1 -> their names now. The old names still work for one version."""
+
+DENSITY = 0.07
+"""Density of the pruned weights where no budget is given."""
+
+MACS = 0.5
+"""Fraction of the multiply-adds where speed is the goal and no budget is given."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Dense(_Section):
+    """Phase 1: ordinary training. Skipped where trained weights are given."""
+
+    epochs: int | None = Field(
+        None, ge=1, description="epochs of dense training; default: 1,500 steps, at least 5 epochs"
+    )
+    lr: float = Field(2e-3, gt=0, description="peak learning rate (Adam)")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
+
+
+class Channels(_Section):
+    """Phase 2: whole channels and neurons are pruned, so that layers get smaller."""
+
+    epochs: int | None = Field(
+        None,
+        ge=0,
+        description="epochs of channel pruning; default: 2,000 steps, at least 6 epochs, with goal "
+        "latency or balanced or with target_macs, else none",
+    )
+    margin: float = Field(
+        5.0,
+        ge=1,
+        description="weights that are left after channel pruning, as a multiple of the final "
+        "density, with goal size",
+    )
+    price: Literal["time", "macs"] = Field(
+        "time",
+        description="cost of a layer, with goal latency or balanced: its time on this machine, or "
+        "its multiply-adds",
+    )
+    batch: int = Field(1, ge=1, description="examples per inference, when layers are timed")
+    multiple: int | None = Field(
+        None,
+        ge=1,
+        description="channels of a convolution that are pruned as a block, the weakest together, "
+        "since kernels compute several at a time; default: 4 with goal size, else 8",
+    )
+
+
+class Prune(_Section):
+    """Phase 3: weights and thresholds are trained together."""
+
+    epochs: int | None = Field(
+        None, ge=1, description="epochs of pruning; default: 4,000 steps, at least 10 epochs"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of the weights (Adam)")
+    threshold_lr: float = Field(1e-2, gt=0, description="peak learning rate of the thresholds")
+    pressure: float = Field(
+        2.0,
+        ge=0,
+        description="initial weight of the density penalty (lambda): loss per unit of (weighted) "
+        "density, 0-1",
+    )
+    ramp: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="fraction of the phase over which the density falls to its target",
+    )
+    function: Literal["threshold-linear", "soft-threshold", "sigmoid-gate"] = Field(
+        "threshold-linear", description="pruning function"
+    )
+    granularity: Literal["weight", "channel"] = Field(
+        "weight", description="unit of pruning: single weights, or whole channels"
+    )
+    thresholds: Literal["layer", "channel"] = Field(
+        "layer", description="one learned threshold per layer, or per channel"
+    )
+    beta: float = Field(
+        10.0, gt=0, description="sharpness of the pruning function, in 1 / rms of the weight"
+    )
+    start: float = Field(0.05, gt=0, description="initial threshold, in rms of the weight")
+    weigh: Literal["bytes", "count"] = Field(
+        "bytes",
+        description="cost of a survivor in the penalty: its bytes in the file, or 1",
+    )
+    balance: float = Field(
+        0.0, ge=0, description="scale a layer's penalty by (size / largest size) ** balance"
+    )
+    importance: dict[str, float] = Field(
+        default_factory=dict, description="further factor on the penalty, by name pattern"
+    )
+    include: tuple[str, ...] = Field(("*",), description="name patterns of the weights to prune")
+    exclude: tuple[str, ...] = Field((), description="name patterns of weights not to prune")
+
+
+class Tune(_Section):
+    """Phase 4: the survivors are fine-tuned under fixed masks."""
+
+    epochs: int | None = Field(
+        None, ge=1, description="epochs of tuning; default: 1,500 steps, at least 3 epochs"
+    )
+    lr: float = Field(1e-3, gt=0, description="peak learning rate (Adam)")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay (AdamW)")
+
+
+class Quantize(_Section):
+    """Phase 5: quantization-aware training, in which surviving values are few levels."""
+
+    epochs: int | None = Field(
+        None,
+        ge=1,
+        description="epochs of quantization-aware training; default: 800 steps, at least 2 epochs",
+    )
+    lr: float = Field(5e-4, gt=0, description="peak learning rate (Adam)")
+    scale_lr: float = Field(1e-4, gt=0, description="peak learning rate of the levels' scales")
+    levels: int = Field(
+        7, ge=1, le=127, description="largest level k of a weight: -k ... k times one scale"
+    )
+    step: Literal["weight", "network"] = Field(
+        "weight",
+        description="one scale per weight and bias, or one for the network, in fewer bytes",
+    )
+    small_levels: int = Field(15, ge=1, le=127, description="largest level of a bias")
+    slack: float = Field(
+        0.05, ge=0, description="points of validation error that coarser biases may add"
+    )
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """Options of the file that is written.
+
+    Attributes:
+        opset: ONNX operator set, 18 or newer.
+        anonymize: whether weights get the shortest names, as for `packing.pack`.
+        multiple: convolutions keep a multiple of so many channels, as for `shrinking.shrink`.
+    """
+
+    opset: int = 18
+    anonymize: bool = False
+    multiple: int = 1
+
+
+class Augment(_Section):
+    """Augmentation of training images, in every phase."""
+
+    shift: int = Field(
+        0, ge=0, description="shift training images at random, by at most so many pixels"
+    )
+    flip: bool = Field(False, description="mirror half of the training images, left to right")
+
+
+class Recipe(_Section):
+    """Every setting of one `prune2onnx compress` run."""
+
+    model: str = Field(
+        description="function that makes the network: file.py:callable or package.module:callable"
+    )
+    data: str = Field(
+        "digits",
+        description="data set: digits, mnist[:DIR], idx:DIR, folder:DIR, npz:FILE or "
+        "file.py:callable",
+    )
+    weights: str | None = Field(
+        None,
+        description="weights to start from: .safetensors, or .pt read with weights_only",
+    )
+    start: Literal["dense", "prune", "tune"] | None = Field(
+        None,
+        description="first phase: dense, prune (from trained weights) or tune (from pruned ones); "
+        "default: prune if weights are given, else dense",
+    )
+    goal: Literal["size", "latency", "balanced"] = Field(
+        "size",
+        description="what to reduce: bytes, the time of an inference (by channel pruning and "
+        "int8), or both",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**63, description="random seed of initial weights, order and validation split"
+    )
+    target_size: ByteSize | None = Field(
+        None, gt=0, description="budget: bytes of the whole file, such as 12KB; never exceeded"
+    )
+    target_density: float | None = Field(
+        None, gt=0, le=1, description="budget: surviving fraction of the pruned weights, 0-1"
+    )
+    target_macs: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="budget: fraction of the dense network's multiply-adds that may be left, 0-1",
+    )
+    max_drop: float | None = Field(
+        None,
+        ge=0,
+        description="budget: points of validation error that may be added (accuracy loss); as the "
+        "only budget, the smallest file, or the fewest multiply-adds, within it is searched for",
+    )
+    trials: int = Field(6, ge=1, description="most prunings in a search for max_drop")
+    distill: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="distillation: weight of the dense network's outputs in the loss, against the "
+        "labels, 0-1",
+    )
+    temperature: float = Field(2.0, gt=0, description="temperature of the distillation")
+    anonymize: bool = Field(
+        False,
+        description="rename weights to the shortest names, for a smaller file; inputs and outputs "
+        "keep their names",
+    )
+    int8: bool | None = Field(
+        None,
+        description="compute in int8, in layers that lose little accuracy by it, and only if that "
+        "is faster on this machine; default: with goal latency or balanced",
+    )
+    teacher: str | None = Field(
+        None,
+        description="weights of the network to distill from; default: the network before pruning",
+    )
+    batch_size: int = Field(64, ge=1, description="examples per step, over all processes")
+    validation: float = Field(
+        0.1, gt=0, lt=1, description="fraction of the training set held out as validation split"
+    )
+    precision: Literal["no", "fp16", "bf16"] = Field("no", description="mixed precision")
+    opset: int = Field(18, ge=18, description="ONNX operator set of the result")
+    augment: Augment = Augment()
+    dense: Dense = Dense()
+    channels: Channels = Channels()
+    prune: Prune = Prune()
+    tune: Tune = Tune()
+    quantize: Quantize = Quantize()
+
+    @property
+    def first_phase(self) -> str:
+        """The phase in which training starts."""
+        return self.start or ("prune" if self.weights else "dense")
+
+    @property
+    def wanted_density(self) -> float:
+        """The target density of pruning where there is no target size."""
+        return self.target_density or DENSITY
+
+    @property
+    def tries_int8(self) -> bool:
+        """Whether the result may compute in int8."""
+        return self.goal != "size" if self.int8 is None else self.int8
+
+    @property
+    def prunes_channels(self) -> bool:
+        """Whether channels are pruned by default: where `channels.epochs` is not given."""
+        return self.goal != "size" or self.target_macs is not None
+
+    @property
+    def file(self) -> FileOptions:
+        """Options of the file that is written."""
+        multiple = self.channels.multiple or (BLOCK if self.goal == "size" else 2 * BLOCK)
+        return FileOptions(self.opset, self.anonymize, multiple)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the allowed accuracy loss is the only budget, so that a search is needed."""
+        targets = (self.target_size, self.target_density, self.target_macs)
+        return self.max_drop is not None and not any(targets)
+
+    def phase(self, name: str) -> Dense | Prune | Tune | Quantize:
+        """The settings of a training phase; "channels" has those of "prune", with changes."""
+        if name == "channels":
+            changes = {
+                "epochs": self.channels.epochs,
+                "granularity": "channel",
+                "weigh": "count",
+                "start": 0.5,  # channels of a layer have similar norms: none is below
+                "threshold_lr": self.prune.threshold_lr / 2,
+            }
+            return self.prune.model_copy(update=changes)
+        phase: Dense | Prune | Tune | Quantize = getattr(self, name)
+        return phase
+
+    @model_validator(mode="after")
+    def _starts_with_weights(self) -> Self:
+        if self.start in ("prune", "tune") and self.weights is None:
+            raise ValueError(f"start is {self.start!r}, which needs weights; give --weights")
+        return self
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML document, every setting included."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
+
+
+def settings(section: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> field, for every setting, in order: {"model": ..., "prune.lr": ...}."""
+    found: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found |= settings(field.annotation, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = field
+    return found
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML recipe, in part or whole, into nested settings that are not yet checked.
+
+    Raises:
+        RecipeError: no such file, not YAML, or not a mapping.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RecipeError(f"{path}: cannot read the recipe: {reason}") from error
+    except yaml.YAMLError as error:
+        where = str(error).replace("\n", " ")
+        raise RecipeError(f"{path}: not valid YAML: {where}") from error
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of settings, this is a {type(content).__name__}"
+        )
+    return content
+
+
+def resolve(
+    content: dict[str, Any], overrides: dict[str, Any] | None = None, source: str = "recipe"
+) -> Recipe:
+    """Checks settings and fills in defaults.
+
+    Args:
+        content: nested settings, as `read_recipe` returns them.
+        overrides: dotted name -> value; they override `content`.
+        source: the origin of `content`, for errors.
+
+    Raises:
+        RecipeError: an unknown key (the nearest known one is named) or a value that does not fit.
+    """
+    merged = {k: dict(v) if isinstance(v, dict) else v for k, v in content.items()}
+    old_sections = {old.partition(".")[0] for old in RENAMED}
+    for section in old_sections & {k for k, v in merged.items() if isinstance(v, dict)}:
+        for name, value in merged.pop(section).items():
+            new = _new_name(f"{section}.{name}", source)
+            if name in content.get(new.partition(".")[0], {}):
+                raise RecipeError(
+                    f"{source}: {section}.{name} and {new} are the same setting; give {new} alone"
+                )
+            _put(merged, new, value, source)
+    for dotted, value in (overrides or {}).items():
+        _put(merged, _new_name(dotted, source), value, source)
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise RecipeError(f"{source}: " + "; ".join(map(_explain, error.errors()))) from error
+
+
+def _new_name(dotted: str, source: str) -> str:
+    """The present name of a setting; warns if an old name is given."""
+    new = RENAMED.get(dotted, dotted)
+    if new != dotted:
+        text = f"{source}: {dotted} is now {new}; the next version will not accept {dotted}"
+        warnings.warn(text, RenamedWarning, stacklevel=3)
+    return new
+
+
+def _put(content: dict[str, Any], dotted: str, value: Any, source: str) -> None:
+    """Sets one of nested settings."""
+    *sections, name = dotted.split(".")
+    for section in sections:
+        content = content.setdefault(section, {})
+        if not isinstance(content, dict):
+            raise RecipeError(f"{source}: {section} is {content!r}, expected a mapping of settings")
+    content[name] = value
+
+
+def _explain(error: ErrorDetails) -> str:
+    name = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "missing":
+        return f"{name} is missing"
+    if error["type"] == "value_error":
+        return str(error["ctx"]["error"])
+    if error["type"] == "extra_forbidden":
+        known = [*settings(), *Recipe.model_fields]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(settings())}"
+        return f"unknown key {name!r}{hint}"
+    return f"{name} is {error['input']!r}: {error['msg'][:1].lower()}{error['msg'][1:]}"

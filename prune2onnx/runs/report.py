@@ -1,0 +1,245 @@
+"""The report of a packed file against its dense reference, as dataclasses and as JSON.
+
+Holds numbers only: `runtime.validate` measures them, `cli.tables` and `pages.page` show them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prune2onnx.packing.rows import WeightRow
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of one file in onnxruntime.
+
+    Attributes:
+        nbytes: size of the file, external data included.
+        error: percent of the test set; None without data.
+        load_ms: time to create a session in a fresh process; None where the network was not run,
+            like the next two.
+        peak_rss_bytes: peak memory of that process, the runtime itself included.
+        latency_ms: "p50" and "p95" of one inference, batch 1.
+        macs: multiply-adds of one example, in layers with weights; None where not counted.
+    """
+
+    nbytes: int
+    error: float | None = None
+    load_ms: float | None = None
+    peak_rss_bytes: int | None = None
+    latency_ms: dict[str, float] | None = None
+    macs: int | None = None
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Right and wrong answers of two networks on the same test examples.
+
+    The four counts add up to the test set. The networks differ in the examples that only one of
+    them gets right, so an interval from these counts is narrower than one from two error rates.
+
+    Attributes:
+        both: examples that both get right.
+        only_dense: examples that only the reference gets right.
+        only_compressed: examples that only the packed file gets right.
+        neither: examples that both get wrong.
+    """
+
+    both: int
+    only_dense: int
+    only_compressed: int
+    neither: int
+
+    @property
+    def examples(self) -> int:
+        """Number of examples."""
+        return self.both + self.only_dense + self.only_compressed + self.neither
+
+    @property
+    def added(self) -> float:
+        """Error added, in percentage points."""
+        return 100 * (self.only_dense - self.only_compressed) / self.examples
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the error added, in percentage points.
+
+        Newcombe (1998), Statistics in Medicine 17, 2635-2650, method 10: the Wilson intervals of
+        both proportions, squared and added with the correlation phi between them. It keeps its
+        level with few examples, too, and its width is never 0, unlike Wald's interval where the
+        networks agree. The example is from that paper.
+
+        >>> low, high = Paired(both=36, only_dense=12, only_compressed=2, neither=0).interval
+        >>> f"{low:.2f} {high:.2f}"
+        '5.69 34.04'
+        """
+        e, f, g, h, n = *self._cells, self.examples
+        low_1, high_1 = _wilson(e + f, n)
+        low_2, high_2 = _wilson(e + g, n)
+        p_1, p_2 = (e + f) / n, (e + g) / n
+        product = (e + f) * (g + h) * (e + g) * (f + h)
+        excess: float = e * h - f * g
+        if excess > 0:  # continuity correction, since a correlation narrows the interval
+            excess = max(excess - n / 2, 0)
+        phi = excess / math.sqrt(product) if product else 0.0
+
+        def added(a: float, b: float) -> float:
+            return math.sqrt(max(a * a - 2 * phi * a * b + b * b, 0))
+
+        low = p_1 - p_2 - added(p_1 - low_1, high_2 - p_2)
+        high = p_1 - p_2 + added(high_1 - p_1, p_2 - low_2)
+        return 100 * max(low, -1), 100 * min(high, 1)
+
+    @property
+    def _cells(self) -> tuple[int, int, int, int]:
+        return self.both, self.only_dense, self.only_compressed, self.neither
+
+
+_Z = 1.959963984540054  # the normal quantile of 97.5 %
+
+
+def _wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (1927), at 95 %."""
+    p, z = successes / n, _Z
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A budget, and what was reached.
+
+    Attributes:
+        what: "size" in bytes, "density" of the pruned weights, 0-1, "multiply-adds" over the
+            dense network's, 0-1, or "drop" in points of validation error.
+        limit: the budget.
+        reached: the result.
+    """
+
+    what: str
+    limit: float
+    reached: float
+
+    @property
+    def met(self) -> bool:
+        """Whether the limit was kept; for a density, within a tolerance of 0.1 %."""
+        return self.reached <= self.limit * (1.001 if self.what == "density" else 1)
+
+    @property
+    def verdict(self) -> str:
+        """In words: 'met', or 'missed by 12 bytes'."""
+        return "met" if self.met else f"missed by {self.text(self.reached - self.limit)}"
+
+    def __str__(self) -> str:
+        """In words: 'size 11,980 bytes of 12,000 bytes (met)'."""
+        what = "accuracy loss" if self.what == "drop" else self.what
+        return f"{what} {self.text(self.reached)} of {self.text(self.limit)} ({self.verdict})"
+
+    def text(self, value: float) -> str:
+        """A value with its unit."""
+        if self.what == "size":
+            return f"{value:,.0f} bytes"
+        if self.what == "drop":
+            return f"{value:.3g} points"
+        return f"{100 * value:.3g} %"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The goal as it stands in report.json."""
+        return asdict(self) | {"met": self.met}
+
+
+@dataclass(frozen=True)
+class Report:
+    """A packed file against its dense reference; `to_json` gives report.json (schema 1).
+
+    Attributes:
+        version: of prune2onnx.
+        seed: of the run that made the file.
+        environment: versions, processor, cores.
+        dense: the reference.
+        compressed: the packed file.
+        folded: whether onnxruntime's optimised graph has no decode node.
+        max_abs_diff: largest difference of the outputs from those of a dense file with the same
+            weights; None where the network was not run.
+        density: nonzeros over elements of the pruned weights, 0-1.
+        weights: one row per initializer.
+        skipped: why the network was not run, only its decoder; "" where it was run.
+        budget: each budget, and what was reached.
+        validation: "dense_error" and "error", percent of the validation split, on which all
+            choices were made; None where nothing was chosen.
+        notes: further remarks, in words.
+        paired: both files' right and wrong answers; None without data.
+    """
+
+    version: str
+    seed: int
+    environment: dict[str, Any]
+    dense: Measured
+    compressed: Measured
+    folded: bool
+    max_abs_diff: float | None
+    density: float
+    weights: tuple[WeightRow, ...]
+    skipped: str = ""
+    budget: tuple[Goal, ...] = ()
+    validation: dict[str, float] | None = None
+    notes: tuple[str, ...] = ()
+    paired: Paired | None = None
+
+    @property
+    def missed(self) -> tuple[Goal, ...]:
+        """The budgets that were not met."""
+        return tuple(goal for goal in self.budget if not goal.met)
+
+    @property
+    def ratio(self) -> float:
+        """Dense bytes over compressed bytes, of the files themselves."""
+        return self.dense.nbytes / self.compressed.nbytes
+
+    @property
+    def drop(self) -> float | None:
+        """Error added, in percentage points; None without data."""
+        if self.compressed.error is None or self.dense.error is None:
+            return None
+        return self.compressed.error - self.dense.error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            "schema": SCHEMA,
+            "version": self.version,
+            "seed": self.seed,
+            "environment": self.environment,
+            "dense": asdict(self.dense),
+            "compressed": asdict(self.compressed),
+            "ratio": self.ratio,
+            "drop": self.drop,
+            "paired": self.paired and asdict(self.paired),
+            "density": self.density,
+            "folded": self.folded,
+            "max_abs_diff": self.max_abs_diff,
+            "skipped": self.skipped,
+            "budget": [goal.to_dict() for goal in self.budget],
+            "validation": self.validation,
+            "notes": list(self.notes),
+            "weights": [row.to_dict() for row in self.weights],
+        }
+
+    def to_json(self) -> str:
+        """The report as JSON, indented."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+def bytes_text(count: float) -> str:
+    """A number of bytes as people read it: '512 B', '6.1 kB', '1.7 MB'."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    unit, scale = ("kB", 1e3) if count < 1e6 else ("MB", 1e6)
+    return f"{count / scale:,.1f} {unit}"

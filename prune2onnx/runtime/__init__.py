@@ -1,0 +1,1 @@
+"""onnxruntime: sessions, measurements, validation, and int8 by its quantizer."""

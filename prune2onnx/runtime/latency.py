@@ -1,0 +1,160 @@
+"""Load time, peak memory and latency of files, measured interleaved.
+
+All measurements of the project are made here, in one way: each load in a fresh process, inferences
+of the files in random order. `validate` and `benchmark` interpret the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.graph.file import file_nbytes
+from prune2onnx.runs.options import BenchmarkOptions
+from prune2onnx.runs.report import Measured
+from prune2onnx.runtime.session import run_once, session
+
+_LOADS = 7  # fresh processes per file
+
+
+_FEWEST = 5  # timed inferences per file, however long they take
+
+_RUNS = 300  # most inferences per file in `measure`
+
+_MOST_SECONDS = 8.0  # of `measure`, unless `_FEWEST` inferences take longer
+
+
+# Runs in a fresh interpreter and imports nothing of the project, so that neither torch's memory nor
+# its start-up time is counted. VmHWM, not ru_maxrss: the latter is inherited across exec.
+_PROBE = """
+import json, sys, time
+import onnxruntime as ort
+options = ort.SessionOptions()
+options.log_severity_level = 3
+start = time.perf_counter()
+ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+load_ms = 1e3 * (time.perf_counter() - start)
+try:
+    lines = open("/proc/self/status").read().splitlines()
+    peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+except (OSError, StopIteration):
+    if sys.platform == "darwin":
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    else:
+        import psutil
+        peak = psutil.Process().memory_info().peak_wset
+print(json.dumps([load_ms, peak]))
+"""
+
+
+def load_in_fresh_process(path: Path) -> tuple[float, int]:
+    """Milliseconds to create a session, and the process's peak memory in bytes.
+
+    Raises:
+        Prune2OnnxError: the process fails.
+    """
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _PROBE, str(path)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise Prune2OnnxError(
+            f"{path}: a fresh process cannot open it: {done.stderr.strip()[-400:]}"
+        )
+    load_ms, peak = json.loads(done.stdout)
+    return float(load_ms), int(peak)
+
+
+def loads(files: Sequence[Path]) -> list[tuple[float, int]]:
+    """`load_in_fresh_process` for each file: medians of seven processes each, interleaved."""
+    taken = [[load_in_fresh_process(path) for path in files] for _ in range(_LOADS)]
+    return [
+        (float(np.median([ms for ms, _ in runs])), int(np.median([peak for _, peak in runs])))
+        for runs in zip(*taken, strict=True)
+    ]
+
+
+def timed(
+    files: Sequence[Path],
+    opened: Sequence[ort.InferenceSession],
+    inputs: Sequence[dict[str, NDArray[Any]]],
+    *,
+    seconds: float,
+    rounds: int,
+    warm_up: int = BenchmarkOptions.warm_up,
+) -> NDArray[np.float64]:
+    """Latency of several files, each run once in every round, in random order.
+
+    (In a fixed order, a small model would always run after the same large one, which evicts it from
+    the caches.)
+
+    Args:
+        files: their paths, for error messages.
+        opened: a session for each file.
+        inputs: the inputs of each file.
+        seconds: after this time no further round begins, except the first 5.
+        rounds: the most rounds.
+        warm_up: inferences of each file before any is timed.
+
+    Returns:
+        Milliseconds, [rounds, files].
+
+    Raises:
+        Prune2OnnxError: an input does not fit.
+    """
+    for path, one, given in zip(files, opened, inputs, strict=True):
+        run_once(one, given, path)
+        for _ in range(warm_up - 1):
+            one.run(None, given)
+    times: list[list[float]] = []
+    order = np.random.default_rng(0)
+    began = time.perf_counter()
+    while len(times) < min(_FEWEST, rounds) or (
+        time.perf_counter() - began < seconds and len(times) < rounds
+    ):
+        taken = [0.0] * len(opened)
+        for index in order.permutation(len(opened)).tolist():
+            start = time.perf_counter()
+            opened[index].run(None, inputs[index])
+            taken[index] = 1e3 * (time.perf_counter() - start)
+        times.append(taken)
+    return np.array(times)
+
+
+def measure(
+    files: Sequence[Path], inputs: dict[str, NDArray[Any]], errors: Sequence[float | None]
+) -> list[Measured]:
+    """Load time, peak memory and latency of several files, interleaved.
+
+    Args:
+        files: ONNX files that take the same inputs.
+        inputs: one example.
+        errors: of each file, passed through.
+
+    Returns:
+        One `Measured` per file: medians of 7 loads in fresh processes, percentiles of up to 300
+        runs after 20 to warm up, with onnxruntime's default number of threads.
+    """
+    taken = loads(files)
+    opened = [session(path) for path in files]
+    times = timed(files, opened, [inputs] * len(files), seconds=_MOST_SECONDS, rounds=_RUNS)
+    return [
+        Measured(
+            nbytes=file_nbytes(path),
+            error=error,
+            load_ms=load_ms,
+            peak_rss_bytes=peak,
+            latency_ms={f"p{percent}": float(np.percentile(own, percent)) for percent in (50, 95)},
+        )
+        for path, error, (load_ms, peak), own in zip(files, errors, taken, times.T, strict=True)
+    ]

@@ -1,0 +1,221 @@
+"""Validates a packed file in onnxruntime: equal weights, folding, accuracy, size, time and memory.
+
+What is checked, and measured:
+
+1. every decoded weight equals the numpy decoder's, bit for bit (`check_weights`);
+2. the optimised graph has the operators of the unpacked file's (`folds`);
+3. outputs agree with a reference within float tolerance (`compare.check_outputs`);
+4. time and memory are measured interleaved with those of the dense file (`latency.measure`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from prune2onnx.errors import MismatchError, Prune2OnnxError
+from prune2onnx.graph.file import file_nbytes, load, save
+from prune2onnx.packing.inline import is_packed
+from prune2onnx.packing.inspection import inspect
+from prune2onnx.packing.rows import WeightRow
+from prune2onnx.packing.unpack import Coded, coded, decode_graph, unpack
+from prune2onnx.runs.report import Measured, Paired, Report
+from prune2onnx.runtime.compare import Batches, check_outputs, error_percent, paired, scores
+from prune2onnx.runtime.latency import measure
+from prune2onnx.runtime.session import (
+    UnrunnableError,
+    environment,
+    random_inputs,
+    run_once,
+    session,
+)
+
+
+def check_weights(packed: onnx.ModelProto, known: Coded | None = None) -> int:
+    """Decodes every coded weight in onnxruntime and compares it with the numpy decoder's.
+
+    Args:
+        packed: the model.
+        known: the weights from the numpy decoder, if they are at hand.
+
+    Returns:
+        The number of coded weights.
+
+    Raises:
+        MismatchError: a weight differs in a bit; it is named.
+    """
+    expected = (coded(packed) if known is None else known).arrays
+    if not expected:
+        return 0
+    names = list(expected)
+    got = session(decode_graph(packed, expected)).run(names, {})
+    for name, value in zip(names, got, strict=True):
+        want = expected[name]
+        if value.shape != want.shape or value.tobytes() != want.tobytes():
+            raise MismatchError(
+                f"{name}: onnxruntime {ort.__version__} decodes it to other bits than the numpy "
+                "decoder; do not ship this file, and report a bug with it"
+            )
+    return len(names)
+
+
+def operators(model: onnx.ModelProto, level: ort.GraphOptimizationLevel) -> list[str]:
+    """The operators of a model that onnxruntime has optimised, in its order."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        session(model, level=level, optimised=path)
+        optimised = onnx.load(path)
+    return [f"{node.domain}:{node.op_type}" for node in optimised.graph.node]
+
+
+def folds(packed: onnx.ModelProto, unpacked: onnx.ModelProto | None = None) -> bool:
+    """Whether onnxruntime folds all decoders into constants when it creates the session.
+
+    True if the optimised graph has the same operators, and as many of each, as the unpacked
+    model's, at the basic and at the full level of optimisation.
+
+    Args:
+        packed: the model.
+        unpacked: the unpacked model, if it is at hand.
+    """
+    unpacked = unpack(packed) if unpacked is None else unpacked
+    levels = (
+        ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+        ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    )
+    return all(
+        Counter(operators(packed, level)) == Counter(operators(unpacked, level)) for level in levels
+    )
+
+
+def validate(
+    file: Path,
+    reference: Path | None = None,
+    *,
+    batches: Batches | None = None,
+    rows: Sequence[WeightRow] | None = None,
+    expected: NDArray[Any] | None = None,
+    density: float | None = None,
+    seed: int = 0,
+) -> Report:
+    """Validates a packed file, and measures it against a reference.
+
+    A network with operators that onnxruntime does not have is not run, but its weights are decoded
+    and its decoder is folded all the same (`Report.skipped`).
+
+    Args:
+        file: the packed file; one that is not packed is its own unpacked file.
+        reference: a dense file with the same inputs, measured with `file`; it may have other
+            weights, so its outputs are not compared. Default: the unpacked `file`.
+        batches: test examples; without them no error is reported, and outputs are compared on
+            random inputs.
+        rows: how the weights are stored; default: read from the file.
+        expected: [n, classes], the scores that `file` must give on `batches`, from another runtime
+            (torch); default: those of the unpacked file in onnxruntime.
+        density: nonzeros over elements of the pruned weights; default: of all weights with two
+            axes or more.
+        seed: written into the report.
+
+    Raises:
+        MismatchError: a decoded weight differs from the numpy decoder's, or an output from
+            `expected`.
+        Prune2OnnxError: a file cannot be read, or onnxruntime cannot open it.
+    """
+    packed = load(file)
+    known = coded(packed)
+    check_weights(packed, known)
+    rows = inspect(packed, known=known).rows if rows is None else tuple(rows)
+    if density is None:
+        matrices = [row for row in rows if len(row.shape) > 1]
+        size = sum(row.size for row in matrices)
+        density = sum(row.nnz for row in matrices) / size if size else 1.0
+    skipped = ""
+    difference = pairs = None
+    with tempfile.TemporaryDirectory() as folder:
+        dense_file = Path(folder) / "unpacked.onnx"
+        unpacked = unpack(packed, known=known)
+        save(unpacked, dense_file)
+        other_file = dense_file if reference is None else reference
+        try:
+            opened = session(dense_file)
+        except UnrunnableError as error:
+            skipped = str(error).removeprefix(f"{dense_file}: ")
+            dense, compressed = (Measured(file_nbytes(path)) for path in (other_file, file))
+        else:
+            taken = None if batches is None else list(batches)
+            difference, (dense, compressed), pairs = _run_and_measured(
+                file, (dense_file, opened), other_file, taken, expected, seed
+            )
+    if not skipped:
+        folded = folds(packed, unpacked)
+    elif is_packed(packed):
+        folded = folds(decode_graph(packed))
+    else:  # nothing to fold
+        folded = True
+    return Report(
+        version=importlib.metadata.version("prune2onnx"),
+        seed=seed,
+        environment=environment(),
+        dense=dense,
+        compressed=compressed,
+        folded=folded,
+        max_abs_diff=difference,
+        density=density,
+        weights=rows,
+        skipped=skipped,
+        paired=pairs,
+    )
+
+
+def _run_and_measured(
+    file: Path,
+    unpacked: tuple[Path, ort.InferenceSession],
+    other_file: Path,
+    batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
+    expected: NDArray[Any] | None,
+    seed: int,
+) -> tuple[float, list[Measured], Paired | None]:
+    """Outputs of `file` against `unpacked` and `other_file`.
+
+    Returns:
+        The largest difference of an output; `other_file` and `file` measured; both files' right and
+        wrong answers, counted in pairs.
+    """
+    dense_file, reference = unpacked
+    opened = session(file)
+    against = reference if other_file == dense_file else session(other_file)
+    error: float | None = None
+    reference_error: float | None = None
+    examples: Paired | None = None
+    if batches is not None:
+        outputs, labels = scores(opened, batches)
+        error = error_percent(outputs, labels)
+        dense_outputs, _ = scores(against, batches)
+        reference_error = error_percent(dense_outputs, labels)
+        examples = paired(dense_outputs, outputs, labels)
+        if expected is None:
+            expected = dense_outputs if other_file == dense_file else scores(reference, batches)[0]
+        difference = check_outputs(file.name, outputs, expected)
+        inputs = {opened.get_inputs()[0].name: batches[0][0][:1]}
+    else:
+        inputs = random_inputs(opened, seed)
+        wanted = run_once(reference, inputs, dense_file)
+        pairs = zip(run_once(opened, inputs, file), wanted, strict=True)
+        difference = max(check_outputs(file.name, got, want) for got, want in pairs)
+    renamed = [i.name for i in against.get_inputs()]
+    if renamed != list(inputs):
+        raise Prune2OnnxError(
+            f"{other_file}: its inputs are {renamed}, expected those of {file}, {list(inputs)}; "
+            "give a --reference with the same inputs"
+        )
+    run_once(against, inputs, other_file)
+    return difference, measure([other_file, file], inputs, [reference_error, error]), examples

@@ -1,0 +1,1 @@
+"""Exact removal of dead channels, neurons and branches from ONNX graphs."""

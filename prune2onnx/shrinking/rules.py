@@ -1,0 +1,119 @@
+"""The table of rules: what each operator does with channels.
+
+A rule reads a node and records in the flow what it finds. An operator that is not in the table, or
+a node whose rule raises Opaque, counts as reading everything. The rules themselves: see `linear`,
+`channelwise`, `reshaping` and `shape_values`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+
+import numpy as np
+from onnx import ModelProto, NodeProto
+
+from prune2onnx.graph.walk import DEFAULT_DOMAINS
+from prune2onnx.shrinking import channelwise, linear, reshaping, shape_values
+from prune2onnx.shrinking.flow import Claim, Flow, Opaque, label
+
+RULES: Mapping[str, Callable[[Flow, NodeProto], None]] = {
+    # sums over channels
+    "Conv": linear.conv,
+    "ConvTranspose": linear.conv_transpose,
+    "Gemm": linear.gemm,
+    "MatMul": linear.matmul,
+    # each channel by itself
+    **dict.fromkeys(channelwise.ELEMENTWISE, channelwise.elementwise),
+    **dict.fromkeys(("Dropout", "Identity"), channelwise.same),
+    **dict.fromkeys(("GlobalAveragePool", "GlobalMaxPool", "MaxPool"), channelwise.pool),
+    "AveragePool": channelwise.average_pool,
+    "BatchNormalization": channelwise.batch_normalization,
+    "InstanceNormalization": channelwise.instance_normalization,
+    **dict.fromkeys(("ReduceMax", "ReduceMean", "ReduceMin"), channelwise.reduce),
+    "ReduceSum": channelwise.reduce_sum,
+    # channels that move
+    "Concat": reshaping.concat,
+    "DepthToSpace": reshaping.depth_to_space,
+    "Flatten": reshaping.flatten,
+    "Gather": reshaping.gather,
+    "Pad": reshaping.pad,
+    "Reshape": reshaping.reshape,
+    **dict.fromkeys(("Resize", "Upsample"), reshaping.resize),
+    "Slice": reshaping.slice_,
+    "SpaceToDepth": reshaping.space_to_depth,
+    "Split": reshaping.split,
+    "Squeeze": reshaping.squeeze,
+    "Transpose": reshaping.transpose,
+    "Unsqueeze": reshaping.unsqueeze,
+    # how many there are
+    "Shape": shape_values.shape,
+}
+
+OLDEST = 7
+"""The first operator set in which arithmetic broadcasts as in numpy."""
+
+
+def trace(model: ModelProto, may_add: bool = True) -> Flow:
+    """Follows the channels of a model through its main graph.
+
+    Args:
+        model: the flow keeps it; not changed here.
+        may_add: whether a new bias may be added to absorb a constant.
+    """
+    flow = Flow(model, may_add)
+    functions = {(function.domain, function.name) for function in model.functions}
+    for node in model.graph.node:
+        before = [len(found) for found in flow.found]
+        try:
+            with np.errstate(all="ignore"):  # what is not finite counts as unknown
+                _rule(flow, node, functions)(flow, node)
+        except Opaque as why:
+            for found, count in zip(flow.found, before, strict=True):
+                del found[count:]
+            flow.seal(node, str(why))
+        if not shape_values.follows(flow, node):
+            for name in flow.extents.keys() & set(node.input):
+                flow.pin_all(name, f"counted by {label(node)}")
+    for value in model.graph.output:
+        flow.pin_all(value.name, "an output of the graph")
+    _join_claims(flow)
+    return flow
+
+
+def _rule(
+    flow: Flow, node: NodeProto, functions: Container[tuple[str, str]]
+) -> Callable[[Flow, NodeProto], None]:
+    known = node.domain in DEFAULT_DOMAINS and (node.domain, node.op_type) not in functions
+    known &= flow.opset >= OLDEST and not flow.model.training_info
+    if known and shape_values.moved(flow, node):
+        return shape_values.move
+    if known and node.op_type in RULES:
+        return RULES[node.op_type]
+    return _unknown
+
+
+def _unknown(flow: Flow, node: NodeProto) -> None:
+    raise Opaque("")
+
+
+def _join_claims(flow: Flow) -> None:
+    """A weight that several nodes read is cut for all of them, or for none."""
+    claims: dict[str, list[Claim]] = {}
+    for claim in flow.claims:
+        claims.setdefault(claim.name, []).append(claim)
+    for name, found in claims.items():
+        first = found[0]
+        for claim in found[1:]:
+            if claim.axes.keys() != first.axes.keys() or claim.groups != first.groups:
+                _pin(flow, found, f"along {name!r}, which other nodes read in another way")
+                break
+            for axis, ids in claim.axes.items():
+                flow.couple(ids, first.axes[axis])
+        if flow.uses[name] != len(found):
+            _pin(flow, found, f"along {name!r}, which other nodes read whole")
+
+
+def _pin(flow: Flow, claims: list[Claim], reason: str) -> None:
+    for claim in claims:
+        for ids in claim.axes.values():
+            flow.pin(ids, reason)

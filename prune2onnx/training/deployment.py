@@ -1,0 +1,105 @@
+"""Builds the file that a network would become, for training to measure and for the result.
+
+When training measures it: see `size_budget`. Rewriting and coding: see `shrinking`, `packing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import onnx
+from torch import nn
+
+from prune2onnx.graph.normalize import normalize
+from prune2onnx.graph.rewritten import rewritten
+from prune2onnx.packing.pack import Packed, pack_normalized
+from prune2onnx.packing.quantized import on_steps
+from prune2onnx.runs.recipe import FileOptions
+from prune2onnx.shrinking.costs import structure
+from prune2onnx.shrinking.shrink import propagate_constants, shrink
+from prune2onnx.shrinking.structure import Structure
+from prune2onnx.shrinking.unused_inputs import gather_inputs
+from prune2onnx.training.export import Template
+
+Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
+
+Steps = Mapping[str, float]
+"""Name of a weight -> the step of which its values are multiples after training."""
+
+
+class Deployment:
+    """Export, shrink and pack, for training to measure with.
+
+    Models are networks with plain parameters, BatchNorm folded.
+
+    Args:
+        input_shape: of one example.
+        file: options of the file.
+        template: the exported graph of the networks; default: exported when first needed.
+        rewrite: applied to the graph between shrinking and packing when training measures it.
+        prices: of layers, by weight name; default: their multiply-adds.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        file: FileOptions | None = None,
+        *,
+        template: Template | None = None,
+        rewrite: Rewrite | None = None,
+        prices: Mapping[str, float] | None = None,
+    ) -> None:
+        self._shape, self._file = tuple(input_shape), file or FileOptions()
+        self._template, self._rewrite, self._prices = template, rewrite, prices
+
+    def _filled(self, model: nn.Module) -> onnx.ModelProto:
+        if self._template is None:
+            self._template = Template(model, self._shape, opset=self._file.opset)
+        return self._template.filled(model)
+
+    def propagate_constants(self, model: nn.Module) -> None:
+        """Zeroes what no output depends on, and moves constants to the biases that follow."""
+        values = propagate_constants(self._filled(model))
+        assert self._template is not None
+        self._template.assign(model, values)
+
+    def structure(self, model: nn.Module) -> Structure:
+        """The channel groups, and what each layer costs."""
+        found = structure(self._filled(model))
+        return found if self._prices is None else found.priced(self._prices)
+
+    def shrunk(self, model: nn.Module) -> onnx.ModelProto:
+        """The graph without dead channels and branches, not packed."""
+        return shrink(self._filled(model), multiple=self._file.multiple).model
+
+    def nbytes(self, model: nn.Module, steps: Steps | None = None) -> int:
+        """Bytes of the file; only `pack` checks that it decodes."""
+        files = self._packed(model, steps or {}, self._rewrite, check=False)
+        return min(packed.model.ByteSize() for packed in files)
+
+    def pack(
+        self, model: nn.Module, steps: Steps | None = None, rewrite: Rewrite | None = None
+    ) -> Packed:
+        """The smallest file.
+
+        Inputs that the first layer does not use are left out by a Gather where that is smaller.
+
+        Args:
+            model: the network.
+            steps: of its weights on levels; others are searched for.
+            rewrite: in place of the one for measuring.
+        """
+        files = self._packed(model, steps or {}, rewrite or self._rewrite, check=True)
+        return min(files, key=lambda packed: packed.model.ByteSize())
+
+    def _packed(
+        self, model: nn.Module, steps: Steps, rewrite: Rewrite | None, *, check: bool
+    ) -> Iterator[Packed]:
+        """The file with all inputs, and one without unused inputs where there are any."""
+        shrunk = self.shrunk(model)
+        gathered = rewritten(shrunk, gather_inputs).model
+        pack = partial(pack_normalized, anonymize=self._file.anonymize, check=check)
+        for graph in (shrunk,) if gathered == shrunk else (shrunk, gathered):
+            normalized = normalize(graph if rewrite is None else rewrite(graph))
+            yield pack(normalized, quantized=on_steps(normalized.model, steps))

@@ -1,0 +1,75 @@
+"""Builds the user's network by their function, and loads their weights if they name any.
+
+How such a function is found and called: see `callables`.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from prune2onnx.callables import call_with, load_callable
+from prune2onnx.data import Data
+from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.runs.recipe import Recipe
+
+Network: TypeAlias = nn.Module
+"""A network, for modules that do not import torch."""
+
+
+def make_model(recipe: Recipe, data: Data) -> nn.Module:
+    """Calls the recipe's model function, seeded, and loads the weights if there are any.
+
+    The function gets `input_shape` and `classes` if its signature takes them.
+
+    Raises:
+        Prune2OnnxError: the function cannot be found or raises, returns no nn.Module, or the
+            weights do not fit.
+    """
+    torch.manual_seed(recipe.seed)
+    function = load_callable(recipe.model)
+    model = call_with(function, recipe.model, input_shape=data.input_shape, classes=data.classes)
+    if not isinstance(model, nn.Module):
+        raise Prune2OnnxError(
+            f"{recipe.model}: returned a {type(model).__name__}, expected a torch.nn.Module"
+        )
+    model = copy.deepcopy(model)  # a function may return the same object every time
+    if recipe.weights is not None:
+        _load_weights(model, Path(recipe.weights))
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a state_dict from safetensors or a .pt / .pth file, without unpickling objects."""
+    if not path.is_file():
+        raise Prune2OnnxError(f"{path}: no such file; expected weights: .safetensors, .pt or .pth")
+    try:
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError) as error:
+        raise Prune2OnnxError(
+            f"{path}: not readable as weights: {one_line(error)[:400]}"
+        ) from error
+    except Exception as error:  # pickle.UnpicklingError: objects that weights_only refuses
+        raise Prune2OnnxError(
+            f"{path}: damaged, or it holds more than tensors, which is not loaded for safety; "
+            "save model.state_dict() instead"
+        ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict):
+        raise Prune2OnnxError(
+            f"{path}: holds a {type(state).__name__}, expected a state_dict: names and tensors"
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise Prune2OnnxError(f"{path}: does not fit the model: {one_line(error)[:400]}") from error

@@ -1,0 +1,231 @@
+"""From file to file: what each option does, and that nothing is written before it is compared."""
+
+import numpy as np
+import onnx
+import pytest
+from networks import custom, mlp, model, pruned, run, value, weights
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+from prune2onnx.commands.pack import inputs_from, pack_file
+from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
+from prune2onnx.graph.file import load, save
+from prune2onnx.graph.normalize import normalize
+from prune2onnx.packing.inline import is_packed
+from prune2onnx.packing.inspection import inspect
+from prune2onnx.packing.pack import pack
+from prune2onnx.packing.unpack import unpack
+from prune2onnx.runs.options import PackOptions
+from prune2onnx.runtime.compare import output_error
+
+
+def stored(folder, made: ModelProto, name: str = "in.onnx", external: str | None = None):
+    save(made, folder / name, external)
+    return folder / name
+
+
+def noise(shape=(40, 200)) -> ModelProto:
+    """A layer of full precision."""
+    rng = np.random.default_rng(1)
+    return model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        {"w": rng.normal(size=shape).astype(np.float32)},
+        {"x": ["N", shape[0]]},
+        {"y": ["N", shape[1]]},
+    )
+
+
+def old() -> ModelProto:
+    """Opset 9: an operator has to be rewritten."""
+    made = model(
+        [
+            helper.make_node("Unsqueeze", ["x"], ["u"], axes=[1]),
+            helper.make_node("Squeeze", ["u"], ["s"], axes=[1]),
+            helper.make_node("MatMul", ["s", "w"], ["y"]),
+        ],
+        {"w": pruned((60, 600), 0.2, 15)},
+        {"x": ["N", 60]},
+        {"y": ["N", 600]},
+        opset=9,
+        ir_version=4,
+    )
+    made.graph.doc_string = "an old one"
+    return made
+
+
+def test_a_file_is_packed(tmp_path):
+    source, target = stored(tmp_path, mlp()), tmp_path / "new" / "folder" / "out.onnx"
+    done = pack_file(source, target)
+    assert done.files == (target,) and done.notes == ()
+    assert done.nbytes_before == source.stat().st_size
+    assert load(target) == pack(mlp()).model and done.rows == pack(mlp()).rows
+    assert unpack(load(target)).SerializeToString() == source.read_bytes()
+
+
+def test_a_packed_file_is_packed_again_and_may_replace_itself(tmp_path):
+    source = stored(tmp_path, pack(mlp()).model)
+    done = pack_file(source, source)
+    assert load(source) == pack(mlp()).model
+    assert done.notes == ()  # neither larger nor dense
+    pack_file(source, source, PackOptions(load="fast"))
+    assert load(source) == pack(mlp(), load="fast").model
+
+
+def test_a_file_that_packing_would_not_make_smaller_stays_dense_and_says_so(tmp_path):
+    small = noise((8, 8))
+    done = pack_file(stored(tmp_path, small), tmp_path / "out.onnx")
+    assert load(tmp_path / "out.onnx") == small
+    assert done.notes == ("packing would not make the file smaller; its weights stay dense",)
+
+
+def test_standard_sparse_tensors_are_written_on_request(tmp_path):
+    thin = mlp()
+    done = pack_file(
+        stored(tmp_path, thin), tmp_path / "out.onnx", PackOptions(form="sparse-initializer")
+    )
+    made = load(tmp_path / "out.onnx")
+    assert [s.values.name for s in made.graph.sparse_initializer] == ["fc1.weight"]
+    assert {row.codec for row in done.rows} == {"sparse-initializer", "dense"}
+    assert done.notes == () and not is_packed(made)
+    np.testing.assert_array_equal(run(made)[0], run(thin)[0])
+    # And back: a file of sparse tensors is packed like any other.
+    pack_file(tmp_path / "out.onnx", tmp_path / "again.onnx")
+    assert weights(unpack(load(tmp_path / "again.onnx"))).items() == weights(thin).items()
+
+
+def test_stripping_comes_before_packing(tmp_path):
+    noted = mlp()
+    noted.producer_name = "somebody"
+    for number, node in enumerate(noted.graph.node):
+        node.name = f"a_name_of_a_node_{number}"
+    source = stored(tmp_path, noted)
+    pack_file(source, tmp_path / "plain.onnx")
+    pack_file(source, tmp_path / "small.onnx", PackOptions(strip=True))
+    sizes = [(tmp_path / name).stat().st_size for name in ("plain.onnx", "small.onnx")]
+    assert sizes[1] < sizes[0] - 5 * 15
+    np.testing.assert_array_equal(run(load(tmp_path / "small.onnx"))[0], run(mlp())[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        (PackOptions(bits=4), 4),
+        (PackOptions(prune=0.8), 2.5),
+        (PackOptions(bits=4, prune=0.5), 4.5),
+        (PackOptions(max_rel_error=0.1), 4),
+        (PackOptions(max_rel_error=0.1, data="random"), 4),
+    ],
+)
+def test_lossy_packing_reports_its_error(options, least, tmp_path):
+    wide = noise((100, 600))
+    source, target = stored(tmp_path, wide), tmp_path / "out.onnx"
+    done = pack_file(source, target, options)
+    assert done.nbytes_before > least * target.stat().st_size
+    got, want = (
+        numpy_helper.to_array(m.graph.initializer[0]) for m in (unpack(load(target)), wide)
+    )
+    error = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert 0 < error < 0.6
+    if options.max_rel_error is not None and options.data is None:
+        assert error <= options.max_rel_error
+    if options.data is not None:
+        assert any(note.startswith("relative error of the outputs") for note in done.notes)
+        assert output_error(wide, inputs_from("random", wide))(load(target)) <= 0.1
+    if options.prune is not None:
+        assert done.rows[0].density == pytest.approx(1 - options.prune, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (PackOptions(data="digits"), "--data is for --max-rel-error"),
+        (PackOptions(data="random", bits=4.0), "--data is for --max-rel-error"),
+        (PackOptions(data="random", bits=4.0, max_rel_error=0.1), "give one of them"),
+        (PackOptions(bits=4.0, max_rel_error=0.1), "give one of them"),
+        (PackOptions(bits=0.5), "expected 1 to 8"),
+        (PackOptions(prune=1.5), "1.5"),
+        (PackOptions(max_rel_error=0.0), "0"),
+        (PackOptions(max_rel_error=0.1, data="nowhere:x"), "nowhere"),
+    ],
+)
+def test_invalid_options_are_refused(options, message, tmp_path):
+    source, target = stored(tmp_path, noise()), tmp_path / "out.onnx"
+    with pytest.raises(RecipeError, match=message):
+        pack_file(source, target, options)
+    assert not target.exists()
+
+
+def test_large_weights_may_go_beside(tmp_path):
+    source, target = stored(tmp_path, mlp(), external="in.data"), tmp_path / "out.onnx"
+    done = pack_file(source, target, PackOptions(external="out.data"))
+    assert done.files == (target, tmp_path / "out.data")
+    assert done.nbytes_before >= (tmp_path / "in.data").stat().st_size
+    assert weights(unpack(load(target))) == weights(mlp())
+    with pytest.raises(Prune2OnnxError, match="not a name for a data file"):
+        pack_file(source, target, PackOptions(external="../out.data"))
+
+
+def test_outputs_are_compared_before_an_upgraded_file_is_written(tmp_path, monkeypatch):
+    source, target = stored(tmp_path, old()), tmp_path / "out.onnx"
+    done = pack_file(source, target)
+    assert "onnxruntime gives equal outputs before and after" in done.notes
+    np.testing.assert_array_equal(run(load(target))[0], run(old())[0])
+    target.unlink()
+
+    def wrong(given):
+        made = normalize(given)
+        array = numpy_helper.to_array(made.model.graph.initializer[0]) * 2
+        made.model.graph.initializer[0].raw_data = array.tobytes()
+        return made
+
+    monkeypatch.setattr("prune2onnx.commands.source.normalize", wrong)
+    with pytest.raises(MismatchError, match="outputs differ"):
+        pack_file(source, target)
+    assert not target.exists()
+
+
+def test_a_network_that_onnxruntime_cannot_run_is_packed_without_being_run(tmp_path):
+    source, target = stored(tmp_path, custom()), tmp_path / "out.onnx"
+    done = pack_file(source, target, PackOptions(strip=True))
+    assert done.rows[0].codec != "dense" and target.stat().st_size < source.stat().st_size / 5
+    assert weights(unpack(load(target))) == weights(custom())
+    assert inspect(load(target)).rows[0].codec == done.rows[0].codec
+    aged = custom()
+    next(e for e in aged.opset_import if not e.domain).version = 9
+    aged.graph.node.insert(0, helper.make_node("Dropout", ["x"], ["x2"], ratio=0.5))
+    aged.graph.node[1].input[0] = "x2"
+    done = pack_file(stored(tmp_path, aged, "aged.onnx"), target)
+    assert any(note.startswith("not run in onnxruntime") for note in done.notes)
+
+
+def test_inputs_come_from_a_data_set_or_are_random():
+    image = model(
+        [helper.make_node("Flatten", ["x"], ["f"]), helper.make_node("MatMul", ["f", "w"], ["y"])],
+        {"w": pruned((64, 10), 1.0, 15)},
+        {"x": ["N", 1, 8, 8]},
+        {"y": ["N", 10]},
+    )
+    found = inputs_from("digits", image)
+    assert sum(len(each["x"]) for each in found) >= 256 or len(found) > 1
+    assert found[0]["x"].shape[1:] == (1, 8, 8)
+    random = inputs_from("random", image)
+    assert len(random) == 4 and not np.array_equal(random[0]["x"], random[1]["x"])
+
+
+def test_the_error_of_outputs_is_relative_and_the_worst_counts():
+    pair = model(
+        [helper.make_node("Mul", ["x", "a"], ["y"]), helper.make_node("Mul", ["x", "b"], ["z"])],
+        {"a": np.array([1], np.float32), "b": np.array([10], np.float32)},
+        {"x": [4]},
+        {"y": [4], "z": [4]},
+    )
+    other = ModelProto()
+    other.CopyFrom(pair)
+    other.graph.initializer[1].raw_data = np.float32(11).tobytes()
+    evaluate = output_error(pair, [{"x": np.ones(4, np.float32)}])
+    assert evaluate(pair) == 0 and evaluate(other) == pytest.approx(0.1)
+    counted = model(
+        [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.INT64)], {}, {"x": [4]}, {}
+    )
+    counted.graph.output.append(value("y", [4], TensorProto.INT64))
+    onnx.checker.check_model(counted)
+    assert output_error(counted, [{"x": np.ones(4, np.float32)}])(counted) == 0

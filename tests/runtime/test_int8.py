@@ -1,0 +1,218 @@
+"""int8: which layers, what it costs, and a packed file that is small and computes in int8."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from click.testing import CliRunner
+from networks import model, session, weights
+from onnx import ModelProto, helper, numpy_helper
+
+from prune2onnx.cli.main import main
+from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.graph.file import load
+from prune2onnx.packing.pack import pack
+from prune2onnx.packing.unpack import unpack
+from prune2onnx.runtime.int8 import quantize_int8
+from prune2onnx.runtime.validate import folds, operators
+
+ALL = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+RNG = np.random.default_rng(4)
+EXAMPLES = [{"x": RNG.normal(size=(8, 3, 10, 10)).astype(np.float32)} for _ in range(4)]
+
+
+def network(step: float | None = None) -> ModelProto:
+    """Two convolutions and a linear layer; with a step, half of the weights zero, few levels."""
+    rng = np.random.default_rng(3)
+
+    def weight(*shape: int) -> np.ndarray:
+        if step is None:
+            return (0.2 * rng.normal(size=shape)).astype(np.float32)
+        levels = rng.integers(-3, 4, shape) * (rng.random(shape) < 0.5)
+        return levels.astype(np.float32) * np.float32(step)
+
+    tensors = {
+        "a": weight(8, 3, 3, 3),
+        "a.bias": rng.normal(size=8).astype(np.float32),
+        "b": weight(16, 8, 3, 3),
+        "c": weight(5, 16 * 36),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "a", "a.bias"], ["p"]),
+        helper.make_node("Relu", ["p"], ["q"]),
+        helper.make_node("Conv", ["q", "b"], ["r"]),
+        helper.make_node("Relu", ["r"], ["s"]),
+        helper.make_node("Flatten", ["s"], ["t"]),
+        helper.make_node("Gemm", ["t", "c"], ["y"], transB=1),
+    ]
+    return model(nodes, tensors, {"x": ["N", 3, 10, 10]}, {"y": ["N", 5]})
+
+
+def answers(m: ModelProto) -> np.ndarray:
+    return session(m).run(None, EXAMPLES[0])[0]
+
+
+def test_all_layers_compute_in_int8_and_answer_nearly_alike():
+    made = quantize_int8(network(), EXAMPLES)
+    assert [(layer.weight, layer.op, layer.is_int8) for layer in made.layers] == [
+        ("a", "Conv", True),
+        ("b", "Conv", True),
+        ("c", "Gemm", True),
+    ]
+    left = {name.partition(":")[2] for name in operators(made.model, ALL)}
+    assert {"QLinearConv", "QGemm"} <= left and not {"Conv", "Gemm", "FusedConv"} & left
+    want, got = answers(network()), answers(made.model)
+    assert 0 < np.abs(got - want).max() < 0.1 * np.abs(want).max()
+
+
+def test_weights_on_levels_stay_as_they_are_and_the_packed_file_small():
+    dense = network(0.037)
+    made = quantize_int8(dense, EXAMPLES)
+    stored = {t.name: numpy_helper.to_array(t) for t in made.model.graph.initializer}
+    for name in "abc":
+        codes = stored[f"{name}_quantized"]
+        assert codes.dtype == np.int8 and np.abs(codes).max() == 3
+        kept = codes * stored[f"{name}_scale"]
+        original = next(t for t in dense.graph.initializer if t.name == name)
+        assert np.array_equal(kept, numpy_helper.to_array(original))
+    packed = pack(made.model, anonymize=True).model
+    assert packed.ByteSize() < 0.6 * made.model.ByteSize()
+    assert folds(packed) and np.array_equal(answers(packed), answers(made.model))
+    assert sorted(weights(unpack(packed)).values()) == sorted(weights(made.model).values())
+
+
+def test_a_layer_of_zeros_adds_its_bias_in_float():
+    given = network()
+    for tensor in given.graph.initializer:
+        if tensor.name == "a":
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros((8, 3, 3, 3), np.float32), "a"))
+    wide = [{"x": 100 * example["x"]} for example in EXAMPLES]  # their step is coarse for a bias
+    made = quantize_int8(given, wide)
+    assert [layer.is_int8 for layer in made.layers] == [False, True, True]
+    assert made.layers[0].reason == "all its weights are zero"
+    np.testing.assert_allclose(answers(made.model), answers(given), atol=0.05)
+
+
+@pytest.mark.parametrize("op", ["Conv", "ConvTranspose", "Gemm"])
+@pytest.mark.parametrize("step", [None, 0.001])
+def test_a_channel_of_zeros_among_others_keeps_its_bias(op, step):
+    shape = {"Conv": [4, 6, 3, 3], "ConvTranspose": [6, 4, 3, 3], "Gemm": [6, 4]}[op]
+    w = RNG.integers(-3, 4, shape) * 0.001 if step else 0.002 * RNG.normal(size=shape)
+    bias = np.array([0.05, 0.21, 0.1, 0.3])
+    index = (1,) if op == "Conv" else (slice(None), 1)
+    w[index] = 0
+    given = model(
+        [helper.make_node(op, ["x", "w", "b"], ["y"])],
+        {"w": w.astype(np.float32), "b": bias.astype(np.float32)},
+        {"x": ["N", 6, 5, 5][: len(shape)]},
+        {"y": ["N", 4, None, None][: len(shape)]},
+    )
+    # inputs have steps of 0.4, outputs much smaller ones
+    examples = [{"x": RNG.uniform(0, 100, [9, 6, 5, 5][: len(shape)]).astype(np.float32)}]
+    want = session(given).run(None, examples[0])[0]
+    got = session(quantize_int8(given, examples).model).run(None, examples[0])[0]
+    step_of_outputs = (max(want.max(), 0) - min(want.min(), 0)) / 255
+    assert np.abs(want - got)[:, 1].max() < 0.6 * step_of_outputs
+
+
+def test_layers_stay_float_until_the_error_is_met():
+    def error(m: ModelProto) -> float:
+        there = {tensor.name for tensor in m.graph.initializer}
+        return 1.0 if "b" in there else 9.0  # b must not be quantized
+
+    made = quantize_int8(network(), EXAMPLES, evaluate=error, max_drop=0.5)
+    state = {layer.weight: layer for layer in made.layers}
+    assert (made.float_error, made.error) == (1.0, 1.0)
+    assert not state["b"].is_int8 and "0.5 points" in state["b"].reason
+    # layers that disturb the outputs less than b are int8
+    for layer in made.layers:
+        assert layer.is_int8 == (layer.disturbance < state["b"].disturbance) or layer.weight == "b"
+    never = quantize_int8(network(), EXAMPLES, evaluate=lambda m: float(m != network()))
+    assert never.model == network() and not any(layer.is_int8 for layer in never.layers)
+    gladly = quantize_int8(network(), EXAMPLES, evaluate=lambda m: 1.0)
+    assert all(layer.is_int8 and layer.disturbance is None for layer in gladly.layers)
+
+
+@pytest.mark.parametrize("method", ["minmax", "entropy", "percentile"])
+def test_what_is_to_be_kept_is_kept(method, capsys):
+    made = quantize_int8(network(), EXAMPLES, method=method, keep=("a",))
+    assert [layer.is_int8 for layer in made.layers] == [False, True, True]
+    assert made.layers[0].reason == "as asked"
+    assert "Conv" in {name.partition(":")[2] for name in operators(made.model, ALL)}
+    assert not capsys.readouterr().out
+
+
+def test_what_cannot_be_quantized_is_named():
+    with pytest.raises(RecipeError, match="no layer has the weight 'd'; known are a, b, c"):
+        quantize_int8(network(), EXAMPLES, keep=("d",))
+    with pytest.raises(RecipeError, match="calibration method 'mean', expected minmax"):
+        quantize_int8(network(), EXAMPLES, method="mean")
+    with pytest.raises(RecipeError, match="no calibration example"):
+        quantize_int8(network(), [])
+    bare = model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": ["N"]}, {"y": ["N"]})
+    with pytest.raises(Prune2OnnxError, match="no layer to quantize"):
+        quantize_int8(bare, EXAMPLES)
+    with pytest.raises(Prune2OnnxError, match=r"fails on x \[8, 3, 4, 4\]"):
+        quantize_int8(network(), [{"x": np.zeros((8, 3, 4, 4), np.float32)}])
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory) -> tuple[Path, str]:
+    """A linear classifier of three patterns, and examples of them."""
+    folder = tmp_path_factory.mktemp("classifier")
+    rng = np.random.default_rng(5)
+    patterns = rng.normal(size=(3, 48)).astype(np.float32)
+    y = np.arange(300) % 3
+    x = (patterns[y] + rng.normal(size=(300, 48))).astype(np.float32)
+    np.savez(folder / "data.npz", x=x, y=y)
+    hidden = (0.1 * rng.normal(size=(400, 48))).astype(np.float32)
+    nodes = [
+        helper.make_node("Gemm", ["x", "h"], ["a"], transB=1),
+        helper.make_node("Gemm", ["a", "w"], ["y"], transB=1),
+    ]
+    tensors = {"h": hidden, "w": patterns @ np.linalg.pinv(hidden)}
+    onnx.save(model(nodes, tensors, {"x": ["N", 48]}, {"y": ["N", 3]}), folder / "in.onnx")
+    return folder / "in.onnx", f"npz:{folder / 'data.npz'}"
+
+
+def test_a_file_is_quantized_with_its_data(classifier, tmp_path):
+    source, data = classifier
+    target = tmp_path / "out.onnx"
+    arguments = ["quantize", str(source), str(target), "--data", data, "--max-drop", "4"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert not result.stdout and "int8" in result.stderr and "validation error" in result.stderr
+    assert load(target).ByteSize() < 0.4 * source.stat().st_size
+    facts = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
+    assert {layer["weight"] for layer in facts["layers"]} == {"h", "w"}
+    assert facts["error"] <= facts["float_error"] + 4 and facts["float_error"] < 20
+    assert facts["nbytes"] == target.stat().st_size and facts["timing"]["runs"] > 0
+
+
+def test_a_packed_file_is_quantized_unpacked(classifier, tmp_path):
+    source, data = classifier
+    packed = tmp_path / "packed.onnx"
+    assert (
+        CliRunner().invoke(main, ["pack", str(source), str(packed), "--bits", "4"]).exit_code == 0
+    )
+    arguments = ["quantize", str(packed), str(tmp_path / "out.onnx"), "--data", data]
+    stderr = CliRunner().invoke(main, arguments).stderr
+    assert "pack it as the last step" in stderr
+    assert not load(tmp_path / "out.onnx").functions
+
+
+def test_wrong_usage_of_the_command(classifier, tmp_path):
+    source, data = classifier
+    target = tmp_path / "out.onnx"
+    for arguments, status, says in (
+        (["--data", "digits"], 1, "fails on x"),
+        (["--data", data, "--examples", "0"], 2, "expected 1 or more"),
+        (["--data", data, "--keep", "z"], 2, "no layer has the weight 'z'"),
+        ([], 2, "--data"),
+    ):
+        result = CliRunner().invoke(main, ["quantize", str(source), str(target), *arguments])
+        assert result.exit_code == status and says in result.stderr, arguments
+        assert not target.exists()

@@ -29,7 +29,7 @@ from prune2onnx import export
 from prune2onnx.callables import load_callable
 from prune2onnx.commands.pack import pack_file
 from prune2onnx.graph.file import load
-from prune2onnx.runs.options import PackOptions
+from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runtime.compare import output_error, outputs_of
 from prune2onnx.runtime.session import random_inputs, session
 

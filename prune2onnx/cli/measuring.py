@@ -9,7 +9,7 @@ import click
 from prune2onnx.cli.options import GroupedCommand, Integers
 from prune2onnx.cli.output import console, must_fold
 from prune2onnx.cli.tables import benchmark_tables, report_table
-from prune2onnx.runs.options import BenchmarkOptions
+from prune2onnx.runs.defaults import BenchmarkOptions
 
 _PATH = click.Path(path_type=Path)
 

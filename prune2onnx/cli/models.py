@@ -10,7 +10,7 @@ import click
 from prune2onnx.cli.options import GroupedCommand, choice_of, max_bytes_option
 from prune2onnx.cli.output import console, print_json, print_weights, say
 from prune2onnx.cli.tables import layers_table, shrink_table
-from prune2onnx.runs.options import Int8Options, PackOptions
+from prune2onnx.runs.defaults import Int8Options, PackOptions
 from prune2onnx.shrinking.structure import BLOCK
 
 _PATH = click.Path(path_type=Path)

@@ -25,9 +25,9 @@ from prune2onnx.files import write_whole
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.pack import Packed, pack
 from prune2onnx.runs.budget import Search, Trial, goals
+from prune2onnx.runs.defaults import Int8Options
 from prune2onnx.runs.folder import DENSE, HISTORY, MODEL, PAGE, RECIPE, REPORT
 from prune2onnx.runs.history import Callbacks, Epoch
-from prune2onnx.runs.options import Int8Options
 from prune2onnx.runs.pages.page import write_page
 from prune2onnx.runs.recipe import MACS, Recipe
 from prune2onnx.runs.report import Report

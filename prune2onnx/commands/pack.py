@@ -21,7 +21,7 @@ from prune2onnx.packing.approximation.approximate import Approximation, approxim
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.pack import pack_normalized
 from prune2onnx.packing.rows import WeightRow
-from prune2onnx.runs.options import PackOptions
+from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runtime.compare import check_same, output_error
 from prune2onnx.runtime.session import UnrunnableError, random_inputs, session
 from prune2onnx.shrinking.shrink import shrink

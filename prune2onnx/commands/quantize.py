@@ -11,7 +11,7 @@ from prune2onnx.data import load_data
 from prune2onnx.errors import RecipeError
 from prune2onnx.graph.file import save
 from prune2onnx.graph.protobuf import nbytes
-from prune2onnx.runs.options import Int8Options
+from prune2onnx.runs.defaults import Int8Options
 from prune2onnx.runtime.benchmark import Timing
 from prune2onnx.runtime.int8 import Layer
 from prune2onnx.runtime.int8_choice import choose

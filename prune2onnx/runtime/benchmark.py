@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import file_nbytes
-from prune2onnx.runs.options import BenchmarkOptions
+from prune2onnx.runs.defaults import BenchmarkOptions
 from prune2onnx.runtime.latency import loads, timed
 from prune2onnx.runtime.session import environment, random_inputs, run_once, session
 

@@ -30,7 +30,7 @@ from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.walk import DEFAULT_DOMAINS
 from prune2onnx.packing.quantized import MOST_STEPS, on_steps, step_of
 from prune2onnx.packing.unpack import unpack
-from prune2onnx.runs.options import Int8Options
+from prune2onnx.runs.defaults import Int8Options
 from prune2onnx.runtime.session import run_once, session
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")

@@ -14,7 +14,7 @@ from onnx import ModelProto
 from prune2onnx.data import Data, batches, first
 from prune2onnx.graph.file import save
 from prune2onnx.graph.strip import strip
-from prune2onnx.runs.options import Int8Options
+from prune2onnx.runs.defaults import Int8Options
 from prune2onnx.runtime.benchmark import Timing, timings
 from prune2onnx.runtime.compare import error_percent, scores
 from prune2onnx.runtime.int8 import Int8, quantize_int8

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.file import file_nbytes
-from prune2onnx.runs.options import BenchmarkOptions
+from prune2onnx.runs.defaults import BenchmarkOptions
 from prune2onnx.runs.report import Measured
 from prune2onnx.runtime.session import run_once, session
 

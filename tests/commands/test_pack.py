@@ -14,7 +14,7 @@ from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
-from prune2onnx.runs.options import PackOptions
+from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runtime.compare import output_error
 
 

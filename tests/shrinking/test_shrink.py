@@ -1294,7 +1294,7 @@ def by_norm(m: ModelProto, fraction: float) -> ModelProto:
     """The weakest outputs of every layer zero, with their biases where they have any."""
     result = ModelProto()
     result.CopyFrom(m)
-    assert weak_channels.silence(result, fraction)
+    assert weak_channels.zero_weakest(result, fraction)
     return result
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prune2onnx.commands.compress import compress
+    from prune2onnx.commands.shrink import shrink
     from prune2onnx.commands.sweep import sweep, sweep_of
     from prune2onnx.data import load_data
     from prune2onnx.errors import BudgetError, MismatchError, Prune2OnnxError, RecipeError
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from prune2onnx.runtime.benchmark import benchmark
     from prune2onnx.runtime.int8 import quantize_int8
     from prune2onnx.runtime.validate import validate
-    from prune2onnx.shrinking.shrink import shrink
     from prune2onnx.training.export import export
     from prune2onnx.training.fit import fit
     from prune2onnx.training.fold import fold_batch_norm
@@ -57,7 +57,7 @@ _HOME = {
     "quantize_int8": "runtime.int8",
     "read_recipe": "runs.recipe",
     "resolve": "runs.recipe",
-    "shrink": "shrinking.shrink",
+    "shrink": "commands.shrink",
     "sweep": "commands.sweep",
     "sweep_of": "commands.sweep",
     "unpack": "packing.unpack",

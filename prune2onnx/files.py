@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all.
+"""Files that appear whole or not at all, and never in place of what a command reads.
 
-A file is written beside its destination, flushed to the disk and renamed, so a killed run or a
-full disk leaves no half file behind, and no other process reads one. What stands in the files is
-up to the callers.
+A file is written beside its destination, flushed to the disk and renamed, so a killed run or a full
+disk leaves no half file behind, and no other process reads one. What stands in the files is up to
+the callers.
 """
 
 from __future__ import annotations
@@ -10,36 +10,140 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from prune2onnx.errors import Prune2OnnxError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_LONGEST_STEM = 60  # bytes of a name that its temporary repeats; a name has at most 255
 
 
 def write_whole(path: str | Path, content: bytes | str) -> None:
     """Writes `content` to `path`, replacing what was there, or leaves everything as it was.
 
-    Text is encoded as UTF-8. Parent folders are made.
+    Text is encoded as UTF-8. Parent folders are made. As with `cp`, a link is followed, a device or
+    a FIFO is written to, and the mode of a file that is replaced stays.
 
     Raises:
-        Prune2OnnxError: the file cannot be written (no space, no permission, not a folder); the
-            message names the file and the system's reason, and nothing is left behind.
+        Prune2OnnxError: the file cannot be written (no space, no permission, a folder, a link to
+            nothing); the message names it and the reason, and nothing is left behind.
+    """
+    content = content.encode() if isinstance(content, str) else content
+    with replacing(path, len(content)) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, nbytes: int) -> Iterator[BinaryIO]:
+    """A stream whose content takes the place of `path` at the end, or is dropped on an error.
+
+    Args:
+        path: as for `write_whole`.
+        nbytes: how many bytes are to be written, for the error.
     """
     path = Path(path)
-    content = content.encode() if isinstance(content, str) else content
-    # One name, so that what a killed run left is overwritten by the next.
-    partial = path.with_name(f".{path.name}.partial")
+    target = _destination(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:
-            stream.write(content)
+        if target.exists() and not target.is_file():  # a device, a FIFO
+            with target.open("wb") as stream:
+                yield stream
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        with _temporary(target) as (stream, partial):
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        partial.replace(path)
+            if target.exists():
+                partial.chmod(stat.S_IMODE(target.stat().st_mode))
+            partial.replace(target)
     except OSError as error:
-        raise unwritten(path, len(content), error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+        raise unwritten(path, nbytes, error) from error
+
+
+def _destination(path: Path) -> Path:
+    """Where a path leads.
+
+    Raises:
+        Prune2OnnxError: to a folder, or nowhere.
+    """
+    if not path.name or path.is_dir():
+        raise Prune2OnnxError(f"{str(path)!r} is a folder; give the name of a file to write")
+    if not path.is_symlink():
+        return path
+    target = Path(os.path.realpath(path))
+    if not target.exists():
+        raise Prune2OnnxError(f"{path}: a link to {target}, which does not exist; remove the link")
+    return target
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file beside `target`, locked while it is written, and gone afterwards."""
+    while True:
+        partial = target.with_name(f"{_stem(target)}{secrets.token_hex(8)}.partial")
+        with partial.open("xb") as stream:
+            try:
+                _lock(stream)
+                if fcntl and not partial.exists():
+                    continue  # another process took it for a leftover before it was locked
+                yield stream, partial
+                return
+            finally:
+                with contextlib.suppress(OSError):
+                    partial.unlink()
+
+
+def _stem(target: Path) -> str:
+    """What the names of all temporaries of a file begin with."""
+    cut = target.name.encode(errors="surrogateescape")[:_LONGEST_STEM]
+    return f".{cut.decode(errors='ignore')}."
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes what killed processes left: temporaries that nobody has locked."""
+    if fcntl is None:
+        return
+    stem = _stem(target)
+    with os.scandir(target.parent) as entries:
+        names = [e.name for e in entries if e.name.startswith(stem) and e.name.endswith(".partial")]
+    for name in names:
+        with contextlib.suppress(OSError), target.with_name(name).open("rb") as stream:
+            _lock(stream)
+            target.with_name(name).unlink()
+
+
+def _lock(stream: BinaryIO) -> None:
+    """Locks a file until it is closed, also by the end of the process.
+
+    Raises:
+        OSError: another process has locked it.
+    """
+    if fcntl is not None:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def keep_inputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Makes sure that no output is a file that is read, by whatever name or link.
+
+    Raises:
+        Prune2OnnxError: one is.
+    """
+    read = [path for path in inputs if path.exists()]
+    for output in outputs:
+        for path in read:
+            if output.exists() and output.samefile(path):
+                raise Prune2OnnxError(
+                    f"{output}: the same file as {path}, which is read; give another name"
+                )
 
 
 def unwritten(path: Path, nbytes: int, error: OSError) -> Prune2OnnxError:

@@ -29,7 +29,7 @@ from prune2onnx.graph.domain import DOMAIN
 from prune2onnx.graph.file import load
 from prune2onnx.graph.normalize import normalize
 from prune2onnx.runtime.compare import outputs_of
-from prune2onnx.runtime.session import random_inputs, session
+from prune2onnx.runtime.inputs import random_inputs
 
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 
@@ -88,7 +88,7 @@ def verdict(model: ModelProto, path: Path | None) -> str:
     coded = any(node.domain == DOMAIN for each in packed for node in each.graph.node)
     form = "coded" if coded else "stays dense"
     try:
-        inputs = [random_inputs(session(model))]
+        inputs = random_inputs(model)
         wanted = outputs_of(model, inputs)
     except Exception:  # of many kinds: operators, types and inputs onnxruntime does not take
         if not (known := list(examples(path, [value.name for value in want.graph.input]))):

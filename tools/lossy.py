@@ -29,9 +29,9 @@ from prune2onnx import export
 from prune2onnx.callables import load_callable
 from prune2onnx.commands.pack import pack_file
 from prune2onnx.graph.file import load
-from prune2onnx.runs.defaults import PackOptions
+from prune2onnx.runs.defaults import InputOptions, PackOptions
 from prune2onnx.runtime.compare import output_error, outputs_of
-from prune2onnx.runtime.session import random_inputs, session
+from prune2onnx.runtime.inputs import random_inputs
 
 DATA = Path(os.environ.get("PRUNE2ONNX_DATA", "data"))
 MODELS = Path(__file__).parent.parent / "models"
@@ -40,8 +40,8 @@ OPTIONS = (
     *(PackOptions(bits=bits) for bits in (3, 4, 5, 6, 6.5, 7)),
     PackOptions(prune=0.3, bits=5),
     PackOptions(max_rel_error=0.05),
-    PackOptions(max_rel_error=0.01, data="..."),
-    PackOptions(max_rel_error=0.03, data="..."),
+    PackOptions(max_rel_error=0.01, inputs=InputOptions("...")),
+    PackOptions(max_rel_error=0.03, inputs=InputOptions("...")),
 )
 
 
@@ -77,7 +77,7 @@ def described(options: PackOptions) -> str:
         "--max-rel-error": options.max_rel_error,
     }
     text = " ".join(f"{name} {value:g}" for name, value in values.items() if value is not None)
-    return text + (f" --data {options.data}" if options.data else "")
+    return text + (f" --data {options.inputs.data}" if options.inputs.data else "")
 
 
 def table(name: str, folder: Path) -> None:
@@ -86,9 +86,8 @@ def table(name: str, folder: Path) -> None:
     labels = None
     if name == "slim320":
         source = DATA / "onnx" / "slim320.onnx"
-        opened = session(source)
-        searched = [random_inputs(opened, seed) for seed in range(8)]
-        tested = [random_inputs(opened, seed) for seed in range(100, 116)]
+        searched = random_inputs(load(source), range(8))
+        tested = random_inputs(load(source), range(100, 116))
     else:
         onnx.save(resnet(name), source)
         searched = [{"input": images("train", 256)[0]}]
@@ -107,7 +106,7 @@ def table(name: str, folder: Path) -> None:
     print("| options | bytes | smaller | output | accuracy |\n| --- | --- | --- | --- | --- |")
     for options in OPTIONS:
         target = folder / "packed.onnx"
-        evaluate = output_error(dense, searched) if options.data else None
+        evaluate = output_error(dense, searched) if options.inputs.data else None
         pack_file(source, target, options, evaluate=evaluate)
         packed = load(target)
         change = ""

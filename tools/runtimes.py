@@ -33,7 +33,7 @@ import onnx
 from numpy.typing import NDArray
 
 from prune2onnx import unpack
-from prune2onnx.runtime.session import random_inputs, session
+from prune2onnx.runtime.inputs import random_inputs
 
 # The oldest and newest supported versions, and those around the change of constant folding in 1.27.
 VERSIONS = "1.17.3,1.20.1,1.23.2,1.24.4,1.25.1,1.26.0,1.27.0,1.28.0,1.32.0"
@@ -168,7 +168,7 @@ def operators(path: Path) -> Counter[str]:
 def prepare(file: Path, folder: Path) -> None:
     """Writes packed.onnx, dense.onnx, and one example for onnxruntime and onnxruntime-web."""
     packed = onnx.load(file)
-    inputs = random_inputs(session(packed), seed=0)
+    inputs = random_inputs(unpack(packed))[0]
     onnx.save(packed, folder / "packed.onnx")
     onnx.save(unpack(packed), folder / "dense.onnx")
     np.savez(folder / "inputs.npz", **inputs)

@@ -37,7 +37,8 @@ from onnx import ModelProto
 from prune2onnx import Prune2OnnxError, unpack
 from prune2onnx.graph.domain import DOMAIN
 from prune2onnx.packing.inspection import constant_nodes, inflated
-from prune2onnx.runtime.session import random_inputs, session
+from prune2onnx.runtime.inputs import random_inputs
+from prune2onnx.runtime.session import session
 
 PACKAGES = (
     "onnx==1.23.2",
@@ -241,7 +242,7 @@ def main(file: Path, output: Path) -> None:
     if not calls(packed):
         sys.exit(f"{file}: not a packed file")
     python = interpreter(output.resolve())
-    inputs = random_inputs(session(packed), seed=0)
+    inputs = random_inputs(dense)[0]
     for put, _ in MARKS.values():
         if put is not None:
             put(packed)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from prune2onnx.cli.options import GroupedCommand, Integers
+from prune2onnx.cli.options import GroupedCommand, Integers, input_options, input_options_of
 from prune2onnx.cli.output import console, must_fold
 from prune2onnx.cli.tables import benchmark_tables, report_table
 from prune2onnx.runs.defaults import BenchmarkOptions
@@ -22,20 +22,23 @@ _PATH = click.Path(path_type=Path)
     metavar="DENSE.onnx",
     help="the file to compare with; default: the unpacked FILE",
 )
-@click.option(
-    "--data", help="data set with test examples, as for compress; default: random inputs, no error"
-)
+@input_options
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
-def validate(file: Path, reference: Path | None, data: str | None, as_json: bool) -> None:
-    """Validate FILE in onnxruntime: weights, folding, outputs, error, size, load time, latency."""
+def validate(
+    file: Path,
+    reference: Path | None,
+    data: str | None,
+    input_shapes: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Validate FILE in onnxruntime: weights, folding, outputs, error, size, load time, latency.
+
+    The error is that of the test examples of --data, where it is a data set with labels.
+    """
     from prune2onnx.runtime.validate import validate as run
 
-    examples = None
-    if data is not None:
-        from prune2onnx.data import batches, load_data
-
-        examples = batches(load_data(data).test)
-    report = run(file, reference, batches=examples)
+    inputs = input_options_of(data, input_shapes)
+    report = run(file, reference, inputs=inputs)
     if as_json:
         click.echo(report.to_json(), nl=False)
     else:
@@ -68,6 +71,7 @@ def validate(file: Path, reference: Path | None, data: str | None, as_json: bool
     show_default=True,
     help="inferences of each file before any is timed",
 )
+@input_options
 @click.option("--profile", is_flag=True, help="also time operators, with onnxruntime's profiler")
 @click.option("--json", "as_json", is_flag=True, help="print all figures as JSON on stdout")
 def benchmark(
@@ -76,13 +80,15 @@ def benchmark(
     threads: tuple[int, ...],
     seconds: float,
     warm_up: int,
+    data: str | None,
+    input_shapes: tuple[str, ...],
     profile: bool,
     as_json: bool,
 ) -> None:
     """Measure latency, throughput, load time and memory of files side by side, on the CPU.
 
-    Inferences of the files are interleaved, on random inputs. A difference from the first file that
-    is not significant is marked as within noise.
+    Inferences of the files are interleaved, on random inputs unless --data is given. A
+    difference from the first file that is not significant is marked as within noise.
 
     \b
     prune2onnx benchmark dense.onnx small.onnx --batch 1,16 --threads 1,2
@@ -90,7 +96,13 @@ def benchmark(
     from prune2onnx.runtime.benchmark import benchmark as run
 
     found = run(
-        files, batches=batch, threads=threads, seconds=seconds, warm_up=warm_up, profile=profile
+        files,
+        batches=batch,
+        threads=threads,
+        seconds=seconds,
+        warm_up=warm_up,
+        profile=profile,
+        inputs=input_options_of(data, input_shapes),
     )
     if as_json:
         click.echo(found.to_json(), nl=False)

@@ -7,7 +7,13 @@ from typing import Any
 
 import click
 
-from prune2onnx.cli.options import GroupedCommand, choice_of, max_bytes_option
+from prune2onnx.cli.options import (
+    GroupedCommand,
+    choice_of,
+    input_options,
+    input_options_of,
+    max_bytes_option,
+)
 from prune2onnx.cli.output import console, print_json, print_weights, say
 from prune2onnx.cli.tables import layers_table, shrink_table
 from prune2onnx.runs.defaults import Int8Options, PackOptions
@@ -53,9 +59,10 @@ _external = click.option(
 @click.option(
     "--max-rel-error",
     type=float,
-    help="lossy: largest relative error (L2) of each weight; with --data, of the outputs",
+    help="lossy: largest relative error (L2) of each weight; with --data (which may be "
+    "'random'), of the outputs",
 )
-@click.option("--data", help="inputs for --max-rel-error: a data set as for compress, or 'random'")
+@input_options
 @_external
 @click.option("--json", "as_json", is_flag=True, help="print the weights as JSON on stdout")
 def pack(
@@ -70,6 +77,7 @@ def pack(
     prune: float | None,
     max_rel_error: float | None,
     data: str | None,
+    input_shapes: tuple[str, ...],
     external: str | None,
     as_json: bool,
 ) -> None:
@@ -85,7 +93,16 @@ def pack(
     from prune2onnx.graph.file import file_nbytes
 
     options = PackOptions(
-        load, form, strip, shrink, bits, prune, max_rel_error, data, external, anonymize
+        load,
+        form,
+        strip,
+        shrink,
+        bits,
+        prune,
+        max_rel_error,
+        input_options_of(data, input_shapes),
+        external,
+        anonymize,
     )
     result = pack_file(source, target, options)
     for note in result.notes:
@@ -114,7 +131,7 @@ def unpack(source: Path, target: Path, external: str | None, max_bytes: int) -> 
     model = run(load(source, max_bytes), max_bytes)
     if model.graph.sparse_initializer:
         model = from_sparse(model, max_bytes)
-    written = save(model, target, external)
+    written = save(model, target, external, source=source)
     for path in written:
         say(f"{path}: {path.stat().st_size:,} bytes")
 
@@ -133,6 +150,7 @@ def unpack(source: Path, target: Path, external: str | None, max_bytes: int) -> 
     help="keep a multiple of so many channels in a convolution, since other numbers may be slower "
     "in onnxruntime; 1: the smallest file",
 )
+@input_options
 @_external
 @click.option("--json", "as_json", is_flag=True, help="print the changes as JSON on stdout")
 def shrink(
@@ -140,6 +158,8 @@ def shrink(
     target: Path,
     gather_inputs: bool,
     multiple: int,
+    data: str | None,
+    input_shapes: tuple[str, ...],
     external: str | None,
     as_json: bool,
 ) -> None:
@@ -151,7 +171,12 @@ def shrink(
     from prune2onnx.commands.shrink import shrink_file
 
     result = shrink_file(
-        source, target, gather_inputs=gather_inputs, multiple=multiple, external=external
+        source,
+        target,
+        gather_inputs=gather_inputs,
+        multiple=multiple,
+        external=external,
+        inputs=input_options_of(data, input_shapes),
     )
     if as_json:
         print_json(result.to_dict())

@@ -7,16 +7,19 @@ adds every setting of every phase.
 
 from __future__ import annotations
 
+import re
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
+from prune2onnx.errors import RecipeError
 from prune2onnx.packing.unpack import MAX_BYTES
+from prune2onnx.runs.defaults import InputOptions
 from prune2onnx.runs.recipe import PHASES, RENAMED, settings
 
 _BYTES = TypeAdapter(ByteSize)
@@ -48,6 +51,40 @@ class Integers(click.ParamType[tuple[int, ...]]):
             return tuple(int(part) for part in value.split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of whole numbers, such as 1,16", param, ctx)
+
+
+def input_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --data and --input-shape, for verbs that run a model."""
+    shape = click.option(
+        "--input-shape",
+        "input_shapes",
+        multiple=True,
+        metavar="NAME=SIZES",
+        help="sizes of a random input, such as images=1,3,224,224; default: found by trying",
+    )
+    data = click.option(
+        "--data",
+        help="run on these examples: npz:FILE with an array per input, or a data set as for "
+        "compress; default: random inputs",
+    )
+    return data(shape(command))
+
+
+def input_options_of(data: str | None, input_shapes: Iterable[str]) -> InputOptions:
+    """What `input_options` were given."""
+    shapes = {}
+    for text in input_shapes:
+        name, equals, sizes = text.rpartition("=")
+        try:
+            shape = tuple(int(size) for size in re.split("[,x]", sizes) if sizes)
+        except ValueError:
+            shape = (-1,)
+        if not (name and equals) or min(shape, default=0) < 0:
+            raise RecipeError(
+                f"--input-shape {text!r}, expected NAME=SIZES such as images=1,3,224,224"
+            )
+        shapes[name] = shape
+    return InputOptions(data, shapes)
 
 
 class _Factor(click.ParamType[tuple[str, float]]):

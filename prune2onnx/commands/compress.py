@@ -8,20 +8,22 @@ This module has the order of the steps; each step lives in a module of its own.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from prune2onnx.data import Data, batches, load_data
 from prune2onnx.errors import RecipeError
-from prune2onnx.files import write_whole
+from prune2onnx.files import unwritten, write_whole
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.pack import Packed, pack
 from prune2onnx.runs.budget import Search, Trial, goals
@@ -40,11 +42,19 @@ from prune2onnx.shrinking.costs import multiply_adds
 from prune2onnx.training.augment import check_images
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.export import Template
-from prune2onnx.training.fit import Fitted, fit, made_by_main, make_accelerator, with_epochs
+from prune2onnx.training.fit import (
+    Accelerator,
+    Fitted,
+    fit,
+    made_by_main,
+    make_accelerator,
+    with_epochs,
+)
 from prune2onnx.training.fold import has_batch_norm
 from prune2onnx.training.model import Network, make_model
 from prune2onnx.training.scoring import check_output, scores_of
 
+_CHECKPOINTS = "checkpoints"
 _PRICES = "prices.json"  # measured once, so that a continued run ends as an uninterrupted one
 
 
@@ -73,7 +83,8 @@ def compress(
         main process.
 
     Raises:
-        RecipeError: the recipe does not fit the folder or the processes.
+        RecipeError: the recipe does not fit the folder or the processes, or another process is
+            running in the folder.
         Prune2OnnxError: a step failed; the message names what and why.
         MismatchError: onnxruntime disagrees with torch or with the numpy decoder.
     """
@@ -82,11 +93,51 @@ def compress(
     model, data, template = prepared(recipe)
     recipe = with_epochs(recipe, len(data.train))
     accelerator = make_accelerator(recipe, cpu=cpu)
-    checkpoints = directory / "checkpoints"
-    if accelerator.is_main_process:
-        _clear(directory, everything=not resume)
-        write_whole(directory / RECIPE, recipe.to_yaml())
-    accelerator.wait_for_everyone()
+    with _alone(directory) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            _clear(directory, everything=not resume)
+            write_whole(directory / RECIPE, recipe.to_yaml())
+        accelerator.wait_for_everyone()
+        return _run(recipe, model, data, template, accelerator, directory, resume, callbacks)
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Holds the lock of a run's folder; the system releases it when the process ends.
+
+    Raises:
+        RecipeError: another process holds it.
+    """
+    path = directory / _CHECKPOINTS / "lock"
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RecipeError(
+            f"{directory}: another process is running it; wait until it ends, or choose another "
+            "folder with -o"
+        ) from error
+    except OSError as error:
+        raise unwritten(path, 0, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _run(
+    recipe: Recipe,
+    model: Network,
+    data: Data,
+    template: Template,
+    accelerator: Accelerator,
+    directory: Path,
+    resume: bool,
+    callbacks: Callbacks | None,
+) -> Report | None:
+    """Everything that takes time, in a folder that is this process's own."""
+    checkpoints = directory / _CHECKPOINTS
     by_main = partial(made_by_main, accelerator)
     deployment = Deployment(
         data.input_shape,
@@ -147,7 +198,7 @@ def _clear(directory: Path, *, everything: bool) -> None:
     """Removes what an earlier run left: its results, or all of it."""
     outdated = [directory / name for name in (DENSE, MODEL, HISTORY, REPORT, PAGE)]
     if everything:
-        checkpoints = directory / "checkpoints"
+        checkpoints = directory / _CHECKPOINTS
         # the recipe first: a kill must leave no old checkpoint beside a new recipe
         old = checkpoints.rglob("*.safetensors")
         outdated = [directory / RECIPE, checkpoints / _PRICES, *old, *outdated]

@@ -21,7 +21,8 @@ from onnx import ModelProto, NodeProto
 from prune2onnx.commands.source import read
 from prune2onnx.data import batches, load_data
 from prune2onnx.errors import Prune2OnnxError, RecipeError
-from prune2onnx.files import write_whole
+from prune2onnx.files import keep_inputs, write_whole
+from prune2onnx.graph.file import files_of
 from prune2onnx.packing.unpack import unpack
 from prune2onnx.runtime.compare import Batches, answers
 from prune2onnx.runtime.session import session
@@ -153,6 +154,8 @@ def features_file(
     """
     model = read(source).unpacked
     name = layer_value(model, layer)
+    archive = Path(data.partition(":")[2]).expanduser()
+    keep_inputs([*files_of(source), *([archive] if archive.is_file() else [])], [target])
     found = load_data(data)
     arrays: dict[str, Any] = {}
     for part, splits in (("train", (found.train, found.validation)), ("test", (found.test,))):

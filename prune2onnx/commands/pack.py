@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
 from onnx import ModelProto
 
 from prune2onnx.commands.source import read
@@ -23,12 +21,15 @@ from prune2onnx.packing.pack import pack_normalized
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runtime.compare import check_same, output_error
-from prune2onnx.runtime.session import UnrunnableError, random_inputs, session
+from prune2onnx.runtime.inputs import inputs_of
+from prune2onnx.runtime.session import UnrunnableError, session
 from prune2onnx.shrinking.shrink import shrink
 from prune2onnx.shrinking.structure import BLOCK
 
 _EXAMPLES = 256
 """Examples for a search for the fewest bits: the first ones of the validation split."""
+
+_BATCH = 64  # of them at a time
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def pack_file(
         source: the file to pack.
         target: the file to write.
         options: by default, lossless packing.
-        evaluate: a model -> its error, for `max_rel_error`, in place of `options.data`.
+        evaluate: a model -> its error, for `max_rel_error`, in place of the outputs' error.
 
     Raises:
         RecipeError: options that exclude each other, or one out of range.
@@ -71,8 +72,6 @@ def pack_file(
         Prune2OnnxError: the file cannot be read, normalized, or written.
     """
     options = options or PackOptions()
-    if options.data is not None and options.max_rel_error is None:
-        raise RecipeError("--data is for --max-rel-error, the error on these data; give both")
     given = read(source)
     normal, changed = given.normal, given.is_upgraded
     notes = list(normal.notes)
@@ -82,10 +81,17 @@ def pack_file(
         notes += shrunk.notes
     if changed:
         try:
-            check_same(source.name, normal.model, given.unpacked)
+            check_same(
+                source.name,
+                normal.model,
+                given.unpacked,
+                options.inputs,
+            )
             notes.append("onnxruntime gives equal outputs before and after")
         except UnrunnableError as error:
             notes.append(f"not run in onnxruntime: {error}")
+    elif options.inputs.data is not None and not options.lossy:
+        notes.append("nothing changes the outputs, so --data was not used")
     if options.strip:
         normal = replace(normal, model=strip(normal.model).model)
     quantized = None
@@ -104,36 +110,23 @@ def pack_file(
         result, rows = packed.model, packed.rows
         if not is_packed(result):
             notes.append("packing would not make the file smaller; its weights stay dense")
-    files = save(result, target, options.external)
+    files = save(result, target, options.external, source=source)
     return PackResult(rows, tuple(notes), given.nbytes, files)
 
 
 def _approximated(
     model: ModelProto, options: PackOptions, evaluate: Callable[[ModelProto], float] | None
 ) -> Approximation:
-    if options.data is None and evaluate is None:
-        return approximate(
-            model, bits=options.bits, prune=options.prune, max_rel_error=options.max_rel_error
-        )
-    if options.bits is not None:
+    if options.bits is not None and options.max_rel_error is not None:
         raise RecipeError("--bits and --max-rel-error: give one of them, it determines the other")
-    assert options.max_rel_error is not None  # pack_file made sure
-    if evaluate is None:
-        assert options.data is not None
-        evaluate = output_error(model, inputs_from(options.data, model))
-    return search(model, evaluate, options.max_rel_error, prune=options.prune)
-
-
-def inputs_from(data: str, model: ModelProto) -> list[dict[str, NDArray[Any]]]:
-    """Inputs of a model: examples of a data set, or random ones for "random".
-
-    Raises:
-        Prune2OnnxError: there are no such data.
-    """
-    opened = session(model)
-    if data == "random":
-        return [random_inputs(opened, seed) for seed in range(4)]
-    from prune2onnx.data import first, load_data
-
-    name = opened.get_inputs()[0].name
-    return [{name: x} for x in first(load_data(data).validation, _EXAMPLES)]
+    if evaluate is None and options.inputs.data is not None:
+        opened = session(model)
+        batch = 1 if options.inputs.data == "random" else _BATCH
+        inputs = inputs_of(model, opened, options.inputs, count=4, examples=_EXAMPLES, batch=batch)
+        evaluate = output_error(model, inputs)
+    if evaluate is not None and options.max_rel_error is not None:
+        return search(model, evaluate, options.max_rel_error, prune=options.prune)
+    made = approximate(
+        model, bits=options.bits, prune=options.prune, max_rel_error=options.max_rel_error
+    )
+    return made if evaluate is None else replace(made, output_error=evaluate(made.model))

@@ -81,7 +81,7 @@ def quantize_file(
     if given.is_packed:
         notes.append("the file was packed; the result is not: pack it as the last step")
     result = chosen.made.model
-    files = save(result, target)
+    files = save(result, target, source=source)
     assert chosen.made.float_error is not None and chosen.made.error is not None  # measured
     return QuantizeResult(
         chosen.made.layers,

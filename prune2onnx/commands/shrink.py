@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from onnx import ModelProto
 
 from prune2onnx.commands.source import read
 from prune2onnx.errors import printable
 from prune2onnx.graph.file import save
 from prune2onnx.graph.protobuf import nbytes
+from prune2onnx.runs.defaults import RANDOM_INPUTS, InputOptions
 from prune2onnx.runtime.compare import check_same
 from prune2onnx.runtime.session import UnrunnableError
-from prune2onnx.shrinking.shrink import Row, shrink
+from prune2onnx.shrinking.shrink import Row, Shrunk
+from prune2onnx.shrinking.shrink import shrink as remove
 from prune2onnx.shrinking.structure import BLOCK
 
 
@@ -61,6 +65,45 @@ class ShrinkResult:
         return facts
 
 
+def shrink(
+    model: ModelProto,
+    *,
+    gather_inputs: bool = False,
+    multiple: int = 1,
+    inputs: InputOptions = RANDOM_INPUTS,
+) -> Shrunk:
+    """Removes dead channels and neurons, and compares outputs in onnxruntime.
+
+    Args:
+        model: not modified; external data loaded.
+        gather_inputs: as for `shrinking.shrink.shrink`.
+        multiple: as for `shrinking.shrink.shrink`.
+        inputs: on which outputs are compared; default: random ones.
+
+    Returns:
+        The smaller model; where onnxruntime cannot run it, its notes say so.
+
+    Raises:
+        MismatchError: onnxruntime gives other outputs than before.
+        Prune2OnnxError: external data are not loaded, or a tensor is damaged.
+    """
+    made = remove(model, gather_inputs=gather_inputs, multiple=multiple)
+    if made.model == model:
+        return made
+    _, note = _compared("the model", made.model, model, inputs)
+    return replace(made, notes=(*made.notes, *note))
+
+
+def _compared(
+    name: str, result: ModelProto, model: ModelProto, inputs: InputOptions
+) -> tuple[float | None, list[str]]:
+    """The largest difference of an output; None where it cannot be run, and why."""
+    try:
+        return check_same(name, result, model, inputs), []
+    except UnrunnableError as error:
+        return None, [f"not run in onnxruntime: {error}"]
+
+
 def shrink_file(
     source: Path,
     target: Path,
@@ -68,6 +111,7 @@ def shrink_file(
     gather_inputs: bool = False,
     multiple: int = BLOCK,
     external: str | None = None,
+    inputs: InputOptions = RANDOM_INPUTS,
 ) -> ShrinkResult:
     """Removes the dead channels and neurons of a file, and compares outputs in onnxruntime.
 
@@ -77,24 +121,23 @@ def shrink_file(
         gather_inputs: whether a Gather may leave out unused inputs of the graph (`shrink`).
         multiple: convolutions keep a multiple of so many channels; other numbers may be slower.
         external: name of a data file for large weights.
+        inputs: on which outputs are compared; default: random ones.
 
     Raises:
         MismatchError: onnxruntime gives other outputs than for the file that was read.
         Prune2OnnxError: the file cannot be read, normalized, or written.
     """
     given = read(source)
-    made = shrink(given.normal.model, gather_inputs=gather_inputs, multiple=multiple)
+    made = remove(given.normal.model, gather_inputs=gather_inputs, multiple=multiple)
     result, notes, difference = made.model, list(given.normal.notes), None
     if result == given.normal.model:
         result, notes = given.unpacked, []
     if given.is_packed:
         notes.append("the file was packed; the result is not: pack it again as the last step")
     if result is not given.unpacked:
-        try:
-            difference = check_same(source.name, result, given.unpacked)
-        except UnrunnableError as error:
-            notes.append(f"not run in onnxruntime: {error}")
-    files = save(result, target, external)
+        difference, note = _compared(source.name, result, given.unpacked, inputs)
+        notes += note
+    files = save(result, target, external, source=source)
     return ShrinkResult(
         made.rows,
         tuple(made.reasons.items()),

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from prune2onnx.graph.file import load
 from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.walk import opset
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.unpack import unpack
+from prune2onnx.runtime.session import load_runnable
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,4 +61,4 @@ def read(path: Path) -> Source:
     Raises:
         Prune2OnnxError: it cannot be read, or is damaged.
     """
-    return Source(path, load(path))
+    return Source(path, load_runnable(path))

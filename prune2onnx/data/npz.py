@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prune2onnx.data.examples import Arrays, arrays
 from prune2onnx.errors import Prune2OnnxError, one_line
@@ -24,6 +28,34 @@ def read_npz(argument: str) -> tuple[Arrays, Arrays | None]:
         Prune2OnnxError: the file is missing, damaged, holds pickled objects or other names.
     """
     path = Path(argument).expanduser()
+    with _opened(argument) as archive:
+        wanted = _wanted(set(archive.files), path)
+        found = [archive[name] for name in wanted]
+    train = arrays(found[0], found[1], f"{path}: {wanted[0]}, {wanted[1]}")
+    if len(found) == 2:
+        return train, None
+    return train, arrays(found[2], found[3], f"{path}: x_test, y_test")
+
+
+def read_named(argument: str, names: Sequence[str]) -> dict[str, NDArray[Any]] | None:
+    """One array per name, as stored; None where they are not all there, or it has labels, too.
+
+    (A single input may be called x, as examples are.)
+
+    Raises:
+        Prune2OnnxError: the file is missing, damaged, or holds pickled objects.
+    """
+    with _opened(argument) as archive:
+        found = set(archive.files)
+        if not set(names) <= found or (len(names) == 1 and found & {"y", "y_train"}):
+            return None
+        return {name: archive[name] for name in names}
+
+
+@contextmanager
+def _opened(argument: str) -> Iterator[Any]:
+    """The archive, with its errors told in one line."""
+    path = Path(argument).expanduser()
     if not argument or not path.is_file():
         raise Prune2OnnxError(f"{argument or 'npz:FILE'}: no such file; expected npz:FILE")
     try:
@@ -31,18 +63,13 @@ def read_npz(argument: str) -> tuple[Arrays, Arrays | None]:
             archive = np.load(stream, allow_pickle=False)  # a pickle may run code
             if isinstance(archive, np.ndarray):
                 raise ValueError("it is a single array, as numpy.save writes it")
-            wanted = _wanted(set(archive.files), path)
-            found = [archive[name] for name in wanted]
+            yield archive
     # numpy raises these on another format, a damaged file, and pickled objects (ValueError).
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise Prune2OnnxError(
             f"{path}: not an .npz archive of plain arrays ({one_line(error)}); "
             "write one with numpy.savez(FILE, x_train=..., y_train=...)"
         ) from error
-    train = arrays(found[0], found[1], f"{path}: {wanted[0]}, {wanted[1]}")
-    if len(found) == 2:
-        return train, None
-    return train, arrays(found[2], found[3], f"{path}: x_test, y_test")
 
 
 def _wanted(names: set[str], path: Path) -> list[str]:

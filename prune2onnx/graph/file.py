@@ -7,17 +7,17 @@ all. Operators are the other modules' task; how weights are coded is that of `pa
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
+import shutil
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from prune2onnx.errors import Prune2OnnxError, one_line
-from prune2onnx.files import unwritten, write_whole
+from prune2onnx.files import keep_inputs, replacing, write_whole
 from prune2onnx.graph.domain import DOMAIN
 from prune2onnx.graph.protobuf import MAX_NBYTES, TYPED_FIELDS, copy_but, nbytes
 from prune2onnx.graph.shapes import without_weights
@@ -29,6 +29,18 @@ EXTERNAL_NBYTES = 1024
 
 _PAGE = 4096  # onnxruntime maps a large tensor into memory where it starts on a page
 _PAGED_NBYTES = 2**20
+
+
+class InvalidModelError(Prune2OnnxError):
+    """A whole file that onnx's checker refuses, which is stricter than runtimes are.
+
+    Attributes:
+        model: what is in it.
+    """
+
+    def __init__(self, text: str, model: ModelProto) -> None:
+        super().__init__(text)
+        self.model = model
 
 
 def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
@@ -44,6 +56,7 @@ def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
         The model; all its tensors hold their data.
 
     Raises:
+        InvalidModelError: onnx's checker refuses the model.
         Prune2OnnxError: the file is missing, unreadable, empty, above 2 GB, not ONNX or damaged; a
             tensor's data have another size than its shape says; or external data are missing, too
             short, outside the file's folder, or more than `max_bytes`.
@@ -75,8 +88,8 @@ def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
     except EncodeError:
         return model  # more than 2 GB of weights outside initializers: onnx cannot check it
     except (onnx.checker.ValidationError, ValueError) as error:
-        raise Prune2OnnxError(
-            f"{path}: not a valid ONNX model: {one_line(error)[:1000]}"
+        raise InvalidModelError(
+            f"{path}: not a valid ONNX model: {one_line(error)[:1000]}", model
         ) from error
     return model
 
@@ -201,33 +214,41 @@ def _place(tensor: TensorProto, path: Path) -> tuple[Path, int, int]:
     return file, offset, wanted
 
 
-def save(model: ModelProto, path: str | Path, external: str | None = None) -> tuple[Path, ...]:
+def save(
+    model: ModelProto,
+    path: str | Path,
+    external: str | None = None,
+    *,
+    source: Path | None = None,
+) -> tuple[Path, ...]:
     """Writes a model, whole or not at all, with a data file beside it where that is needed.
 
     Initializers of `EXTERNAL_NBYTES` or more go to the data file. The streams of packed weights
     stay in the model, unless it would still exceed 2 GB. The model is not modified.
 
-    Two files cannot be replaced in one step, so the old ones are first renamed to
-    `.<name>.previous`: other processes see the old pair, none, or the new pair. Where writing
-    fails, the old pair is put back.
+    Other processes see the old pair or the new one, also where this process is killed.
 
     Args:
         model: all tensors hold their data.
         path: the .onnx file; its folder is created.
         external: name of the data file; default: none up to 2 GB, above `<path's name>.data`.
+        source: the file that the model was read from; it may be replaced whole by `path`, but no
+            file that it consists of may be lost otherwise.
 
     Returns:
         The files written, the model first.
 
     Raises:
-        Prune2OnnxError: a file cannot be written, `external` is not a plain file name, or the model
-            is above 2 GB without its initializers.
+        Prune2OnnxError: a file cannot be written or belongs to `source`, `external` is not a plain
+            file name, or the model is above 2 GB without its initializers.
     """
     path = Path(path)
     for tensor in in_model(model):
         check_loaded(tensor)
     total = nbytes(model)
     if external is None and total <= MAX_NBYTES:
+        if source is not None:
+            _keep(source, path)
         write_whole(path, model.SerializeToString())
         return (path,)
     name = f"{path.name}.data" if external is None else external
@@ -246,8 +267,20 @@ def save(model: ModelProto, path: str | Path, external: str | None = None) -> tu
             f"{MAX_NBYTES:,}; keep its weights as initializers of the main graph"
         )
     data = path.with_name(name)
-    _write_pair(path, shell.SerializeToString(), data, outside, total)
+    if source is not None:
+        _keep(source, path, data)
+    _write_pair(path, shell, data, outside)
     return (path, data)
+
+
+def _keep(source: Path, path: Path, *beside: Path) -> None:
+    """Makes sure that writing does not destroy what was read."""
+    if not any(file.exists() for file in (path, *beside)) or not source.exists():
+        return
+    if path.exists() and path.samefile(source):
+        keep_inputs([source], beside)  # the rest of it goes with it
+    else:
+        keep_inputs(files_of(source), (path, *beside))
 
 
 def _split(
@@ -276,46 +309,55 @@ def _split(
 
 
 def _write_pair(
-    path: Path, content: bytes, data: Path, outside: list[tuple[TensorProto, int]], total: int
+    path: Path, shell: ModelProto, data: Path, outside: list[tuple[TensorProto, int]]
 ) -> None:
-    new = [file.with_name(f".{file.name}.partial") for file in (path, data)]
-    old = [file.with_name(f".{file.name}.previous") for file in (path, data)]
-    moved: list[tuple[Path, Path]] = []
-    placed = False
+    """Writes a data file and the model that refers to it.
+
+    Two files cannot be replaced in one step. Where there is a data file, it first becomes one with
+    the old bytes and, behind them, the new ones; then the model that refers to these takes its
+    place; then both are replaced by what they shall be, in the same way. So at any moment the two
+    that are there belong together, whoever reads them and whenever the process is killed.
+    """
+    size = max((offset + (declared_nbytes(tensor) or 0) for tensor, offset in outside), default=0)
+    if data.is_file():
+        old = data.stat().st_size
+        base = -(-max(old, size) // _PAGE) * _PAGE
+        with replacing(data, base + size) as stream:
+            with data.open("rb") as before:
+                shutil.copyfileobj(before, stream, 1 << 24)
+            _write_at(stream, outside, base)
+        write_whole(path, _moved(shell, base).SerializeToString())
+        with replacing(data, base + size) as stream:
+            _write_at(stream, outside, 0)
+            _write_at(stream, outside, base)
+        write_whole(path, shell.SerializeToString())
+        with replacing(data, size) as stream:
+            _write_at(stream, outside, 0)
+        return
+    with replacing(data, size) as stream:
+        _write_at(stream, outside, 0)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with new[1].open("wb") as stream:
-            for tensor, offset in outside:
-                stream.seek(offset)
-                stream.write(_raw(tensor))
-            stream.flush()
-            os.fsync(stream.fileno())
-        with new[0].open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            for file, previous in zip((path, data), old, strict=True):  # the model is moved first
-                if file.exists():
-                    file.replace(previous)
-                    moved.append((previous, file))
-            new[1].replace(data)
-            placed = True
-            new[0].replace(path)  # and placed last
-        except BaseException:
-            if placed:
-                data.unlink(missing_ok=True)
-            for previous, file in reversed(moved):
-                previous.replace(file)
-            raise
-        for previous in old:
-            previous.unlink(missing_ok=True)
-    except OSError as error:
-        raise unwritten(path, total, error) from error
-    finally:
-        for partial in new:
-            with contextlib.suppress(OSError):
-                partial.unlink()
+        write_whole(path, shell.SerializeToString())
+    except BaseException:
+        data.unlink()
+        raise
+
+
+def _write_at(stream: BinaryIO, outside: list[tuple[TensorProto, int]], base: int) -> None:
+    for tensor, offset in outside:
+        stream.seek(base + offset)
+        stream.write(_raw(tensor))
+
+
+def _moved(shell: ModelProto, base: int) -> ModelProto:
+    """The model whose data begin at `base` in its data file."""
+    result = ModelProto()
+    result.CopyFrom(shell)
+    for tensor in result.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "offset":
+                entry.value = str(base + int(entry.value))
+    return result
 
 
 def _raw(tensor: TensorProto) -> bytes:
@@ -324,16 +366,18 @@ def _raw(tensor: TensorProto) -> bytes:
     return bytes(numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data)
 
 
-def file_nbytes(path: Path) -> int:
-    """Bytes of a model: the file and its external data."""
-    total: int = path.stat().st_size
+def files_of(path: Path) -> list[Path]:
+    """The file of a model, and the data files that it refers to."""
     proto = onnx.load(path, load_external_data=False)
-    beside = {
+    names = {
         entry.value
-        for tensor in proto.graph.initializer
+        for tensor in in_model(proto)
         for entry in tensor.external_data
         if entry.key == "location"
     }
-    for name in beside:
-        total += (path.parent / name).stat().st_size
-    return total
+    return [path, *(path.parent / name for name in sorted(names))]
+
+
+def file_nbytes(path: Path) -> int:
+    """Bytes of a model: the file and its external data."""
+    return sum(file.stat().st_size for file in files_of(path))

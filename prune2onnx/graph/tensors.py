@@ -153,13 +153,17 @@ def check(tensor: TensorProto) -> None:
 
 
 def array_of(tensor: TensorProto) -> NDArray[Any]:
-    """The values of a tensor; strings as objects.
+    """The values of a tensor; strings as objects of bytes, which need not be UTF-8.
 
     Raises:
         Prune2OnnxError: its data are not loaded, of another size than its shape says, or damaged.
     """
     check_loaded(tensor)
     check(tensor)
+    if tensor.data_type == TensorProto.STRING:
+        strings = np.empty(len(tensor.string_data), object)
+        strings[:] = list(tensor.string_data)
+        return strings.reshape(tuple(tensor.dims))
     try:
         return np.asarray(numpy_helper.to_array(tensor))
     except (ValueError, TypeError, KeyError, OverflowError) as error:

@@ -154,7 +154,10 @@ def _node(node: NodeProto, context: _Context) -> Nodes:
     if node.domain not in DEFAULT_DOMAINS or (node.domain, node.op_type) in context.functions:
         return [node]
     if not onnx.defs.has(node.op_type, TARGET):
-        raise _refused(node, "it is not an operator of ONNX", context)
+        context.assumed.append(
+            f"{node.op_type} is not an operator of ONNX; left as it is"
+        )  # onnxruntime has kernels for a few, whatever the operator set
+        return [node]
     before, change = _CHANGES.get(node.op_type, (0, _same))
     return change(node, context) if context.version < before else [node]
 

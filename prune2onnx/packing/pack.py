@@ -28,7 +28,7 @@ from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.protobuf import copy_but, framed
 from prune2onnx.graph.protobuf import nbytes as nbytes_of
 from prune2onnx.graph.rewritten import Rewritten
-from prune2onnx.graph.tensors import declared_nbytes, element_type
+from prune2onnx.graph.tensors import array_of, declared_nbytes, element_type
 from prune2onnx.graph.walk import opset as opset_of
 from prune2onnx.graph.walk import used_in
 from prune2onnx.packing.codecs import WORKING, Plan, Weight, described, plan
@@ -138,7 +138,7 @@ def pack_normalized(
     for tensor in tensors:
         name = tensor.name
         known_as = own_name.get(name, name)
-        array = arrays[name] if name in arrays else numpy_helper.to_array(tensor)
+        array = arrays[name] if name in arrays else array_of(tensor)
         if name in made.methods:
             rows.append(WeightRow.of(known_as, array, made.methods[name].name, nbytes[name]))
         else:

@@ -5,8 +5,26 @@ Data only, so that the command line needs none of the libraries that do the work
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
+
+
+@dataclass(frozen=True)
+class InputOptions:
+    """Where the inputs come from on which a model is run.
+
+    Attributes:
+        data: `npz:FILE` with one array per input name, a source as for `load_data`, or "random",
+            the default.
+        shapes: of random inputs, by name, where the graph leaves them open.
+    """
+
+    data: str | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+RANDOM_INPUTS = InputOptions()
 
 
 @dataclass(frozen=True)
@@ -21,7 +39,7 @@ class PackOptions:
         bits: lossy: bits per weight, 1 to 8.
         prune: lossy: fraction of the weights that become zero.
         max_rel_error: lossy: largest relative error of each weight, or, with `data`, of outputs.
-        data: the source of inputs, as for `load_data`; "random" for random inputs.
+        inputs: for `max_rel_error` of outputs, where their data are given, and for comparing them.
         external: name of a data file for large weights.
         anonymize: as for `packing.pack`.
     """
@@ -33,7 +51,7 @@ class PackOptions:
     bits: float | None = None
     prune: float | None = None
     max_rel_error: float | None = None
-    data: str | None = None
+    inputs: InputOptions = RANDOM_INPUTS
     external: str | None = None
     anonymize: bool = False
 

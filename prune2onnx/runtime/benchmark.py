@@ -19,12 +19,21 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import file_nbytes
-from prune2onnx.runs.defaults import BenchmarkOptions
+from prune2onnx.packing.unpack import unpack
+from prune2onnx.runs.defaults import RANDOM_INPUTS, BenchmarkOptions, InputOptions
+from prune2onnx.runtime.inputs import Inputs, inputs_of
 from prune2onnx.runtime.latency import loads, timed
-from prune2onnx.runtime.session import environment, random_inputs, run_once, session
+from prune2onnx.runtime.session import (
+    UnrunnableError,
+    environment,
+    load_runnable,
+    run_once,
+    session,
+)
 
 _BLOCKS = 20  # of rounds, for the spread of ratios
 _FEWEST = 5  # blocks
@@ -141,8 +150,9 @@ def benchmark(
     seconds: float = BenchmarkOptions.seconds,
     warm_up: int = BenchmarkOptions.warm_up,
     profile: bool = BenchmarkOptions.profile,
+    inputs: InputOptions = RANDOM_INPUTS,
 ) -> Benchmark:
-    """Measures files side by side on the CPU, with random inputs.
+    """Measures files side by side on the CPU.
 
     Args:
         files: ONNX models; each gets inputs of its own shapes. The others are compared with the
@@ -152,16 +162,20 @@ def benchmark(
         seconds: of timed inferences for each batch and number of threads, all files together.
         warm_up: inferences of each file before any is timed.
         profile: whether to time operators, too, in further runs.
+        inputs: where they come from; default: random ones.
 
     Raises:
         RecipeError: a number is out of range.
+        UnrunnableError: no random inputs were found on which a file runs.
         Prune2OnnxError: a file cannot be opened or run, or its batch size is fixed to another
             number.
     """
-    found = timings(files, batches=batches, threads=threads, seconds=seconds, warm_up=warm_up)
+    found = timings(
+        files, batches=batches, threads=threads, seconds=seconds, warm_up=warm_up, inputs=inputs
+    )
     kernels: list[Operator] = []
     for each in found if profile else ():
-        kernels += operators(Path(each.file), each.batch, each.threads)
+        kernels += operators(Path(each.file), each.batch, each.threads, inputs)
     taken = zip(files, loads(files), strict=True)
     sizes = tuple(Load(str(path), file_nbytes(path), ms, peak) for path, (ms, peak) in taken)
     return Benchmark(environment(), sizes, tuple(found), tuple(kernels))
@@ -174,6 +188,7 @@ def timings(
     threads: Sequence[int] = BenchmarkOptions.threads,
     seconds: float = BenchmarkOptions.seconds,
     warm_up: int = BenchmarkOptions.warm_up,
+    inputs: InputOptions = RANDOM_INPUTS,
 ) -> list[Timing]:
     """Times inferences of files, as `benchmark` does: for each number of threads and each batch."""
     if not files:
@@ -183,21 +198,30 @@ def timings(
             raise RecipeError(f"{what} is {value}, expected {least} or more")
     if not 0 < seconds < math.inf or warm_up < 0:
         raise RecipeError(f"{seconds} seconds and {warm_up} to warm up, expected positive numbers")
+    graphs = [unpack(load_runnable(path)) for path in files]
     found: list[Timing] = []
     for count in threads:
         opened = [session(path, threads=count) for path in files]
         for batch in batches:
-            inputs = [_inputs(path, one, batch) for path, one in zip(files, opened, strict=True)]
+            given = [
+                _inputs(path, graph, one, batch, inputs)
+                for path, graph, one in zip(files, graphs, opened, strict=True)
+            ]
             times = timed(
-                files, opened, inputs, seconds=seconds, rounds=_MOST_ROUNDS, warm_up=warm_up
+                files, opened, given, seconds=seconds, rounds=_MOST_ROUNDS, warm_up=warm_up
             )
             for index, path in enumerate(files):
                 found.append(_timing(str(path), batch, count, times, index))
     return found
 
 
-def _inputs(path: Path, opened: Any, batch: int) -> dict[str, NDArray[Any]]:
-    inputs = random_inputs(opened, batch=batch)
+def _inputs(
+    path: Path, graph: ModelProto, opened: Any, batch: int, options: InputOptions
+) -> Inputs:
+    try:
+        inputs = inputs_of(graph, opened, options, count=1, examples=batch, batch=batch)[0]
+    except UnrunnableError as error:
+        raise UnrunnableError(f"{path}: {error}") from error
     for info in opened.get_inputs()[:1]:
         there = inputs[info.name].shape[:1]
         if there and there[0] != batch:
@@ -230,11 +254,15 @@ def _ratio(
     return math.exp(logs.mean()), (float(low), float(high))
 
 
-def operators(path: Path, batch: int, threads: int = 0) -> list[Operator]:
+def operators(
+    path: Path, batch: int, threads: int = 0, options: InputOptions = RANDOM_INPUTS
+) -> list[Operator]:
     """The times of a file's kernels, by onnxruntime's profiler, the slowest first."""
     with tempfile.TemporaryDirectory() as folder:
+        inputs = _inputs(
+            path, unpack(load_runnable(path)), session(path, threads=threads), batch, options
+        )
         opened = session(path, threads=threads, profile=Path(folder) / "profile")
-        inputs = _inputs(path, opened, batch)
         for _ in range(_PROFILED):
             run_once(opened, inputs, path)
         events = json.loads(Path(opened.end_profiling()).read_text())

@@ -13,13 +13,32 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from prune2onnx.errors import MismatchError, Prune2OnnxError, first_line
+from prune2onnx.graph.shapes import values_in
+from prune2onnx.graph.walk import attribute, in_model, nodes_in
+from prune2onnx.runs.defaults import RANDOM_INPUTS, InputOptions
 from prune2onnx.runs.report import Paired
-from prune2onnx.runtime.session import input_text, random_inputs, run_once, session
+from prune2onnx.runtime.inputs import (
+    in_batches,
+    inputs_of,
+    random_operators,
+    says_something,
+)
+from prune2onnx.runtime.session import UnrunnableError, input_text, run, run_once, session
+
+_COMPARED = 8  # examples
 
 Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
 # float32 sums in another order differ: relative to the largest score, and enough for deep networks
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
+# a network in a coarser type loses several of its steps on the way
+_ROUNDINGS = 8
+_ROUNDING: dict[int, float] = {
+    onnx.TensorProto.FLOAT16: 2.0**-10,
+    onnx.TensorProto.BFLOAT16: 2.0**-7,
+    onnx.TensorProto.FLOAT8E4M3FN: 2.0**-3,
+    onnx.TensorProto.FLOAT8E5M2: 2.0**-2,
+}
 
 
 def outputs_of(model: onnx.ModelProto, inputs: Sequence[dict[str, NDArray[Any]]]) -> list[Any]:
@@ -32,20 +51,65 @@ def outputs_of(model: onnx.ModelProto, inputs: Sequence[dict[str, NDArray[Any]]]
     return [out for each in inputs for out in run_once(opened, each, Path("the model"))]
 
 
-def check_same(name: str, model: onnx.ModelProto, reference: onnx.ModelProto) -> float:
-    """Compares a model with the one that it was made from, on random inputs.
+def check_same(
+    name: str,
+    model: ModelProto,
+    reference: ModelProto,
+    options: InputOptions = RANDOM_INPUTS,
+) -> float:
+    """Compares a model with the one that it was made from.
+
+    Args:
+        name: of the model, for messages.
+        model: what was made.
+        reference: what it was made from.
+        options: where inputs come from; default: random ones.
 
     Returns:
         The largest difference of an output.
 
     Raises:
         MismatchError: they differ by more than rounding explains.
-        UnrunnableError: onnxruntime cannot run the reference either.
+        UnrunnableError: onnxruntime cannot run the reference either, or its outputs prove nothing.
     """
-    inputs = [random_inputs(session(model), seed) for seed in range(2)]
-    wanted = outputs_of(reference, inputs)
+    try:
+        opened = session(reference)
+    except UnrunnableError:
+        raise
+    except Prune2OnnxError as error:  # the reference is the user's file
+        raise UnrunnableError(str(error)) from error
+    require_determined(reference)
+    inputs = inputs_of(reference, opened, options, count=2, examples=_COMPARED)
+    wanted = [out for each in inputs for out in run_once(opened, each, Path("the model"))]
+    if not says_something(wanted):
+        raise UnrunnableError("its outputs are empty or NaN, so a comparison proves nothing")
     got = outputs_of(model, inputs)
-    return max((check_outputs(name, a, b) for a, b in zip(got, wanted, strict=True)), default=0.0)
+    rounding = coarsest(reference)
+    return max(
+        (check_outputs(name, a, b, rounding) for a, b in zip(got, wanted, strict=True)), default=0.0
+    )
+
+
+def require_determined(model: ModelProto) -> None:
+    """Makes sure that equal models give equal outputs.
+
+    Raises:
+        UnrunnableError: the model draws random numbers.
+    """
+    if drawn := random_operators(model):
+        raise UnrunnableError(
+            f"its outputs are random ({', '.join(drawn)}), so a comparison proves nothing"
+        )
+
+
+def coarsest(model: ModelProto) -> float:
+    """The rounding error of the coarsest float type among a model's weights and results."""
+    kinds = {tensor.data_type for tensor in in_model(model)}
+    kinds.update(value.type.tensor_type.elem_type for value in values_in(model.graph))
+    for node in nodes_in(model.graph.node):
+        if node.op_type == "Cast":
+            kinds.add(int(attribute(node, "to", 0)))
+    return max((_ROUNDING[kind] for kind in kinds if kind in _ROUNDING), default=0.0)
 
 
 def max_abs_diff(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -53,31 +117,63 @@ def max_abs_diff(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(np.max(np.abs(a.astype(np.float64) - b), initial=0.0))
 
 
-def check_outputs(name: str, got: NDArray[Any], want: NDArray[Any]) -> float:
-    """Compares outputs with a reference's within float tolerance; returns the largest difference.
+def check_outputs(name: str, got: Any, want: Any, rounding: float = 0.0) -> float:
+    """Compares outputs with a reference's: numbers within rounding, anything else for equality.
+
+    Args:
+        name: of the model, for messages.
+        got: an output: an array of numbers or strings, a map, or a list of such.
+        want: the reference's.
+        rounding: of the coarsest type that the model computes in; at least the output's own counts.
+
+    Returns:
+        The largest difference of a number.
 
     Raises:
         MismatchError: they differ by more than rounding explains.
-        Prune2OnnxError: an output is no tensor of numbers.
     """
-    for one in (got, want):
-        if not isinstance(one, np.ndarray) or one.dtype.kind not in "fiub":
-            raise Prune2OnnxError(
-                f"{name}: an output is a {type(one).__name__}, expected a tensor of numbers; "
-                "validate the model without the nodes after the scores"
-            )
+    if isinstance(want, list | tuple | dict) or not _is_numeric(np.asarray(want)):
+        return _check_structure(name, got, want, rounding)
+    got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape:
         raise MismatchError(f"{name}: output shape {got.shape}, the reference's is {want.shape}")
+    if want.dtype.kind == "f":
+        rounding = max(rounding, float(np.finfo(want.dtype).eps))
     same_special = np.array_equal(np.isfinite(got), np.isfinite(want))
     finite = np.isfinite(want)
     difference = max_abs_diff(got[finite], want[finite]) if same_special else float("inf")
-    allowed = _ABSOLUTE + _RELATIVE * float(np.max(np.abs(want[finite]), initial=0.0))
+    relative = max(_RELATIVE, _ROUNDINGS * rounding)
+    allowed = _ABSOLUTE + relative * float(
+        np.max(np.abs(want[finite].astype(np.float64)), initial=0.0)
+    )
     if difference > allowed:
         raise MismatchError(
             f"{name}: outputs differ from the reference's by up to {difference:.3g}, "
             f"at most {allowed:.3g} is rounding; do not ship this file"
         )
     return difference
+
+
+def _is_numeric(array: NDArray[Any]) -> bool:
+    return array.dtype.kind in "fiub"
+
+
+def _check_structure(name: str, got: Any, want: Any, rounding: float) -> float:
+    """Outputs that are not one array of numbers: strings, maps, sequences, optional values."""
+    wrong = MismatchError(f"{name}: an output differs from the reference's; do not ship this file")
+    if isinstance(want, dict):
+        if not isinstance(got, dict) or got.keys() != want.keys():
+            raise wrong
+        pairs = [(got[key], want[key]) for key in want]
+    elif isinstance(want, list | tuple):
+        if not isinstance(got, list | tuple) or len(got) != len(want):
+            raise wrong
+        pairs = list(zip(got, want, strict=True))
+    else:
+        if not np.array_equal(np.asarray(got), np.asarray(want)):
+            raise wrong
+        return 0.0
+    return max((check_outputs(name, a, b, rounding) for a, b in pairs), default=0.0)
 
 
 def scores(
@@ -107,18 +203,20 @@ def answers(
     name = opened.get_inputs()[0].name
     outputs, labels = [], []
     for x, y in batches:
-        try:
-            outputs.append(opened.run(None, {name: x})[0])
-        except Exception as error:
-            raise Prune2OnnxError(
-                f"the model does not take the data: {first_line(error)}; its input is "
-                f"{input_text(opened)}, the data's examples are {list(x.shape[1:])}"
-            ) from error
-        shape = np.shape(outputs[-1])
-        if shape[:1] != x.shape[:1]:
-            raise Prune2OnnxError(
-                f"an output of shape {list(shape)} for {len(x)} examples, expected one per example"
-            )
+        for part, count in in_batches(opened, x):
+            try:
+                made = np.asarray(run(opened, {name: part})[0])
+            except Exception as error:
+                raise Prune2OnnxError(
+                    f"the model does not take the data: {first_line(error)}; its input is "
+                    f"{input_text(opened)}, the data's examples are {list(x.shape[1:])}"
+                ) from error
+            if made.shape[:1] != part.shape[:1]:
+                raise Prune2OnnxError(
+                    f"an output of shape {list(made.shape)} for {len(part)} examples, expected one "
+                    "per example"
+                )
+            outputs.append(made[:count])
         labels.append(y)
     return np.concatenate(outputs), np.concatenate(labels)
 

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
+import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +29,9 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
+from prune2onnx.graph.names import rename
 from prune2onnx.graph.normalize import normalize
-from prune2onnx.graph.walk import DEFAULT_DOMAINS
+from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, nodes_in
 from prune2onnx.packing.quantized import MOST_STEPS, on_steps, step_of
 from prune2onnx.packing.unpack import unpack
 from prune2onnx.runs.defaults import Int8Options
@@ -126,9 +130,18 @@ def _chosen(
 ) -> Int8:
     # the scale of a bias is derived from that of its weight: an all-zero weight has none
     zeros = dict.fromkeys(subject.zeros, "all its weights are zero")
-    reasons = zeros | dict.fromkeys(kept, "as asked")
+    groups = dict.fromkeys(subject.grouped, "no scale per channel for a ConvTranspose with groups")
+    reasons = zeros | groups | dict.fromkeys(kept, "as asked")
     kept = set(reasons)
-    made = subject.quantized(kept)
+    try:
+        made = subject.quantized(kept)
+    except Prune2OnnxError:
+        refused = subject.refused(kept)
+        if len(refused) + len(kept) == len(subject.weights):
+            raise
+        reasons |= refused
+        kept = set(reasons)
+        made = subject.quantized(kept)
     if evaluate is None:
         return Int8(made, subject.layers(reasons, {}))
     before, error = evaluate(subject.model), evaluate(made)
@@ -171,11 +184,10 @@ class _Subject:
     ) -> None:
         self.model = model
         self._calibration, self._method, self._folder = calibration, method, folder
-        self._named = ModelProto()
-        self._named.CopyFrom(model)
+        self._named, renamed = _with_free_names(model)
         for number, node in enumerate(self._named.graph.node):
             node.name = f"n{number}"
-        stored = {tensor.name: tensor for tensor in model.graph.initializer}
+        stored = {tensor.name: tensor for tensor in self._named.graph.initializer}
         found = [
             node
             for node in self._named.graph.node
@@ -189,13 +201,27 @@ class _Subject:
             raise Prune2OnnxError(
                 f"no layer to quantize; expected a {', '.join(LAYERS)} with a float32 weight"
             )
+        own = {new: old for old, new in renamed.items()}
         self.weights: dict[str, list[str]] = {}
-        self._ops = {node.input[1]: node.op_type for node in found}
+        self._ops: dict[str, str] = {}
+        self.grouped: set[str] = set()
         for node in found:
-            self.weights.setdefault(node.input[1], []).append(node.name)
-        arrays = {name: numpy_helper.to_array(stored[name]) for name in self.weights}
+            name = own.get(node.input[1], node.input[1])
+            self._ops[name] = node.op_type
+            self.weights.setdefault(name, []).append(node.name)
+            if node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1:
+                self.grouped.add(name)
+        arrays = {
+            name: numpy_helper.to_array(stored[renamed.get(name, name)]) for name in self.weights
+        }
         self.zeros = {name for name, array in arrays.items() if not array.any()}
-        self._overrides = _ranges_of_zeros(found, arrays) | _own_scales(model, arrays, steps)
+        by_own = {renamed.get(name, name): array for name, array in arrays.items()}
+        scales = _own_scales(model, arrays, steps)
+        self._overrides = (
+            _ranges_of_zeros(found, by_own)
+            | _scales_of_tied(self._named, found, by_own)
+            | {renamed.get(name, name): scale for name, scale in scales.items()}
+        )
         self._outputs = self._answers(model)
 
     def layers(self, reasons: dict[str, str], disturbance: dict[str, float]) -> tuple[Layer, ...]:
@@ -217,6 +243,16 @@ class _Subject:
         pairs = list(zip(made, self._outputs, strict=True))
         change = sum(float(np.square(a - b).sum()) for a, b in pairs)
         return change / max(sum(float(np.square(b).sum()) for _, b in pairs), 1e-30)
+
+    def refused(self, kept: Collection[str]) -> dict[str, str]:
+        """The layers that onnxruntime's quantizer fails on, and why; `kept` are not tried."""
+        found = {}
+        for weight in self.weights.keys() - set(kept):
+            try:
+                self._made(nodes_to_quantize=self.weights[weight])
+            except Prune2OnnxError as error:
+                found[weight] = str(error)
+        return found
 
     def quantized(self, floats: Collection[str]) -> ModelProto:
         """The model in int8, except the layers with these weights."""
@@ -288,6 +324,60 @@ def _own_scales(
     return found
 
 
+def _channel_axis(layer: onnx.NodeProto) -> int:
+    """The axis of a layer's weight along which its output channels lie."""
+    if layer.op_type == "Conv" or (layer.op_type == "Gemm" and attribute(layer, "transB", 0)):
+        return 0
+    return -1 if layer.op_type == "MatMul" else 1
+
+
+def _scales_of_tied(
+    model: ModelProto, layers: list[onnx.NodeProto], weights: dict[str, NDArray[Any]]
+) -> _Overrides:
+    """One scale for a weight whose readers have their channels along different axes."""
+    uses = Counter(name for node in nodes_in(model.graph.node) for name in node.input)
+    axes: dict[str, list[int]] = {}
+    for node in layers:
+        name = node.input[1]
+        axes.setdefault(name, []).append(_channel_axis(node) % max(weights[name].ndim, 1))
+    found: _Overrides = {}
+    for name, along in axes.items():
+        largest = float(np.abs(weights[name]).max(initial=0.0))
+        if largest and (len(set(along)) > 1 or uses[name] != len(along)):
+            found[name] = [{"scale": np.float32(largest / 127), "zero_point": np.int8(0)}]
+    return found
+
+
+# what the quantizer puts behind a name to make another
+_SUFFIX = re.compile(r"(_quantized|_scale|_zero_point|_(Q|Deq)uantizeLinear\w*|\d+)$")
+
+
+def _with_free_names(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
+    """A copy in which no name is one that onnxruntime's quantizer would make of another.
+
+    Returns:
+        The copy; old name -> new one, where they differ.
+    """
+    result = ModelProto()
+    result.CopyFrom(model)
+    fixed = {value.name for value in (*model.graph.input, *model.graph.output)}
+    made = [name for node in model.graph.node for name in node.output if name]
+    names = [*(tensor.name for tensor in model.graph.initializer), *made]
+    known = {*names, *fixed}
+    if not any((end := _SUFFIX.search(name)) and name[: end.start()] in known for name in known):
+        return result, {}
+    free = (f"t{number}_v" for number in itertools.count())
+    renamed = {
+        name: next(new for new in free if new not in known) for name in names if name not in fixed
+    }
+    rename(result.graph, renamed)
+    for tensor in result.graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for node in result.graph.node:
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    return result, renamed
+
+
 def _ranges_of_zeros(layers: list[onnx.NodeProto], weights: dict[str, NDArray[Any]]) -> _Overrides:
     """The median range for channels of zeros, in weights that have other channels, too."""
     found: _Overrides = {}
@@ -295,14 +385,14 @@ def _ranges_of_zeros(layers: list[onnx.NodeProto], weights: dict[str, NDArray[An
         if node.op_type == "MatMul":
             continue  # it has no bias
         name = node.input[1]
-        transposed = any(a.name == "transB" and a.i for a in node.attribute)
-        axis = 0 if node.op_type == "Conv" or transposed else 1
+        axis = _channel_axis(node)
         rest = tuple(a for a in range(weights[name].ndim) if a != axis)
         largest = np.abs(weights[name]).max(axis=rest)
         if largest.all() or not largest.any():
             continue
         usual = float(np.median(largest[largest > 0]))
-        found[name] = [{} if most else {"rmin": -usual, "rmax": usual} for most in largest]
+        ranges = np.where(largest > 0, largest, usual).tolist()
+        found[name] = [{"rmin": -most, "rmax": most} for most in ranges]
         found[name][0]["axis"] = axis
     return found
 

@@ -17,6 +17,7 @@ from prune2onnx.graph.strip import strip
 from prune2onnx.runs.defaults import Int8Options
 from prune2onnx.runtime.benchmark import Timing, timings
 from prune2onnx.runtime.compare import error_percent, scores
+from prune2onnx.runtime.inputs import in_batches
 from prune2onnx.runtime.int8 import Int8, quantize_int8
 from prune2onnx.runtime.session import session
 
@@ -81,8 +82,10 @@ def choose(
 
 def calibration_of(model: ModelProto, data: Data, examples: int) -> list[dict[str, NDArray[Any]]]:
     """The first examples of the training split, in batches, as inputs of a model."""
-    name = session(model).get_inputs()[0].name
-    return [{name: x} for x in first(data.train, examples)]
+    opened = session(model)
+    name = opened.get_inputs()[0].name
+    taken = first(data.train, examples)
+    return [{name: part} for x in taken for part, _ in in_batches(opened, x)]
 
 
 def all_int8(model: ModelProto, data: Data) -> ModelProto:

@@ -1,10 +1,15 @@
-"""Sessions of onnxruntime: opening a model, one inference, random inputs, and clear errors."""
+"""Sessions of onnxruntime: opening a model, one inference, and clear errors.
+
+What to run a model on: see `inputs`.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +17,30 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from prune2onnx.errors import Prune2OnnxError, first_line
+from prune2onnx.graph.file import InvalidModelError, load
 
 # onnxruntime's messages about an operator that it does not have
 _UNKNOWN_OPERATOR = ("is not a registered function/op", "Could not find an implementation")
 
 
+_TYPES = {name.lower(): number for name, number in onnx.TensorProto.DataType.items()}
+# element types that onnxruntime does not exchange as numpy arrays
+_NOT_NUMPY = {
+    number
+    for name, number in _TYPES.items()
+    if name == "bfloat16" or name.startswith(("float8", "float4", "int4", "uint4", "int2", "uint2"))
+}
+
+
 class UnrunnableError(Prune2OnnxError):
-    """onnxruntime has no kernels for a model, packed or not, so outputs cannot be compared."""
+    """A model cannot be run, or says nothing when it is, so that outputs cannot be compared."""
 
 
 def session(
-    model: str | Path | onnx.ModelProto,
+    model: str | Path | ModelProto,
     *,
     level: ort.GraphOptimizationLevel = ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
     optimised: Path | None = None,
@@ -52,8 +68,8 @@ def session(
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     options.intra_op_num_threads = threads
-    in_memory = isinstance(model, onnx.ModelProto)
-    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else str(model)
+    in_memory = isinstance(model, ModelProto)
+    source = model.SerializeToString() if isinstance(model, ModelProto) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common base class
@@ -62,6 +78,22 @@ def session(
         raise (UnrunnableError if unknown else Prune2OnnxError)(
             f"{name}: onnxruntime {ort.__version__} cannot open it: {first_line(error)}"
         ) from error
+
+
+def load_runnable(path: Path) -> ModelProto:
+    """Reads an ONNX file, also one that onnx's checker refuses, if onnxruntime opens it.
+
+    Raises:
+        Prune2OnnxError: as for `graph.file.load`.
+    """
+    try:
+        return load(path)
+    except InvalidModelError as error:
+        try:
+            session(path, level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+        except Prune2OnnxError:
+            raise error from None
+        return error.model
 
 
 def run_once(
@@ -73,49 +105,58 @@ def run_once(
         Prune2OnnxError: the inputs do not fit the model.
     """
     try:
-        outputs: list[Any] = opened.run(None, inputs)
+        return run(opened, inputs)
     except Exception as error:  # onnxruntime's own exceptions have no common base class
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
-        raise Prune2OnnxError(
-            f"{path}: fails on {shapes}: {first_line(error)}; give examples with --data"
-        ) from error
-    return outputs
+        raise Prune2OnnxError(f"{path}: fails on {shapes}: {first_line(error)}") from error
+
+
+def run(opened: ort.InferenceSession, inputs: dict[str, NDArray[Any]]) -> list[Any]:
+    """One inference; outputs of types that numpy lacks are returned as float32.
+
+    Raises:
+        Exception: onnxruntime's own, whatever it is.
+    """
+    return [_array(o) if isinstance(o, ort.OrtValue) else o for o in call(opened, inputs)()]
+
+
+def call(
+    opened: ort.InferenceSession, inputs: dict[str, NDArray[Any]]
+) -> Callable[[], Sequence[Any]]:
+    """A function that runs a model on inputs, for many times; also of types that numpy lacks."""
+    given, made = opened.get_inputs(), opened.get_outputs()
+    if not any(element_type(value.type) in _NOT_NUMPY for value in (*given, *made)):
+        return lambda: opened.run(None, inputs)
+    values = {}
+    for value in given:
+        kind = element_type(value.type)
+        array = np.ascontiguousarray(inputs[value.name])
+        values[value.name] = (
+            ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
+            if kind in _NOT_NUMPY
+            else ort.OrtValue.ortvalue_from_numpy(array)
+        )
+    return lambda: opened.run_with_ort_values(None, values)
+
+
+def _array(value: ort.OrtValue) -> Any:
+    """An output as numpy has it."""
+    kind = element_type(value.data_type())
+    if kind not in _NOT_NUMPY:
+        return value.numpy()
+    content = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+    tensor = onnx.TensorProto(data_type=kind, dims=value.shape(), raw_data=content)
+    return onnx.numpy_helper.to_array(tensor).astype(np.float32)
+
+
+def element_type(text: str) -> int | None:
+    """Onnx's number of a type such as "tensor(float)"; None where it is not a tensor's."""
+    return _TYPES.get(text.removeprefix("tensor(").removesuffix(")"))
 
 
 def input_text(opened: ort.InferenceSession) -> str:
     """Names, types and shapes of a model's inputs, in words."""
     return ", ".join(f"{i.name} {i.type} {i.shape}" for i in opened.get_inputs())
-
-
-def random_inputs(
-    opened: ort.InferenceSession, seed: int = 0, *, batch: int = 1
-) -> dict[str, NDArray[Any]]:
-    """Inputs that fit a model: standard normal floats, zeros for other types.
-
-    Args:
-        opened: the model.
-        seed: of the floats.
-        batch: extent of dynamic first axes; other dynamic axes get 1.
-    """
-    generator = np.random.default_rng(seed)
-    inputs: dict[str, NDArray[Any]] = {}
-    for info in opened.get_inputs():
-        shape = [
-            extent if isinstance(extent, int) and extent > 0 else 1 if axis else batch
-            for axis, extent in enumerate(info.shape)
-        ]
-        element_type = info.type.removeprefix("tensor(").removesuffix(")")
-        dtype = {"float": "float32", "double": "float64"}.get(element_type, element_type)
-        try:
-            zeros = np.zeros(shape, dtype)
-        except TypeError as error:
-            raise Prune2OnnxError(
-                f"input {info.name} has type {info.type}, for which there is no random example; "
-                "give examples with --data"
-            ) from error
-        normal = generator.standard_normal(shape)
-        inputs[info.name] = normal.astype(dtype) if zeros.dtype.kind == "f" else zeros
-    return inputs
 
 
 def environment() -> dict[str, Any]:

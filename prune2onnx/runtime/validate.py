@@ -15,26 +15,39 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from prune2onnx.data import batches as batches_of
+from prune2onnx.data import load_data
 from prune2onnx.errors import MismatchError, Prune2OnnxError
-from prune2onnx.graph.file import file_nbytes, load, save
+from prune2onnx.graph.file import file_nbytes, save
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.unpack import Coded, coded, decode_graph, unpack
+from prune2onnx.runs.defaults import RANDOM_INPUTS, InputOptions
 from prune2onnx.runs.report import Measured, Paired, Report
-from prune2onnx.runtime.compare import Batches, check_outputs, error_percent, paired, scores
+from prune2onnx.runtime.compare import (
+    Batches,
+    check_outputs,
+    coarsest,
+    error_percent,
+    paired,
+    require_determined,
+    scores,
+)
+from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of, named_arrays
 from prune2onnx.runtime.latency import measure
 from prune2onnx.runtime.session import (
     UnrunnableError,
     environment,
-    random_inputs,
+    load_runnable,
+    run,
     run_once,
     session,
 )
@@ -56,10 +69,10 @@ def check_weights(packed: onnx.ModelProto, known: Coded | None = None) -> int:
     expected = (coded(packed) if known is None else known).arrays
     if not expected:
         return 0
-    names = list(expected)
-    got = session(decode_graph(packed, expected)).run(names, {})
-    for name, value in zip(names, got, strict=True):
-        want = expected[name]
+    opened = session(decode_graph(packed, expected))
+    names = [output.name for output in opened.get_outputs()]
+    for name, value in zip(names, run(opened, {}), strict=True):
+        want = expected[name].astype(value.dtype, copy=False)  # bfloat16 is read as float32
         if value.shape != want.shape or value.tobytes() != want.tobytes():
             raise MismatchError(
                 f"{name}: onnxruntime {ort.__version__} decodes it to other bits than the numpy "
@@ -106,11 +119,12 @@ def validate(
     expected: NDArray[Any] | None = None,
     density: float | None = None,
     seed: int = 0,
+    inputs: InputOptions = RANDOM_INPUTS,
 ) -> Report:
     """Validates a packed file, and measures it against a reference.
 
-    A network with operators that onnxruntime does not have is not run, but its weights are decoded
-    and its decoder is folded all the same (`Report.skipped`).
+    A network that cannot be run, or whose outputs prove nothing, is not compared, but its weights
+    are decoded and its decoder is folded all the same (`Report.skipped`).
 
     Args:
         file: the packed file; one that is not packed is its own unpacked file.
@@ -124,13 +138,15 @@ def validate(
         density: nonzeros over elements of the pruned weights; default: of all weights with two
             axes or more.
         seed: written into the report.
+        inputs: where there are no `batches`, the data set whose test examples take their place, or
+            what outputs are compared on; default: random ones.
 
     Raises:
         MismatchError: a decoded weight differs from the numpy decoder's, or an output from
             `expected`.
         Prune2OnnxError: a file cannot be read, or onnxruntime cannot open it.
     """
-    packed = load(file)
+    packed = load_runnable(file)
     known = coded(packed)
     check_weights(packed, known)
     rows = inspect(packed, known=known).rows if rows is None else tuple(rows)
@@ -145,6 +161,7 @@ def validate(
         unpacked = unpack(packed, known=known)
         save(unpacked, dense_file)
         other_file = dense_file if reference is None else reference
+        opened = None
         try:
             opened = session(dense_file)
         except UnrunnableError as error:
@@ -152,10 +169,18 @@ def validate(
             dense, compressed = (Measured(file_nbytes(path)) for path in (other_file, file))
         else:
             taken = None if batches is None else list(batches)
-            difference, (dense, compressed), pairs = _run_and_measured(
-                file, (dense_file, opened), other_file, taken, expected, seed
-            )
-    if not skipped:
+            if taken is None and _has_labels(inputs.data, opened):
+                taken = list(batches_of(load_data(inputs.data).test))
+            try:
+                given = _given(unpacked, opened, taken, inputs)
+            except UnrunnableError as error:
+                skipped = str(error)
+                dense, compressed = (Measured(file_nbytes(path)) for path in (other_file, file))
+            else:
+                difference, (dense, compressed), pairs = _run_and_measured(
+                    file, (dense_file, opened), other_file, taken, expected, given, unpacked
+                )
+    if opened is not None:
         folded = folds(packed, unpacked)
     elif is_packed(packed):
         folded = folds(decode_graph(packed))
@@ -176,13 +201,37 @@ def validate(
     )
 
 
+def _has_labels(data: str | None, opened: ort.InferenceSession) -> TypeGuard[str]:
+    """Whether `data` is a data set, not arrays for the inputs by name."""
+    return data is not None and data != "random" and named_arrays(data, opened) is None
+
+
+def _given(
+    model: onnx.ModelProto,
+    opened: ort.InferenceSession,
+    batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
+    options: InputOptions,
+) -> Inputs:
+    """One inference's inputs, to compare and to measure with.
+
+    Raises:
+        UnrunnableError: there are none, or outputs would prove nothing.
+    """
+    require_determined(model)
+    if batches is None:
+        return inputs_of(model, opened, options, count=1, examples=1)[0]
+    example, _ = next(in_batches(opened, batches[0][0][:1]))
+    return {opened.get_inputs()[0].name: example}
+
+
 def _run_and_measured(
     file: Path,
     unpacked: tuple[Path, ort.InferenceSession],
     other_file: Path,
     batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
     expected: NDArray[Any] | None,
-    seed: int,
+    inputs: Inputs,
+    model: onnx.ModelProto,
 ) -> tuple[float, list[Measured], Paired | None]:
     """Outputs of `file` against `unpacked` and `other_file`.
 
@@ -205,12 +254,11 @@ def _run_and_measured(
         if expected is None:
             expected = dense_outputs if other_file == dense_file else scores(reference, batches)[0]
         difference = check_outputs(file.name, outputs, expected)
-        inputs = {opened.get_inputs()[0].name: batches[0][0][:1]}
     else:
-        inputs = random_inputs(opened, seed)
         wanted = run_once(reference, inputs, dense_file)
+        rounding = coarsest(model)
         pairs = zip(run_once(opened, inputs, file), wanted, strict=True)
-        difference = max(check_outputs(file.name, got, want) for got, want in pairs)
+        difference = max(check_outputs(file.name, got, want, rounding) for got, want in pairs)
     renamed = [i.name for i in against.get_inputs()]
     if renamed != list(inputs):
         raise Prune2OnnxError(

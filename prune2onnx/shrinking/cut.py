@@ -66,8 +66,10 @@ def cut(flow: Flow, liveness: Liveness) -> None:
     for value in flow.model.graph.value_info:
         channels = flow.channels.get(value.name)
         if channels is not None and liveness.removed[channels.ids].any():
-            extent = value.type.tensor_type.shape.dim[channels.axis]
-            extent.dim_value = int((~liveness.removed[channels.ids]).sum())
+            extents = value.type.tensor_type.shape.dim
+            if channels.axis >= len(extents):
+                continue  # its shape, or even its type, is not stated
+            extents[channels.axis].dim_value = int((~liveness.removed[channels.ids]).sum())
 
 
 def _channels_of_groups(claim: Claim, array: Array) -> tuple[Array, Array]:

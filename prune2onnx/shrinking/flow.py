@@ -19,7 +19,15 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from prune2onnx.graph.names import Names
 from prune2onnx.graph.shapes import extents_of, inferred, values_in
 from prune2onnx.graph.tensors import array_of, replace
-from prune2onnx.graph.walk import attribute, is_constant, nodes_in, opset, set_attribute, used_in
+from prune2onnx.graph.walk import (
+    DEFAULT_DOMAINS,
+    attribute,
+    is_constant,
+    nodes_in,
+    opset,
+    set_attribute,
+    used_in,
+)
 from prune2onnx.graph.walk import bodies as bodies_of
 
 FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE)
@@ -161,6 +169,7 @@ class Flow:
             if is_constant(node):
                 values = [a.t for a in node.attribute if a.name == "value" and a.HasField("t")]
                 self.stored.update(dict.fromkeys(node.output, values[0]) if values else {})
+        self.functions = {(function.domain, function.name) for function in self.model.functions}
         self.names = Names(self.model)
         self.opset = opset(self.model.opset_import) or 0
         self.uses = Counter(value.name for value in graph.output)
@@ -207,6 +216,11 @@ class Flow:
         if shape is None or "" in shape or shape != self._symbols.get(other):
             return False
         return self.element_types[one] == self.element_types[other]
+
+    def is_standard(self, node: NodeProto) -> bool:
+        """Whether a node is one of ONNX's own operators, not a function of the model."""
+        known = node.domain in DEFAULT_DOMAINS
+        return known and (node.domain, node.op_type) not in self.functions
 
     def array(self, name: str) -> Array | None:
         """The values of an initializer or Constant; None for anything else."""

@@ -141,7 +141,9 @@ def _added(flow: Flow, node: NodeProto, rows: int) -> _Added:
     if flow.uses[name] != 1 or name not in flow.readers:
         return _Added(nothing)
     add = flow.readers[name][0]
-    index = 1 - list(add.input).index(name) if add.op_type == "Add" and not add.domain else 0
+    if add.op_type != "Add" or not flow.is_standard(add):
+        return _Added(nothing)
+    index = 1 - list(add.input).index(name)
     array = flow.array(add.input[index])
     if array is None or not array.ndim or array.shape[-1] != rows:
         return _Added(nothing)

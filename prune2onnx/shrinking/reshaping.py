@@ -71,7 +71,8 @@ def flatten(flow: Flow, node: NodeProto) -> None:
     if channels is None:
         return
     shape = flow.shape(node.input[0])
-    at = int(attribute(node, "axis", 1)) % (len(shape) + 1)
+    given = int(attribute(node, "axis", 1))
+    at = given + len(shape) if given < 0 else given
     if channels.axis < at:
         before, after, axis = shape[: channels.axis], shape[channels.axis + 1 : at], 0
     else:

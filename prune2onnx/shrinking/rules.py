@@ -7,12 +7,11 @@ a node whose rule raises Opaque, counts as reading everything. The rules themsel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from onnx import ModelProto, NodeProto
 
-from prune2onnx.graph.walk import DEFAULT_DOMAINS
 from prune2onnx.shrinking import channelwise, linear, reshaping, shape_values
 from prune2onnx.shrinking.flow import Claim, Flow, Opaque, label
 
@@ -61,13 +60,14 @@ def trace(model: ModelProto, may_add: bool = True) -> Flow:
         may_add: whether a new bias may be added to absorb a constant.
     """
     flow = Flow(model, may_add)
-    functions = {(function.domain, function.name) for function in model.functions}
     for node in model.graph.node:
         before = [len(found) for found in flow.found]
         try:
             with np.errstate(all="ignore"):  # what is not finite counts as unknown
-                _rule(flow, node, functions)(flow, node)
-        except Opaque as why:
+                _rule(flow, node)(flow, node)
+        except (Opaque, IndexError) as why:
+            if isinstance(why, IndexError):
+                why = Opaque("whose shapes the file states wrongly")
             for found, count in zip(flow.found, before, strict=True):
                 del found[count:]
             flow.seal(node, str(why))
@@ -80,10 +80,8 @@ def trace(model: ModelProto, may_add: bool = True) -> Flow:
     return flow
 
 
-def _rule(
-    flow: Flow, node: NodeProto, functions: Container[tuple[str, str]]
-) -> Callable[[Flow, NodeProto], None]:
-    known = node.domain in DEFAULT_DOMAINS and (node.domain, node.op_type) not in functions
+def _rule(flow: Flow, node: NodeProto) -> Callable[[Flow, NodeProto], None]:
+    known = flow.is_standard(node)
     known &= flow.opset >= OLDEST and not flow.model.training_info
     if known and shape_values.moved(flow, node):
         return shape_values.move

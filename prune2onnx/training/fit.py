@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator as Accelerator  # also for those who hand one to `fit`
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 

@@ -11,6 +11,8 @@ import torch
 from quick import QUICK
 
 from prune2onnx import compress, resolve
+from prune2onnx.commands.compress import _alone
+from prune2onnx.errors import RecipeError
 from prune2onnx.runs.folder import recipe_of
 from prune2onnx.runs.history import Callbacks
 
@@ -43,6 +45,8 @@ def test_overwriting_starts_again_without_old_checkpoints(finished, tmp_path):
 _KILL_IN = """
 import os, signal, sys
 from prune2onnx import compress, read_recipe, resolve
+from prune2onnx.commands.compress import _alone
+from prune2onnx.errors import RecipeError
 from prune2onnx.runs.folder import recipe_of
 from prune2onnx.runs.history import Callbacks
 folder, phase = sys.argv[1:3]
@@ -96,3 +100,31 @@ def test_the_smallest_file_within_a_loss_is_searched_for_and_a_killed_search_con
     assert report.validation["error"] - report.validation["dense_error"] == pytest.approx(
         report.budget[0].reached
     )
+
+
+def test_a_folder_belongs_to_one_process_at_a_time(finished, tmp_path):
+    """The second is refused before it removes anything; the first's end frees the folder."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished[0], folder)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path\n"
+            "from prune2onnx.commands.compress import _alone\n"
+            "with _alone(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()",
+            folder,
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with holder:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        before = sorted(path.name for path in folder.rglob("*"))
+        for options in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(RecipeError, match="another process is running it; wait"):
+                compress(recipe_of(folder), folder, cpu=True, **options)
+        assert sorted(path.name for path in folder.rglob("*")) == before
+        holder.kill()
+    with _alone(folder):
+        pass

@@ -6,7 +6,7 @@ import pytest
 from networks import custom, mlp, model, pruned, run, value, weights
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
-from prune2onnx.commands.pack import inputs_from, pack_file
+from prune2onnx.commands.pack import pack_file
 from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import load, save
 from prune2onnx.graph.normalize import normalize
@@ -14,8 +14,10 @@ from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
-from prune2onnx.runs.defaults import PackOptions
+from prune2onnx.runs.defaults import InputOptions, PackOptions
 from prune2onnx.runtime.compare import output_error
+from prune2onnx.runtime.inputs import inputs_of, random_inputs
+from prune2onnx.runtime.session import session
 
 
 def stored(folder, made: ModelProto, name: str = "in.onnx", external: str | None = None):
@@ -112,7 +114,7 @@ def test_stripping_comes_before_packing(tmp_path):
         (PackOptions(prune=0.8), 2.5),
         (PackOptions(bits=4, prune=0.5), 4.5),
         (PackOptions(max_rel_error=0.1), 4),
-        (PackOptions(max_rel_error=0.1, data="random"), 4),
+        (PackOptions(max_rel_error=0.1, inputs=InputOptions("random")), 4),
     ],
 )
 def test_lossy_packing_reports_its_error(options, least, tmp_path):
@@ -125,11 +127,11 @@ def test_lossy_packing_reports_its_error(options, least, tmp_path):
     )
     error = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert 0 < error < 0.6
-    if options.max_rel_error is not None and options.data is None:
+    if options.max_rel_error is not None and options.inputs.data is None:
         assert error <= options.max_rel_error
-    if options.data is not None:
+    if options.inputs.data is not None:
         assert any(note.startswith("relative error of the outputs") for note in done.notes)
-        assert output_error(wide, inputs_from("random", wide))(load(target)) <= 0.1
+        assert output_error(wide, random_inputs(wide, range(4)))(load(target)) <= 0.1
     if options.prune is not None:
         assert done.rows[0].density == pytest.approx(1 - options.prune, abs=0.01)
 
@@ -137,14 +139,15 @@ def test_lossy_packing_reports_its_error(options, least, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (PackOptions(data="digits"), "--data is for --max-rel-error"),
-        (PackOptions(data="random", bits=4.0), "--data is for --max-rel-error"),
-        (PackOptions(data="random", bits=4.0, max_rel_error=0.1), "give one of them"),
+        (
+            PackOptions(inputs=InputOptions("random"), bits=4.0, max_rel_error=0.1),
+            "give one of them",
+        ),
         (PackOptions(bits=4.0, max_rel_error=0.1), "give one of them"),
         (PackOptions(bits=0.5), "expected 1 to 8"),
         (PackOptions(prune=1.5), "1.5"),
         (PackOptions(max_rel_error=0.0), "0"),
-        (PackOptions(max_rel_error=0.1, data="nowhere:x"), "nowhere"),
+        (PackOptions(max_rel_error=0.1, inputs=InputOptions("nowhere:x")), "nowhere"),
     ],
 )
 def test_invalid_options_are_refused(options, message, tmp_path):
@@ -204,10 +207,10 @@ def test_inputs_come_from_a_data_set_or_are_random():
         {"x": ["N", 1, 8, 8]},
         {"y": ["N", 10]},
     )
-    found = inputs_from("digits", image)
-    assert sum(len(each["x"]) for each in found) >= 256 or len(found) > 1
-    assert found[0]["x"].shape[1:] == (1, 8, 8)
-    random = inputs_from("random", image)
+    digits = InputOptions("digits")
+    found = inputs_of(image, session(image), digits, count=4, examples=100, batch=40)
+    assert [each["x"].shape for each in found] == [(40, 1, 8, 8)] * 2
+    random = inputs_of(image, session(image), InputOptions(), count=4, examples=100)
     assert len(random) == 4 and not np.array_equal(random[0]["x"], random[1]["x"])
 
 

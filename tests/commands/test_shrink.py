@@ -8,12 +8,15 @@ import onnx
 import pytest
 from click.testing import CliRunner
 from networks import model, run
-from onnx import ModelProto, helper
+from onnx import ModelProto, TensorProto, helper
 
+import prune2onnx
 from prune2onnx.cli.main import main
+from prune2onnx.errors import MismatchError
 from prune2onnx.graph.file import load
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
+from prune2onnx.shrinking.shrink import Shrunk
 
 
 def network(dead: int) -> ModelProto:
@@ -137,3 +140,27 @@ def test_what_is_no_onnx_is_named(content, tmp_path):
     assert result.exit_code == 1 and "in.onnx" in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_the_function_proves_its_result_or_says_that_it_cannot(monkeypatch):
+    small = prune2onnx.shrink(network(2))
+    assert small.removed == 2 and not any("not run" in note for note in small.notes)
+
+    def broken(given: ModelProto, **_: object) -> Shrunk:
+        wrong = ModelProto()
+        wrong.CopyFrom(given)
+        wrong.graph.initializer[2].raw_data = bytes(len(wrong.graph.initializer[2].raw_data))
+        return Shrunk(wrong)
+
+    monkeypatch.setattr("prune2onnx.commands.shrink.remove", broken)
+    with pytest.raises(MismatchError, match="do not ship"):
+        prune2onnx.shrink(network(2))
+
+
+def test_a_model_that_takes_strings_is_shrunk_with_a_note():
+    given = network(2)
+    given.graph.input.append(helper.make_tensor_value_info("s", TensorProto.STRING, [1]))
+    given.graph.node.append(helper.make_node("Identity", ["s"], ["t"]))
+    given.graph.output.append(helper.make_tensor_value_info("t", TensorProto.STRING, [1]))
+    small = prune2onnx.shrink(given)
+    assert small.removed == 2 and "no random values" in small.notes[-1]

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -330,9 +332,10 @@ def test_a_pair_is_replaced_safely(tmp_path):
     assert files(tmp_path) == ["m.data", "m.onnx"]
 
 
-@pytest.mark.parametrize("fails", [0, 1, 2, 3])
-@pytest.mark.parametrize("exists", [False, True])
-def test_where_writing_fails_the_old_pair_is_there(fails, exists, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("exists", "fails"), [*((True, n) for n in range(5)), *((False, n) for n in range(2))]
+)
+def test_where_writing_fails_there_is_a_whole_pair_or_none(exists, fails, tmp_path, monkeypatch):
     path = tmp_path / "m.onnx"
     if exists:
         save(dense(), path, external="m.data")
@@ -341,18 +344,64 @@ def test_where_writing_fails_the_old_pair_is_there(fails, exists, tmp_path, monk
     replace = type(path).replace
 
     def refuse(self, target):
-        if ".previous" not in self.name and next(calls) == fails - (0 if exists else 2):
+        if next(calls) == fails:
             raise OSError(errno.EIO, "Input/output error")
         return replace(self, target)
 
     monkeypatch.setattr(type(path), "replace", refuse)
-    if fails < 2 and not exists:
-        return  # nothing to move away
-    with pytest.raises(Prune2OnnxError, match=r"m\.onnx: cannot write [\d,]+ bytes: Input"):
-        save(model(numpy_helper.from_array(weight(7), "other")), path, external="m.data")
+    other = model(numpy_helper.from_array(weight(7), "other"))
+    with pytest.raises(Prune2OnnxError, match=r"m\.(onnx|data): cannot write [\d,]+ bytes: Input"):
+        save(other, path, external="m.data")
     assert files(tmp_path) == before
-    if exists:
-        assert arrays(load(path)) == arrays(dense())
+    if exists:  # the old pair until the new model is in its place
+        assert arrays(load(path)) == arrays(dense() if fails < 2 else other)
+
+
+def test_a_writer_killed_at_any_rename_leaves_a_whole_pair(tmp_path):
+    """Also one that onnxruntime opens, which knows nothing of this project."""
+    killed = """
+import os, sys
+from pathlib import Path
+from prune2onnx.graph.file import load, save
+replace, calls = Path.replace, iter(range(99))
+def die(self, target):
+    if next(calls) == int(sys.argv[3]):
+        os.kill(os.getpid(), 9)
+    return replace(self, target)
+model = load(sys.argv[1])
+Path.replace = die
+save(model, sys.argv[2], external="m.data")
+"""
+    other = save(model(numpy_helper.from_array(weight(7), "other")), tmp_path / "o.onnx")[0]
+    for at in range(6):
+        path, _ = save(dense(), tmp_path / "m" / "m.onnx", external="m.data")
+        done = subprocess.run([sys.executable, "-c", killed, other, path, str(at)])
+        assert done.returncode == (-9 if at < 5 else 0)
+        got = arrays(load(path))
+        assert got == arrays(dense() if at < 2 else load(other))
+        onnx.load(path)
+    assert files(path.parent) == ["m.data", "m.onnx"]
+
+
+def test_no_output_takes_the_place_of_an_input(tmp_path):
+    path, data = save(dense(), tmp_path / "in.onnx", external="in.data")
+    (tmp_path / "link.onnx").symlink_to(path)
+    os.link(data, tmp_path / "hard.data")
+    m = load(path)
+    for target, external in (
+        ("out.onnx", "in.data"),
+        ("out.onnx", "in.onnx"),
+        ("out.onnx", "link.onnx"),
+        ("out.onnx", "hard.data"),
+        ("in.data", None),
+    ):
+        with pytest.raises(Prune2OnnxError, match=r"the same file as .*, which is read; give"):
+            save(m, tmp_path / target, external, source=path)
+    assert arrays(load(path)) == arrays(m) and not (tmp_path / "out.onnx").exists()
+    for external in ("in.data", None):  # replaced whole, by its own name or by a link
+        save(m, tmp_path / "link.onnx", external, source=path)
+        assert arrays(load(path)) == arrays(m)
+    assert (tmp_path / "link.onnx").is_symlink()
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):

@@ -95,7 +95,7 @@ def test_what_cannot_be_measured_is_named(files, tmp_path):
     assert benchmark([fixed], batches=(3,), seconds=0.01).timings[0].batch == 3
     with pytest.raises(Prune2OnnxError, match=r"input x always has 3 examples, expected 1; export"):
         benchmark([files[0], fixed], seconds=0.01)
-    with pytest.raises(Prune2OnnxError, match=r"none\.onnx: onnxruntime .* cannot open it"):
+    with pytest.raises(Prune2OnnxError, match=r"none\.onnx: no such file"):
         benchmark([tmp_path / "none.onnx"])
     for wrong in ({"batches": (0,)}, {"threads": (-1,)}, {"seconds": 0.0}, {"warm_up": -1}):
         with pytest.raises(RecipeError, match="expected"):

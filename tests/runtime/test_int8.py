@@ -216,3 +216,92 @@ def test_wrong_usage_of_the_command(classifier, tmp_path):
         result = CliRunner().invoke(main, ["quantize", str(source), str(target), *arguments])
         assert result.exit_code == status and says in result.stderr, arguments
         assert not target.exists()
+
+
+@pytest.mark.parametrize("dead", [[0], [0, 3], [2]])
+def test_channels_of_zeros_may_be_the_first(dead):
+    """The quantizer takes ranges for each channel or for none."""
+    given = network()
+    weight = numpy_helper.to_array(given.graph.initializer[0]).copy()
+    weight[dead] = 0
+    given.graph.initializer[0].CopyFrom(numpy_helper.from_array(weight, "a"))
+    made = quantize_int8(given, EXAMPLES)
+    assert all(layer.is_int8 for layer in made.layers)
+    np.testing.assert_allclose(answers(made.model), answers(given), atol=0.2)
+
+
+def two_readers() -> ModelProto:
+    """x [N, 6] -> 6 -> 6, both with the weight `w`, whose rows and columns differ by far."""
+    rng = np.random.default_rng(0)
+    weight = (rng.normal(size=(6, 6)) * 10.0 ** np.arange(-2, 4)[:, None]).astype(np.float32)
+    nodes = [
+        helper.make_node("Gemm", ["x", "w"], ["h"], transB=1),
+        helper.make_node("Sigmoid", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "w"], ["y"]),
+    ]
+    return model(nodes, {"w": weight}, {"x": ["N", 6]}, {"y": ["N", 6]})
+
+
+def test_a_weight_that_is_read_along_two_axes_has_one_scale():
+    """With a scale for each of one axis, the other reader would get wrong values."""
+    x = [{"x": np.random.default_rng(i).normal(size=(8, 6)).astype(np.float32)} for i in range(3)]
+    want = session(two_readers()).run(None, x[0])[0]
+    (tied,) = quantize_int8(two_readers(), x).layers
+    assert tied.is_int8
+    got = session(quantize_int8(two_readers(), x).model).run(None, x[0])[0]
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_a_transposed_convolution_with_groups_stays_float_and_the_others_do_not():
+    rng = np.random.default_rng(0)
+    tensors = {
+        "a": rng.normal(size=(4, 3, 3, 3)).astype(np.float32),
+        "t": rng.normal(size=(4, 2, 3, 3)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["h"]),
+        helper.make_node("ConvTranspose", ["h", "t"], ["y"], group=2),
+    ]
+    given = model(nodes, tensors, {"x": ["N", 3, 10, 10]}, {"y": ["N", 4, 10, 10]})
+    first, second = quantize_int8(given, EXAMPLES).layers
+    assert first.is_int8 and not second.is_int8 and "groups" in second.reason
+
+
+def test_a_layer_that_the_quantizer_refuses_stays_float(monkeypatch):
+    import onnxruntime.quantization as quantizer
+
+    quantize = quantizer.quantize_static
+
+    def refuse(given, target, *rest, nodes_to_exclude=(), nodes_to_quantize=(), **options):
+        second = [node.name for node in given.graph.node if "b" in node.input]
+        if set(second) & set(nodes_to_quantize) or not {*nodes_to_exclude, *nodes_to_quantize}:
+            raise ValueError("no such thing")
+        which = {"nodes_to_exclude": nodes_to_exclude, "nodes_to_quantize": nodes_to_quantize}
+        return quantize(given, target, *rest, **{k: list(v) for k, v in which.items()}, **options)
+
+    monkeypatch.setattr(quantizer, "quantize_static", refuse)
+    made = quantize_int8(network(), EXAMPLES)
+    assert [layer.is_int8 for layer in made.layers] == [True, False, True]
+    assert "no such thing" in made.layers[1].reason
+
+
+def test_names_that_the_quantizer_would_make_are_free():
+    """A bias that two layers share is copied, and called with a number behind its name."""
+    rng = np.random.default_rng(0)
+    weight = {name: rng.normal(size=(6, 6)).astype(np.float32) for name in ("w", "v", "w_scale")}
+    tensors = {**weight, "b": rng.normal(size=6).astype(np.float32)}
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"]),
+        helper.make_node("Relu", ["h"], ["b0"]),
+        helper.make_node("Gemm", ["b0", "v", "b"], ["h2"]),
+        helper.make_node("Relu", ["h2"], ["b_quantized"]),
+        helper.make_node("Gemm", ["b_quantized", "w_scale"], ["y"]),
+    ]
+    given = model(nodes, tensors, {"x": ["N", 6]}, {"y": ["N", 6]})
+    x = [{"x": rng.normal(size=(8, 6)).astype(np.float32)} for _ in range(3)]
+    made = quantize_int8(given, x)
+    assert [layer.weight for layer in made.layers if layer.is_int8] == ["w", "v", "w_scale"]
+    want, got = (session(m).run(None, x[0])[0] for m in (given, made.model))
+    assert np.abs(got - want).max() < 0.1 * np.abs(want).max()
+    kept = quantize_int8(given, x, keep=["w_scale"])
+    assert [layer.weight for layer in kept.layers if not layer.is_int8] == ["w_scale"]

@@ -20,8 +20,9 @@ from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import coded
 from prune2onnx.runs.report import Measured
 from prune2onnx.runtime.compare import check_outputs, check_same, error_percent
+from prune2onnx.runtime.inputs import random_inputs
 from prune2onnx.runtime.latency import measure
-from prune2onnx.runtime.session import UnrunnableError, random_inputs, session
+from prune2onnx.runtime.session import UnrunnableError, session
 from prune2onnx.runtime.validate import check_weights, folds, operators, validate
 from prune2onnx.training.export import export
 
@@ -218,6 +219,6 @@ def test_random_inputs_fit_types_and_dynamic_shapes():
         opset_imports=[helper.make_opsetid("", 18)],
         ir_version=8,
     )
-    made = random_inputs(session(model))
+    (made,) = random_inputs(model)
     assert made["f"].shape == (1, 3) and made["f"].dtype == np.float16
     assert made["i"].tolist() == [0, 0] and made["i"].dtype == np.int64

@@ -10,7 +10,7 @@ import pytest
 import torch
 import weak_channels
 from networks import MODELS, model, session
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from places import MODEL_FILES
 from safetensors.torch import load_file
 
@@ -1360,3 +1360,73 @@ def test_a_published_detector(real_data):
     assert_kept(m)
     small = assert_shrunk(by_norm(m, 0.3))
     assert small.ByteSize() < 0.7 * m.ByteSize()
+
+
+@pytest.mark.parametrize("op", ["Sub", "Mul", "Div", "Max", "Min", "MatMul"])
+def test_only_add_takes_a_constant_into_what_it_adds(op):
+    """A reader whose first input is a constant is no bias, whatever the operator."""
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(5, 4)).astype(np.float32)
+    first[:, :2] = 0
+    nodes = [
+        helper.make_node("MatMul", ["x", "a"], ["h"]),
+        helper.make_node("Add", ["h", "bias"], ["s"]),
+        helper.make_node("Relu", ["s"], ["r"]),
+        helper.make_node("MatMul", ["r", "b"], ["m"]),
+        helper.make_node(op, ["c", "m"], ["y"]),
+    ]
+    weights = {
+        "a": first,
+        "bias": np.float32([1, 2, 0.5, 0.1]),
+        "b": rng.normal(size=(4, 3)).astype(np.float32),
+        "c": rng.uniform(1, 2, (3, 3)).astype(np.float32),
+    }
+    m = model(nodes, weights, {"x": [3, 5]}, {"y": [3, 3]})
+    small = shrink(m)
+    assert_same_answers(m, small.model)
+    assert any("no bias" in why for why in small.reasons.values())
+
+
+@pytest.mark.parametrize("axis", [1, -1, -3])
+def test_a_flatten_counts_its_axis_from_the_end_too(axis):
+    weight = np.random.default_rng(0).normal(size=(4, 2, 1, 1)).astype(np.float32)
+    weight[1] = 0
+    columns = 4 * 9 if axis != -1 else 3
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"]),
+        helper.make_node("Flatten", ["c"], ["f"], axis=axis),
+        helper.make_node("MatMul", ["f", "v"], ["y"]),
+    ]
+    weights = {"w": weight, "v": np.ones((columns, 2), np.float32)}
+    m = model(nodes, weights, {"x": [1, 2, 3, 3]}, {"y": ["rows", 2]})
+    small = shrink(m)
+    assert_same_answers(m, small.model)
+    assert (small.removed > 0) == (axis != -1)
+
+
+@pytest.mark.parametrize("stated", ["no type", "no shape", "no extents"])
+def test_values_whose_shapes_are_not_stated(stated):
+    m = a_dead_neuron()
+    value = m.graph.value_info.add(name="r")
+    if stated != "no type":
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+    if stated == "no extents":
+        value.type.tensor_type.shape.SetInParent()
+    small = shrink(m)
+    assert_same_answers(m, small.model)
+    assert small.model.graph.value_info[-1] == value
+    assert small.removed or stated == "no extents"  # that is a scalar, which it cannot be
+
+
+def a_dead_neuron() -> ModelProto:
+    """x [N, 5] -> 4 neurons, one of them dead -> y [N, 3]; `r` lies between."""
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=(5, 4)).astype(np.float32)
+    first[:, 2] = 0
+    nodes = [
+        helper.make_node("Gemm", ["x", "a"], ["h"]),
+        helper.make_node("Relu", ["h"], ["r"]),
+        helper.make_node("Gemm", ["r", "b"], ["y"]),
+    ]
+    weights = {"a": first, "b": rng.normal(size=(4, 3)).astype(np.float32)}
+    return model(nodes, weights, {"x": ["N", 5]}, {"y": ["N", 3]})

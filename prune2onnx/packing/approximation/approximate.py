@@ -81,7 +81,7 @@ class Approximation:
         rows: one per initializer, in the model's order.
         bits: estimated bits per element of all weights that may be changed, without the bits of the
             decode call.
-        output_error: the result of `evaluate` for this model, in `search`; else None.
+        output_error: relative error of the outputs, where it was measured; else None.
     """
 
     model: ModelProto

@@ -19,7 +19,8 @@ from prune2onnx.data import load_data
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.runs.pages import demo as module
 from prune2onnx.runs.pages.demo import MODEL, PAGE, RUNTIME, write_demo
-from prune2onnx.runtime.session import random_inputs, session
+from prune2onnx.runtime.inputs import random_inputs
+from prune2onnx.runtime.session import session
 
 
 def classifier(
@@ -211,8 +212,9 @@ def test_scores_that_are_probabilities_are_left_alone(ort_web, tmp_path):
 
 
 def test_the_model_that_goes_first_runs(tmp_path):
-    opened = session(onnx.load_model_from_string(module._probe()))
-    x = random_inputs(opened)
+    probe = onnx.load_model_from_string(module._probe())
+    opened = session(probe)
+    (x,) = random_inputs(probe)
     assert np.array_equal(opened.run(None, x)[0], x["x"])
 
 

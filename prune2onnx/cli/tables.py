@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # these import onnxruntime and data sets, which only some ver
     from prune2onnx.runtime.benchmark import Benchmark, Timing
 
 
+_MOST_ROWS = 1000  # that anyone reads
+
+
 def weights_table(rows: Sequence[WeightRow], nbytes: int | None = None) -> Table:
     """One line per weight, and totals.
 
@@ -36,7 +39,15 @@ def weights_table(rows: Sequence[WeightRow], nbytes: int | None = None) -> Table
         table.add_column(
             heading, justify="right" if numeric else "left", no_wrap=heading != "why dense"
         )
-    for row in rows:
+    shown = list(rows)
+    if len(rows) > _MOST_ROWS:
+        largest = sorted(range(len(rows)), key=lambda place: -rows[place].nbytes)[:_MOST_ROWS]
+        shown = [rows[place] for place in sorted(largest)]
+        table.caption = (
+            f"the {_MOST_ROWS} largest of {len(rows):,} weights; --json lists them all, and the "
+            "totals count them all"
+        )
+    for row in shown:
         bits = "" if row.bits_per_weight is None else f"{row.bits_per_weight:.2f}"
         shape = "x".join(map(str, row.shape)) or "scalar"
         density = f"{100 * row.density:.2f} %"

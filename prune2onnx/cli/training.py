@@ -24,6 +24,12 @@ from prune2onnx.runs.history import Callbacks
 from prune2onnx.runs.recipe import read_recipe, resolve
 
 _PATH = click.Path(path_type=Path)
+_trust = option(
+    "--trust",
+    is_flag=True,
+    help="continue what another user began: its recipe names code that will run",
+    group=OUTPUT,
+)
 
 
 @click.command(cls=GroupedCommand)
@@ -32,6 +38,7 @@ _PATH = click.Path(path_type=Path)
 @option("--recipe", type=_PATH, help="YAML file with settings; options override it", group=FIRST)
 @option("--resume", type=_PATH, help="continue the run in this folder", group=FIRST)
 @option("--overwrite", is_flag=True, help="start again in a folder that holds a run", group=OUTPUT)
+@_trust
 @option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout", group=OUTPUT)
 @option("--cpu", is_flag=True, help="do not use a GPU", group=OUTPUT)
 @recipe_options
@@ -41,6 +48,7 @@ def compress(
     recipe: Path | None,
     resume: Path | None,
     overwrite: bool,
+    trust: bool,
     cpu: bool,
     as_json: bool,
     **options: Any,
@@ -54,7 +62,7 @@ def compress(
     prune2onnx compress models/lenet.py:lenet_300_100 --data digits -o runs/digits
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
     from prune2onnx.commands.compress import compress as run
-    from prune2onnx.runs.folder import recipe_of
+    from prune2onnx.runs.folder import check_owner, recipe_of
     from prune2onnx.training.fit import end_processes
 
     overrides = overrides_of(options)
@@ -64,6 +72,7 @@ def compress(
                 "--resume takes every setting from the run's own recipe.yaml; "
                 "give it alone, with --cpu or --json at most"
             )
+        check_owner(resume / "recipe.yaml", trust)
         resolved, directory = recipe_of(resume), resume
     else:
         content, directory = _started(model, recipe, output, overrides, "run")
@@ -156,6 +165,7 @@ _SWEPT = ("target_size", "target_density", "max_drop", "seed")
 @option("--study", help="name of the sweep in that database  [default: prune2onnx]", group=OUTPUT)
 @option("--recipe", type=_PATH, help="YAML file with settings; options override it", group=FIRST)
 @option("--resume", type=_PATH, help="continue the sweep in this folder, or join it", group=FIRST)
+@_trust
 @option("--cpu", is_flag=True, help="do not use a GPU", group=OUTPUT)
 @option(
     "--json",
@@ -176,6 +186,7 @@ def sweep(
     study: str | None,
     recipe: Path | None,
     resume: Path | None,
+    trust: bool,
     cpu: bool,
     as_json: bool,
     **options: Any,
@@ -190,6 +201,7 @@ def sweep(
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
     from prune2onnx.commands.sweep import sweep as run
     from prune2onnx.commands.sweep import sweep_of
+    from prune2onnx.runs.folder import check_owner
 
     overrides = overrides_of(options)
     lists = {"sizes": sizes, "densities": densities, "drops": drops, "seeds": seeds}
@@ -200,6 +212,7 @@ def sweep(
                 "--resume takes every setting from the sweep's own sweep.yaml; "
                 "give it alone, with --storage, --cpu or --json at most"
             )
+        check_owner(resume / "sweep.yaml", trust)
         given, directory = sweep_of(resume, storage), resume
     else:
         content, directory = _started(model, recipe, output, overrides, "sweep")

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.files import keep_inputs, replacing, write_whole
@@ -26,6 +28,8 @@ from prune2onnx.graph.walk import in_model, nodes_in
 
 EXTERNAL_NBYTES = 1024
 """A smaller tensor stays in the model when a data file is written, as it does in onnx's own."""
+
+_MOST_NODES = 10**6  # a transformer of 10^9 weights has some 10^4
 
 _PAGE = 4096  # onnxruntime maps a large tensor into memory where it starts on a page
 _PAGED_NBYTES = 2**20
@@ -76,6 +80,8 @@ def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
     except Prune2OnnxError as error:
         raise Prune2OnnxError(f"{path}: {error}") from error
     _read_external(model, path, max_bytes)
+    _drop_repeated_keys(model)
+    _check_expansion(model, path)
     defined = {function.name for function in model.functions if function.domain == DOMAIN}
     for node in model.graph.node:
         if node.domain == DOMAIN and node.op_type not in defined:
@@ -140,6 +146,50 @@ def _check_names(model: ModelProto) -> None:
             raise Prune2OnnxError(
                 f"{name[:40]!r}: a name or a note that is not UTF-8; the file is damaged"
             )
+
+
+def _drop_repeated_keys(model: ModelProto) -> None:
+    """Leaves one of metadata with the same key, of this project's own; others are refused."""
+    seen: set[str] = set()
+    for index, entry in reversed(list(enumerate(model.metadata_props))):
+        if entry.key in seen and entry.key.split(".")[0] == DOMAIN:
+            del model.metadata_props[index]
+        seen.add(entry.key)
+
+
+def _check_expansion(model: ModelProto, path: Path) -> None:
+    """Checks how many nodes a model has once its functions are inlined, which tools do.
+
+    Raises:
+        Prune2OnnxError: more than `_MOST_NODES`, or a function calls itself.
+    """
+    functions = {(each.domain, each.name): each for each in model.functions}
+    counts: dict[tuple[str, str], int] = {}
+
+    def count(nodes: Iterable[NodeProto]) -> int:
+        called = Counter((node.domain, node.op_type) for node in nodes_in(nodes))
+        return sum(times * counts.get(key, 1) for key, times in called.items())
+
+    waiting = [(key, False) for key in functions]
+    open_calls: set[tuple[str, str]] = set()
+    while waiting:
+        key, ready = waiting.pop()
+        if ready:
+            counts[key] = count(functions[key].node)
+            open_calls.discard(key)
+        elif key not in counts:
+            if key in open_calls:
+                raise Prune2OnnxError(f"{path}: function {key[1]!r} calls itself; not valid ONNX")
+            open_calls.add(key)
+            waiting.append((key, True))
+            inner = {(node.domain, node.op_type) for node in nodes_in(functions[key].node)}
+            waiting += [(each, False) for each in inner if each in functions]
+    total = count(model.graph.node)
+    if total > _MOST_NODES:
+        raise Prune2OnnxError(
+            f"{path}: {total:,} nodes once its functions are inlined, expected at most "
+            f"{_MOST_NODES:,}; the file is damaged, or made to do harm"
+        )
 
 
 def _read_external(model: ModelProto, path: Path, max_bytes: int | None) -> None:

@@ -25,7 +25,7 @@ from prune2onnx.graph.domain import DOMAIN, DOMAIN_VERSION, MARK
 from prune2onnx.graph.names import Names
 from prune2onnx.graph.names import anonymize as anonymized
 from prune2onnx.graph.normalize import normalize
-from prune2onnx.graph.protobuf import copy_but, framed
+from prune2onnx.graph.protobuf import copy_but, framed, keep
 from prune2onnx.graph.protobuf import nbytes as nbytes_of
 from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.tensors import array_of, declared_nbytes, element_type
@@ -35,7 +35,7 @@ from prune2onnx.packing.codecs import WORKING, Plan, Weight, described, plan
 from prune2onnx.packing.inline import inlined
 from prune2onnx.packing.quantized import Quantized, step_of
 from prune2onnx.packing.rows import WeightRow
-from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, NOTES_KEY, unpack, verify
+from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
 
 LEAST_NBYTES = 16
 """Smaller tensors stay dense: their entry in the decode call would take as many bytes."""
@@ -249,6 +249,7 @@ def _written(model: ModelProto, made: Plan) -> tuple[ModelProto, dict[str, int]]
     result.graph.node.extend(model.graph.node)
     result.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
     result.functions.extend(made.bundle.functions)
+    keep(result.metadata_props, lambda entry: entry.key not in KEYS)
     result.metadata_props.add(key=MARK)
     if model.ir_version < FUNCTIONS_IR:
         result.metadata_props.add(key=IR_KEY, value=str(model.ir_version))

@@ -35,7 +35,7 @@ IR_KEY = "prune2onnx.ir_version"
 
 NOTES_KEY = "prune2onnx.tensors"
 
-_KEYS = (MARK, IR_KEY, NOTES_KEY)
+KEYS = (MARK, IR_KEY, NOTES_KEY)
 
 
 Decoding = tuple[NodeProto, dict[str, NDArray[Any]]]
@@ -98,7 +98,7 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
                 "the file is damaged"
             )
         result.ir_version = int(version)
-    keep(result.metadata_props, lambda entry: entry.key not in _KEYS)
+    keep(result.metadata_props, lambda entry: entry.key not in KEYS)
     return result
 
 

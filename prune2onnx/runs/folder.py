@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -127,6 +128,9 @@ def read_front(directory: Path) -> Front:
     """
     path = directory / FRONT
     front = _read(path, Front)
+    for point in front.points:
+        if Path(point.name).name != point.name:
+            raise _damaged(path, f"{point.name!r} is not the name of a run's folder")
     for point in front.done:
         needed = ("nbytes", "error", "validation_error", "drop", "density", "ratio")
         if any(getattr(point, name) is None for name in needed) or not point.nbytes:
@@ -254,6 +258,22 @@ def _values(model: ModelProto) -> dict[str, NDArray[Any]]:
             continue
         values[node.input[0]] = codes.astype(np.float32) * scale.astype(np.float32)
     return values
+
+
+def check_owner(path: Path, trust: bool) -> None:
+    """Refuses what another user wrote, since a recipe names code that will run.
+
+    Raises:
+        RecipeError: the file or its folder belongs to another user, and `trust` is not given.
+    """
+    if trust or not hasattr(os, "getuid"):
+        return
+    for each in (path, path.parent):
+        if each.exists() and each.stat().st_uid != os.getuid():
+            raise RecipeError(
+                f"{each}: belongs to another user, and the run's recipe names code that would run "
+                "as you; read it, then give --trust"
+            )
 
 
 def recipe_of(directory: str | Path) -> Recipe:

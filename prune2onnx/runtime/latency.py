@@ -40,7 +40,7 @@ _PROBE = """
 import json, sys, time
 import onnxruntime as ort
 options = ort.SessionOptions()
-options.log_severity_level = 3
+options.log_severity_level = 4
 start = time.perf_counter()
 ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 load_ms = 1e3 * (time.perf_counter() - start)

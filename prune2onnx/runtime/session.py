@@ -61,7 +61,7 @@ def session(
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = level
-    options.log_severity_level = 3  # onnxruntime warns about every optimised graph that is saved
+    options.log_severity_level = 4  # its errors are in exceptions, and may quote a hostile file
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
     if profile is not None:

@@ -16,6 +16,7 @@ The result is a dense model, which `pack` codes without further loss. Nothing he
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,7 @@ from prune2onnx.packing.quantized import Quantized
 _FEWEST = 32  # elements of a weight that is approximated; smaller ones save nothing
 _FEWEST_HALVED = 16  # elements of a vector; pack leaves smaller ones dense
 _HALF_PRECISION = 2.0**-10  # the most that rounding to float16 may change, relative to an element
+_WORTH_A_NOTE = 0.005  # share of the bytes
 _CORRECTIONS = 3  # codes whose errors cancel take a little more bits than estimated
 _LEAST_BITS, _FIRST_BITS, _MOST_BITS = 0.5, 5.0, 33.0  # of a search; more keeps every weight
 _CLOSE_BITS, _CLOSE_ERROR = 0.02, 0.98  # where a search ends
@@ -98,7 +100,23 @@ class Approximation:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was done, in words."""
-        notes = [f"about {self.bits:.2f} bits per weight"] if self.bits else []
+        notes = []
+        if self.bits:
+            size = sum(row.size for row in self.rows)
+            every = 8 * self.nbytes / max(size, 1)
+            stays = every > 1.02 * self.bits + 0.05
+            also = f" that may change; {every:.2f} with what stays" if stays else ""
+            notes.append(f"about {self.bits:.2f} bits per weight{also}")
+        left: dict[str, list[Approximated]] = defaultdict(list)
+        for row in self.rows:
+            if row.reason and row.size >= _FEWEST:
+                left[row.reason].append(row)
+        total = max(self.nbytes, 1)
+        for reason, rows in left.items():
+            share = sum(row.nbytes for row in rows) / total
+            if share >= _WORTH_A_NOTE:
+                more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+                notes.append(f"{share:.0%} of the bytes stay: {rows[0].name}{more}: {reason}")
         if self.output_error is not None:
             notes.append(f"relative error of the outputs {self.output_error:.3%}")
         return tuple(notes)

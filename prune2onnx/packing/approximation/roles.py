@@ -44,6 +44,11 @@ _INTEGER: dict[str, tuple[int, int]] = {
     "ConvInteger": (1, 3),
     "MatMulInteger": (1, 3),
 }
+# operators that hand elements on as they are
+_MOVES = (
+    *("Cast", "Concat", "Flatten", "Identity", "Reshape", "Slice", "Squeeze", "Transpose"),
+    "Unsqueeze",
+)
 _LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
@@ -92,8 +97,9 @@ def roles(model: ModelProto) -> dict[str, Role]:
 
     A weight is a floating-point tensor of two or more axes in which every node that reads it
     multiplies into sums or looks rows up: Conv, ConvTranspose, Gemm, MatMul, LSTM, GRU, RNN,
-    Gather, also behind Identity, Transpose, Reshape, Cast and similar operators. An integer weight
-    is the same behind DequantizeLinear, or read by an operator that computes in integers.
+    Gather, also behind operators that hand elements on (`_MOVES`), QuantizeLinear, or a Mul by
+    stored scales. An integer weight is the same behind DequantizeLinear or Cast, or read by an
+    operator that computes in integers.
 
     Args:
         model: unpacked, external data loaded; weights in subgraphs and Constant nodes are not
@@ -133,6 +139,10 @@ class _Reader:
             return _unchanged("also an output of the graph")
         if tensor.data_type in _BYTES:
             found = self._merged(name, len(tensor.dims))
+            if found.kind == "weight":  # cast to floats, and scaled
+                none = np.zeros((1,) * len(tensor.dims), np.int64)
+                point = none if found.zero_point is None else found.zero_point
+                return replace(found, kind="integer", zero_point=point)
             if found.kind in ("integer", ""):
                 return found
             return _unchanged("integers, but not a weight")
@@ -140,7 +150,7 @@ class _Reader:
             name = TensorProto.DataType.Name(tensor.data_type)
             return _unchanged(f"{name.lower()} is not approximated")
         found = self._merged(name, len(tensor.dims))
-        if found.kind == "integer":
+        if found.kind == "integer" or found.zero_point is not None:
             return _unchanged("floating-point, but read as an integer weight")
         return found
 
@@ -170,6 +180,9 @@ class _Reader:
     def _of(self, node: NodeProto, index: int, rank: int) -> Role:
         """The role that a tensor of this rank has for one reader, at its input `index`."""
         op = node.op_type
+        if node.domain == "com.microsoft" and op == "DynamicQuantizeLSTM" and index in (1, 2):
+            point = node.input[7 + 2 * index] if len(node.input) > 7 + 2 * index else ""
+            return self._with_zero_point(Layout((0, 2), (1,)), point, rank, 0)
         if node.domain not in DEFAULT_DOMAINS:
             return _unchanged(f"read by {node.domain}.{op}, whose meaning is not known")
         if index in _ADDED.get(op, ()):
@@ -178,8 +191,13 @@ class _Reader:
             return Role("factor")
         if op == "Add" and rank == 1 and self._is_bias_of_sum(node, index):
             return Role("bias")
-        if op in ("Identity", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Cast"):
+        if op in _MOVES:
             return self._behind(node, index, rank)
+        if op in ("Mul", "Div", "Sub") and rank > 1 and self._is_constant(node.input[1 - index]):
+            return self._scaled(node, index, rank)
+        if op == "QuantizeLinear" and index == 0 and node.output[0] not in self._outputs:
+            role = self._merged(node.output[0], rank)
+            return Role("weight", layout=role.layout) if role.kind == "integer" else role
         if op == "DequantizeLinear":
             return self._dequantized(node, index, rank)
         if op in _INTEGER and index == _INTEGER[op][0]:
@@ -195,17 +213,19 @@ class _Reader:
 
     def _behind(self, node: NodeProto, index: int, rank: int) -> Role:
         """The role of a tensor behind a node that only moves elements or changes their type."""
-        if index or node.output[0] in self._outputs:
+        if (index and node.op_type != "Concat") or node.output[0] in self._outputs:
             return _unchanged(f"read by {node.op_type} as input {index}")
         if node.op_type == "Cast" and attribute(node, "to", 0) not in _FLOATS:
             return _unchanged("cast to an integer type")
         known = node.op_type in ("Identity", "Cast", "Transpose")
         # Elements are not followed through a Reshape: behind it, any weight of two axes counts.
-        role = self._merged(node.output[0], rank if known else max(rank, 2))
+        role = self._merged(node.output[0], self._rank_behind(node, rank))
         # Zero points lie along an axis, which other nodes than Identity may move.
         kinds = ("weight", "bias", "integer") if node.op_type == "Identity" else ("weight", "bias")
         if role.kind not in kinds:
             return role if not role.kind else _unchanged(f"{role.kind} behind {node.op_type}")
+        if role.zero_point is not None and role.zero_point.size > 1 and node.op_type != "Cast":
+            return _unchanged(f"zero points of channels behind {node.op_type}")
         if not known:
             return replace(role, layout=None)
         if node.op_type == "Transpose" and role.layout is not None:
@@ -219,6 +239,40 @@ class _Reader:
             )
             return replace(role, layout=layout)
         return role
+
+    def _rank_behind(self, node: NodeProto, rank: int) -> int:
+        """The number of axes that a node of `_MOVES` gives; at least 2 where it is not known."""
+        if node.op_type in ("Cast", "Concat", "Identity", "Slice", "Transpose"):
+            return rank
+        axes = list(attribute(node, "axes", ()))
+        if len(node.input) > 1 and node.input[1] in self._tensors:
+            axes = list(range(int(np.prod(self._tensors[node.input[1]].dims))))
+        if node.op_type == "Unsqueeze" and axes:
+            return rank + len(axes)
+        if node.op_type == "Squeeze" and axes:
+            return rank - len(axes)
+        return max(rank, 2)
+
+    def _is_constant(self, name: str) -> bool:
+        return name in self._tensors and name not in self._inputs
+
+    def _scaled(self, node: NodeProto, index: int, rank: int) -> Role:
+        """The role of a tensor that has stored scales, or less a stored zero point."""
+        if node.output[0] in self._outputs or (index and node.op_type != "Mul"):
+            return _unchanged(f"read by {node.op_type} as input {index}")
+        other = self._tensors[node.input[1 - index]]
+        if len(other.dims) > rank:
+            return _unchanged(f"spread over more axes by {node.op_type}")
+        role = self._merged(node.output[0], rank)
+        if role.kind != "weight" or node.op_type != "Sub":
+            return (
+                role if role.kind in ("weight", "") else _unchanged(f"{role.kind} that is scaled")
+            )
+        points = numpy_helper.to_array(other)
+        if role.zero_point is not None or not np.array_equal(points, np.round(points)):
+            return _unchanged("less a number that is no zero point")
+        shape = (1,) * (rank - points.ndim) + points.shape
+        return replace(role, zero_point=points.astype(np.int64).reshape(shape))
 
     def _dequantized(self, node: NodeProto, index: int, rank: int) -> Role:
         if index or node.output[0] in self._outputs:
@@ -247,10 +301,12 @@ class _Reader:
         if name not in self._tensors or name in self._inputs:
             return _unchanged(f"its zero point {name!r} is computed")
         points = numpy_helper.to_array(self._tensors[name]).astype(np.int64)
-        if points.ndim > 1:
-            return _unchanged("its zero points come in blocks")
         shape = [1] * rank
-        if points.size > 1:
+        if points.ndim == 2 and rank == 3 and axis == 0:  # of directions and rows of an LSTM
+            shape = [points.shape[0], 1, points.shape[1]]
+        elif points.ndim > 1:
+            return _unchanged("its zero points come in blocks")
+        elif points.size > 1:
             shape[axis] = points.size
         return Role("integer", layout=layout, zero_point=points.reshape(shape))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from prune2onnx.errors import RecipeError
+from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.files import write_whole
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.folder import (
@@ -104,6 +104,8 @@ def write_page(directory: str | Path) -> Path:
     """
     directory = Path(directory)
     path = directory / PAGE
+    if path.is_symlink():
+        raise Prune2OnnxError(f"{path}: a link to {path.readlink()}; remove it")
     write_whole(path, page_of(directory))
     return path
 
@@ -120,6 +122,9 @@ def write_pages(directory: str | Path) -> list[Path]:
     if directory.is_dir() and not (directory / REPORT).is_file() and (directory / FRONT).is_file():
         points = read_front(directory).points
         folders = [directory / RUNS / point.name for point in points]
+        for folder in folders:
+            if not folder.resolve().is_relative_to(directory.resolve()):
+                raise Prune2OnnxError(f"{folder}: leads out of {directory}; remove the link")
         written = [write_page(folder) for folder in folders if (folder / REPORT).is_file()]
     return [*written, write_page(directory)]
 

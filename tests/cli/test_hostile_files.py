@@ -1,0 +1,191 @@
+"""Files made to do harm: one line, in bounded time, and nothing written where it should not be."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import CliRunner
+from finished import made_run, made_sweep
+from networks import mlp, model
+from onnx import ModelProto, helper, numpy_helper
+
+from prune2onnx.cli.main import main
+from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.graph.file import load
+from prune2onnx.packing.pack import pack
+from prune2onnx.packing.unpack import unpack
+
+
+def invoked(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(each) for each in arguments])
+    return result.exit_code, result.stderr
+
+
+def laughing(levels: int, *, circle: bool = False) -> ModelProto:
+    """Functions of which each calls the one before twice."""
+    opset = [helper.make_opsetid("", 18), helper.make_opsetid("f", 1)]
+
+    def function(number: int, op: str, domain: str) -> onnx.FunctionProto:
+        nodes = [
+            helper.make_node(op, ["x"], ["a"], domain=domain),
+            helper.make_node(op, ["a"], ["y"], domain=domain),
+        ]
+        return helper.make_function("f", f"f{number}", ["x"], ["y"], nodes, opset)
+
+    functions = [function(0, f"f{levels - 1}" if circle else "Relu", "f" if circle else "")]
+    functions += [function(n, f"f{n - 1}", "f") for n in range(1, levels)]
+    made = model(
+        [helper.make_node(f"f{levels - 1}", ["x"], ["y"], domain="f")], {}, {"x": [4]}, {"y": [4]}
+    )
+    made.functions.extend(functions)
+    made.opset_import.append(helper.make_opsetid("f", 1))
+    return made
+
+
+@pytest.mark.parametrize("verb", ["validate", "shrink", "inspect", "pack", "unpack", "benchmark"])
+def test_functions_that_double_at_each_call_are_refused_at_once(verb, tmp_path):
+    onnx.save(laughing(40), tmp_path / "m.onnx")
+    out = [] if verb in ("validate", "inspect", "benchmark") else [tmp_path / "o.onnx"]
+    start = time.monotonic()
+    code, text = invoked(verb, tmp_path / "m.onnx", *out)
+    assert code == 1 and "nodes once its functions are inlined" in text
+    assert time.monotonic() - start < 10
+
+
+def test_functions_may_call_functions_but_not_themselves(tmp_path):
+    onnx.save(laughing(6), tmp_path / "m.onnx")
+    assert len(load(tmp_path / "m.onnx").functions) == 6
+    onnx.save(laughing(3, circle=True), tmp_path / "m.onnx")
+    with pytest.raises(Prune2OnnxError, match="calls itself"):
+        load(tmp_path / "m.onnx")
+
+
+def test_metadata_under_our_own_names_is_replaced(tmp_path):
+    given = mlp()
+    for key in ("prune2onnx", "prune2onnx.tensors"):
+        given.metadata_props.add(key=key, value="theirs")
+    given.metadata_props.add(key="author", value="someone")
+    packed = pack(given).model
+    keys = [entry.key for entry in packed.metadata_props]
+    assert sorted(set(keys)) == sorted(keys) and "author" in keys
+    onnx.checker.check_model(unpack(packed))
+    packed.metadata_props.add(key="prune2onnx")  # as an earlier version wrote it
+    onnx.save(packed, tmp_path / "m.onnx")
+    code, text = invoked("unpack", tmp_path / "m.onnx", tmp_path / "o.onnx")
+    assert code == 0, text
+
+
+def test_nothing_of_a_file_reaches_the_terminal_as_it_is(tmp_path):
+    """onnxruntime writes its log to the process's stderr, names and all."""
+    shape = numpy_helper.from_array(np.int64([7]), "s")
+    made = model([helper.make_node("Reshape", ["x", "s"], ["y"])], {}, {"x": ["N"]}, {"y": ["M"]})
+    made.graph.initializer.append(shape)
+    made.graph.node[0].name = "\x1b[2J\x1b]0;gone\x07"
+    onnx.save(made, tmp_path / "m.onnx")
+    command = [sys.executable, "-m", "prune2onnx"]
+    for verb in ("validate", "benchmark"):
+        done = subprocess.run(
+            [*command, verb, tmp_path / "m.onnx", "--input-shape", "x=5"],
+            capture_output=True,
+            env={**os.environ, "NO_COLOR": "1"},
+        )
+        assert b"\x1b" not in done.stdout + done.stderr and b"\x07" not in done.stderr
+
+
+def test_many_initializers_and_nodes_take_time_in_proportion(tmp_path):
+    def chain(count: int) -> ModelProto:
+        nodes = [
+            helper.make_node("Add", [f"v{n}" if n else "x", f"w{n}"], [f"v{n + 1}"])
+            for n in range(count)
+        ]
+        nodes[-1].output[0] = "y"
+        weights = {f"w{n}": np.float32([n]) for n in range(count)}
+        return model(nodes, weights, {"x": [1]}, {"y": [1]})
+
+    def seconds(count: int) -> float:
+        onnx.save(chain(count), tmp_path / "m.onnx")
+        start = time.process_time()
+        for verb in (["inspect"], ["shrink"], ["pack"]):
+            out = [] if verb == ["inspect"] else [tmp_path / "o.onnx"]
+            assert invoked(*verb, tmp_path / "m.onnx", *out)[0] == 0
+        return time.process_time() - start
+
+    seconds(10)  # imports
+    assert seconds(4000) < 10 * seconds(1000) + 1
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root gives away")
+def test_a_run_of_another_user_is_not_continued_without_trust(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("model: nowhere.py:make\ndata: digits\n")
+    os.chown(tmp_path / "run", 12345, 12345)
+    code, text = invoked("compress", "--resume", tmp_path / "run")
+    assert code == 2 and "belongs to another user" in text and "--trust" in text
+    code, text = invoked("compress", "--resume", tmp_path / "run", "--trust")
+    assert "nowhere.py" in text
+
+
+@pytest.mark.parametrize("way", ["name", "link", "page"])
+def test_a_report_is_written_into_its_folder_and_nowhere_else(way, tmp_path):
+    sweep, outside = tmp_path / "sweep", tmp_path / "outside"
+    made_run(outside)
+    made_sweep(sweep)
+    front = json.loads((sweep / "front.json").read_text())
+    point = front["points"][0]
+    if way == "name":
+        point["what"] = "../../outside"
+        folder = sweep / "runs" / f"../../outside-{point['limit']}-seed{point['seed']}"
+        outside.rename(tmp_path / folder.name)
+    elif way == "link":
+        folder = sweep / "runs" / f"{point['what']}-{point['limit']}-seed{point['seed']}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(exist_ok=True)
+        folder.symlink_to(outside)
+    else:
+        (tmp_path / "precious").write_text("mine")
+        (sweep / "report.html").unlink(missing_ok=True)
+        (sweep / "report.html").symlink_to(tmp_path / "precious")
+    (sweep / "front.json").write_text(json.dumps(front))
+    code, text = invoked("report", sweep)
+    assert code == 1 and len(text.splitlines()) == 1
+    assert not list(tmp_path.glob("outside*/report.html"))
+    if way == "page":
+        assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_long_list_of_weights_is_cut_for_people_and_whole_in_json(tmp_path):
+    weights = {f"w{n}": np.float32([n]) for n in range(1500)}
+    nodes = [helper.make_node("Sum", ["x", *weights], ["y"])]
+    onnx.save(model(nodes, weights, {"x": [1]}, {"y": [1]}), tmp_path / "m.onnx")
+    shown = invoked("inspect", tmp_path / "m.onnx")[1]
+    assert "1000 largest of 1,500 weights" in " ".join(shown.split())
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "m.onnx"), "--json"])
+    assert len(json.loads(result.stdout)["weights"]) == 1500
+
+
+def test_an_interrupt_in_a_destructor_is_not_lost():
+    """Python prints "Exception ignored in" and goes on; `compress` went on for hours."""
+    program = """
+import click, os, signal, time
+from prune2onnx.cli.main import main
+class Slow:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+@main.command()
+def forever():
+    slow = Slow()
+    del slow
+    time.sleep(60)
+main(["forever"])
+"""
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, timeout=60)
+    assert done.returncode == 130 and b"interrupted" in done.stderr
+    assert time.monotonic() - start < 30

@@ -391,7 +391,7 @@ def test_small_vectors_are_halved_where_that_is_safe():
         ([("Mul", ["x", "w"], ["y"])], "read by Mul"),
         ([("MatMul", ["x", "w"], ["h"]), ("Mul", ["h", "w"], ["y"])], "read by Mul"),
         ([("PRelu", ["x", "w"], ["y"])], "read by PRelu"),
-        ([("QuantizeLinear", ["w", "s"], ["q"]), ("Identity", ["q"], ["y"])], "QuantizeLinear"),
+        ([("QuantizeLinear", ["w", "s"], ["q"]), ("Identity", ["q"], ["y"])], "read by Identity"),
         ([("Identity", ["x"], ["y"])], "used by no node"),
         ([("Gather", ["w", "i"], ["y"], {"axis": 1})], "read by Gather"),
     ],

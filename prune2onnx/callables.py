@@ -75,11 +75,8 @@ def call_with(function: Callable[..., Any], spec: str, **available: Any) -> Any:
         Prune2OnnxError: it requires an argument that is not available, or raises (kept as
             `__cause__`). A Prune2OnnxError that it raises passes through.
     """
-    try:
-        parameters = list(inspect.signature(function).parameters.values())
-    except (TypeError, ValueError):
-        parameters = []
-    by_name = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    parameters = _parameters(function)
+    by_name = names_of(function)
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     given = {key: value for key, value in available.items() if takes_all or key in by_name}
     for p in parameters:
@@ -99,6 +96,19 @@ def call_with(function: Callable[..., Any], spec: str, **available: Any) -> Any:
             f"{spec}: calling it with ({arguments}) raised {_description(error)}; "
             "expected it to return; fix it and try again"
         ) from error
+
+
+def names_of(function: Callable[..., Any]) -> set[str]:
+    """The arguments that a function takes by name; none where its signature is not known."""
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name for p in _parameters(function) if p.kind in kinds}
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return []
 
 
 def _file(path: Path) -> ModuleType:

@@ -39,6 +39,10 @@ class RenamedWarning(FutureWarning):
     """A setting was given by an old name that the next version will not accept."""
 
 
+class DataWarning(UserWarning):
+    """Data that can be used, but are probably not what was meant."""
+
+
 def printable(text: str) -> str:
     r"""A text with line breaks and terminal control characters escaped.
 

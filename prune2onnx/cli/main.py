@@ -22,7 +22,7 @@ import click
 
 import prune2onnx
 from prune2onnx.cli import measuring, models, pages, training
-from prune2onnx.errors import Prune2OnnxError, RenamedWarning
+from prune2onnx.errors import DataWarning, Prune2OnnxError, RenamedWarning
 
 _INTERRUPTED = 130
 
@@ -33,7 +33,8 @@ class _Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with _interrupts_kept(), warnings.catch_warnings():
-                warnings.simplefilter("always", RenamedWarning)
+                for ours in (RenamedWarning, DataWarning):
+                    warnings.simplefilter("always", ours)
                 warnings.showwarning = partial(_show_warning, warnings.showwarning)
                 return super().invoke(ctx)
         except Prune2OnnxError as error:
@@ -80,7 +81,7 @@ def _show_warning(
     show: Callable[..., None], message: Warning | str, *details: Any, **more: Any
 ) -> None:
     """Shows our warnings as one line, without their place in the code."""
-    if isinstance(message, RenamedWarning):
+    if isinstance(message, RenamedWarning | DataWarning):
         click.echo(f"prune2onnx: {message}", err=True)
     else:
         show(message, *details, **more)

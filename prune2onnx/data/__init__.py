@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from prune2onnx.data.idx import read_idx_folder, read_mnist
 from prune2onnx.data.npz import read_npz
 from prune2onnx.data.own import read_own
 from prune2onnx.data.split import hold_out
-from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.errors import DataWarning, Prune2OnnxError, RecipeError
 
 __all__ = ["Arrays", "Data", "MapDataset", "batches", "collate", "first", "load_data"]
 
@@ -101,6 +102,15 @@ def load_data(spec: str, *, validation: float = 0.1, seed: int = 0) -> Data:
             f"{list(test.shape)}, expected the same; prepare both in the same way"
         )
     classes = 1 + int(max(train.y.max(), test.y.max()))
+    if len(known := np.union1d(train.y, test.y)) < classes:
+        absent = np.setdiff1d(np.arange(classes), known)
+        warnings.warn(
+            f"{spec}: labels go up to {classes - 1}, so there are {classes:,} classes, and "
+            f"{len(absent):,} of them have no example, {absent[0]} the first; number classes from "
+            "0 without gaps",
+            DataWarning,
+            stacklevel=2,
+        )
     train, held = hold_out(train, validation, seed, "validation", spec)
     return Data(spec, train, held, test, train.shape, classes)
 

@@ -394,8 +394,14 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
         Weight name -> bool mask of the weight's shape, True where it survived.
 
     Raises:
-        Prune2OnnxError: the model has no learned threshold.
+        Prune2OnnxError: the model has no learned threshold, or is one of torch's wrappers for
+            several devices, which hold on to the parameters that go.
     """
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise Prune2OnnxError(
+            f"a {type(model).__name__} cannot be baked; bake the module inside (its .module), then "
+            "wrap that anew"
+        )
     sites = list(_sites(model))
     if not sites:
         raise Prune2OnnxError(

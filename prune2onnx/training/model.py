@@ -14,10 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from prune2onnx.callables import call_with, load_callable
+from prune2onnx.callables import call_with, load_callable, names_of
 from prune2onnx.data import Data
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.runs.recipe import Recipe
+
+# what DistributedDataParallel and torch.compile put before every name
+_WRAPPERS = ("module.", "_orig_mod.", "module.")
 
 Network: TypeAlias = nn.Module
 """A network, for modules that do not import torch."""
@@ -26,7 +29,7 @@ Network: TypeAlias = nn.Module
 def make_model(recipe: Recipe, data: Data) -> nn.Module:
     """Calls the recipe's model function, seeded, and loads the weights if there are any.
 
-    The function gets `input_shape` and `classes` if its signature takes them.
+    The function gets `input_shape` and `classes` (or `num_classes`) if its signature names them.
 
     Raises:
         Prune2OnnxError: the function cannot be found or raises, returns no nn.Module, or the
@@ -34,7 +37,10 @@ def make_model(recipe: Recipe, data: Data) -> nn.Module:
     """
     torch.manual_seed(recipe.seed)
     function = load_callable(recipe.model)
-    model = call_with(function, recipe.model, input_shape=data.input_shape, classes=data.classes)
+    available = {"input_shape": data.input_shape, "classes": data.classes}
+    if "num_classes" in names_of(function):
+        available["num_classes"] = data.classes
+    model = call_with(function, recipe.model, **available)
     if not isinstance(model, nn.Module):
         raise Prune2OnnxError(
             f"{recipe.model}: returned a {type(model).__name__}, expected a torch.nn.Module"
@@ -69,6 +75,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise Prune2OnnxError(
             f"{path}: holds a {type(state).__name__}, expected a state_dict: names and tensors"
         )
+    for prefix in _WRAPPERS:
+        if state and all(str(name).startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

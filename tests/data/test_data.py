@@ -24,7 +24,7 @@ from prune2onnx.data import Arrays, collate, load_data
 from prune2onnx.data.examples import arrays
 from prune2onnx.data.idx import parse_idx
 from prune2onnx.data.split import stratified
-from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.errors import DataWarning, Prune2OnnxError, RecipeError
 
 IDX_NAMES = ("train-images", "train-labels", "t10k-images", "t10k-labels")
 CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
@@ -659,3 +659,10 @@ def test_real_images(real, tmp_path):
     first = sorted((tmp_path / "test" / "airplane").iterdir())[0]
     pixels = torch.tensor(np.asarray(Image.open(first))).permute(2, 0, 1) / 255
     assert np.allclose(data.test[0][0], pixels)
+
+
+def test_a_label_far_above_the_others_is_pointed_out(tmp_path):
+    x, y = np.zeros((100, 4), np.float32), np.arange(100) % 10
+    np.savez(tmp_path / "d.npz", x=x, y=np.where(y == 9, 1000, y))
+    with pytest.warns(DataWarning, match=r"1,001 classes, and 991 of them .* 9 the first"):
+        assert load_data(f"npz:{tmp_path / 'd.npz'}").classes == 1001

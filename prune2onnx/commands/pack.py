@@ -5,7 +5,7 @@ The order of the steps, and what is reported about them; each step lives in a mo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from onnx import ModelProto
 from prune2onnx.commands.source import read
 from prune2onnx.errors import RecipeError
 from prune2onnx.graph.file import save
+from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.approximation.approximate import Approximation, approximate, search
 from prune2onnx.packing.inline import is_packed
@@ -29,6 +30,7 @@ from prune2onnx.shrinking.structure import BLOCK
 _EXAMPLES = 256
 """Examples for a search for the fewest bits: the first ones of the validation split."""
 
+_MUCH_GRAPH = 0.2
 _BATCH = 64  # of them at a time
 
 
@@ -110,8 +112,24 @@ def pack_file(
         result, rows = packed.model, packed.rows
         if not is_packed(result):
             notes.append("packing would not make the file smaller; its weights stay dense")
+    notes += _size_notes(result, rows, given.nbytes, options.strip)
     files = save(result, target, options.external, source=source)
     return PackResult(rows, tuple(notes), given.nbytes, files)
+
+
+def _size_notes(
+    result: ModelProto, rows: Sequence[WeightRow], before: int, stripped: bool
+) -> list[str]:
+    """What a user would want to know about the size of the result."""
+    size, notes = nbytes(result), []
+    if size > before:
+        notes.append(f"the result is {size - before:,} bytes larger than the file that was read")
+    share = 1 - sum(row.nbytes for row in rows) / max(size, 1)
+    if not stripped and share > _MUCH_GRAPH:
+        saved = size - nbytes(strip(result).model)
+        if saved > size // 100:
+            notes.append(f"{share:.0%} of it is graph; --strip would save {saved:,} bytes")
+    return notes
 
 
 def _approximated(

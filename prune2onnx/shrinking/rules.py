@@ -48,6 +48,9 @@ RULES: Mapping[str, Callable[[Flow, NodeProto], None]] = {
     "Shape": shape_values.shape,
 }
 
+# what a rule runs into where a file contradicts itself; onnxruntime refuses most such files
+_CONTRADICTIONS = (ValueError, LookupError, TypeError, ZeroDivisionError)
+
 OLDEST = 7
 """The first operator set in which arithmetic broadcasts as in numpy."""
 
@@ -65,9 +68,9 @@ def trace(model: ModelProto, may_add: bool = True) -> Flow:
         try:
             with np.errstate(all="ignore"):  # what is not finite counts as unknown
                 _rule(flow, node)(flow, node)
-        except (Opaque, IndexError) as why:
-            if isinstance(why, IndexError):
-                why = Opaque("whose shapes the file states wrongly")
+        except (Opaque, *_CONTRADICTIONS) as why:
+            if not isinstance(why, Opaque):
+                why = Opaque("whose inputs, axes or stated shapes do not fit each other")
             for found, count in zip(flow.found, before, strict=True):
                 del found[count:]
             flow.seal(node, str(why))

@@ -232,3 +232,14 @@ def test_the_error_of_outputs_is_relative_and_the_worst_counts():
     counted.graph.output.append(value("y", [4], TensorProto.INT64))
     onnx.checker.check_model(counted)
     assert output_error(counted, [{"x": np.ones(4, np.float32)}])(counted) == 0
+
+
+def test_a_large_graph_is_pointed_out_with_what_strip_would_save(tmp_path):
+    wordy = noise((8, 40))
+    for node in wordy.graph.node:
+        node.doc_string = "who needs to know " * 200
+    done = pack_file(stored(tmp_path, wordy), tmp_path / "out.onnx")
+    (note,) = [note for note in done.notes if "--strip would save" in note]
+    assert int(note.split("save ")[1].split()[0].replace(",", "")) > 3000
+    done = pack_file(tmp_path / "in.onnx", tmp_path / "out.onnx", PackOptions(strip=True))
+    assert not any("--strip" in note for note in done.notes)

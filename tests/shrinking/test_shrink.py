@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 import weak_channels
 from networks import MODELS, model, session
-from onnx import ModelProto, TensorProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, TensorProto, helper, numpy_helper
 from places import MODEL_FILES
 from safetensors.torch import load_file
 
@@ -1430,3 +1431,21 @@ def a_dead_neuron() -> ModelProto:
     ]
     weights = {"a": first, "b": rng.normal(size=(4, 3)).astype(np.float32)}
     return model(nodes, weights, {"x": ["N", 5]}, {"y": ["N", 3]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.graph.initializer[1].dims.__setitem__(0, 3),
+        lambda m: m.graph.initializer[1].dims.insert(0, 1),
+        lambda m: m.graph.node[2].attribute.add(name="transB", type=AttributeProto.INT, i=1),
+        lambda m: m.graph.node[2].input.pop(),
+        lambda m: m.graph.node.insert(1, helper.make_node("Split", ["h"], ["k"], axis=7)),
+        lambda m: m.graph.node.insert(1, helper.make_node("Concat", ["h", "a"], ["k"], axis=1)),
+    ],
+)
+def test_a_model_that_contradicts_itself_is_left_or_refused(change):
+    m = a_dead_neuron()
+    change(m)
+    with contextlib.suppress(Prune2OnnxError):
+        assert shrink(m).model.graph.node[0].op_type == "Gemm"

@@ -180,6 +180,8 @@ class _Reader:
     def _of(self, node: NodeProto, index: int, rank: int) -> Role:
         """The role that a tensor of this rank has for one reader, at its input `index`."""
         op = node.op_type
+        if node.domain == "com.microsoft" and op == "DynamicQuantizeLSTM" and index == 3:
+            return Role("bias")
         if node.domain == "com.microsoft" and op == "DynamicQuantizeLSTM" and index in (1, 2):
             point = node.input[7 + 2 * index] if len(node.input) > 7 + 2 * index else ""
             return self._with_zero_point(Layout((0, 2), (1,)), point, rank, 0)
@@ -247,8 +249,8 @@ class _Reader:
         axes = list(attribute(node, "axes", ()))
         if len(node.input) > 1 and node.input[1] in self._tensors:
             axes = list(range(int(np.prod(self._tensors[node.input[1]].dims))))
-        if node.op_type == "Unsqueeze" and axes:
-            return rank + len(axes)
+        if node.op_type == "Unsqueeze":
+            return rank + max(len(axes), 1)  # one where the axes are no initializer
         if node.op_type == "Squeeze" and axes:
             return rank - len(axes)
         return max(rank, 2)

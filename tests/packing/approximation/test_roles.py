@@ -63,7 +63,12 @@ def test_recurrent_weights_behind_slices_are_weights(op):
     nodes.append(helper.make_node(op, ["x", "wu", "ru"], ["y"], hidden_size=16))
     numbers = {"a": [0], "b": [32], "c": [64], "zero": [0]}
     weights = {name: np.ones((64, 16), np.float32) for name in ("w", "r")}
-    found = behind(nodes, **weights, **{k: np.int64(v) for k, v in numbers.items()})
+    stored = {k: np.int64(v) for k, v in numbers.items()}
+    found = behind(nodes, **weights, **stored)
+    assert found["w"] == found["r"] == "weight"
+    constant = helper.make_node("Constant", [], ["zero"], value_ints=[0])  # as in a body
+    del stored["zero"]
+    found = behind([constant, *nodes], **weights, **stored)
     assert found["w"] == found["r"] == "weight"
 
 

@@ -281,7 +281,13 @@ class Flow:
         return np.arange(self.count - count, self.count)
 
     def couple(self, one: Ids, other: Ids) -> None:
-        """Couples channels pair by pair: they stay or go together."""
+        """Couples channels pair by pair: they stay or go together.
+
+        Raises:
+            Opaque: they are not as many.
+        """
+        if len(one) != len(other):
+            raise Opaque(f"that joins {len(one)} channels with {len(other)}")
         self.coupled.append((one, other))
 
     def pin(self, ids: Iterable[int], reason: str) -> None:

@@ -105,7 +105,8 @@ def _join_claims(flow: Flow) -> None:
     for name, found in claims.items():
         first = found[0]
         for claim in found[1:]:
-            if claim.axes.keys() != first.axes.keys() or claim.groups != first.groups:
+            alike = claim.axes.keys() == first.axes.keys() and claim.groups == first.groups
+            if not alike or any(len(claim.axes[a]) != len(first.axes[a]) for a in first.axes):
                 _pin(flow, found, f"along {name!r}, which other nodes read in another way")
                 break
             for axis, ids in claim.axes.items():

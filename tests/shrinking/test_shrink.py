@@ -1440,6 +1440,8 @@ def a_dead_neuron() -> ModelProto:
         lambda m: m.graph.initializer[1].dims.insert(0, 1),
         lambda m: m.graph.node[2].attribute.add(name="transB", type=AttributeProto.INT, i=1),
         lambda m: m.graph.node[2].input.pop(),
+        lambda m: m.graph.node.insert(1, helper.make_node("Gemm", ["h", "a"], ["k"])),
+        lambda m: m.graph.node.insert(1, helper.make_node("Add", ["h", "x"], ["k"])),
         lambda m: m.graph.node.insert(1, helper.make_node("Split", ["h"], ["k"], axis=7)),
         lambda m: m.graph.node.insert(1, helper.make_node("Concat", ["h", "a"], ["k"], axis=1)),
     ],

@@ -21,9 +21,9 @@ from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.pack import pack_normalized
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.defaults import PackOptions
-from prune2onnx.runtime.compare import check_same, output_error
+from prune2onnx.runtime.compare import compared, output_error
 from prune2onnx.runtime.inputs import inputs_of
-from prune2onnx.runtime.session import UnrunnableError, session
+from prune2onnx.runtime.session import session
 from prune2onnx.shrinking.shrink import shrink
 from prune2onnx.shrinking.structure import BLOCK
 
@@ -82,16 +82,8 @@ def pack_file(
         normal, changed = replace(normal, model=shrunk.model), changed or bool(shrunk.rows)
         notes += shrunk.notes
     if changed:
-        try:
-            check_same(
-                source.name,
-                normal.model,
-                given.unpacked,
-                options.inputs,
-            )
-            notes.append("onnxruntime gives equal outputs before and after")
-        except UnrunnableError as error:
-            notes.append(f"not run in onnxruntime: {error}")
+        _, note = compared(source.name, normal.model, given.unpacked, options.inputs)
+        notes += note or ["onnxruntime gives equal outputs before and after"]
     elif options.inputs.data is not None and not options.lossy:
         notes.append("nothing changes the outputs, so --data was not used")
     if options.strip:

@@ -13,8 +13,7 @@ from prune2onnx.errors import printable
 from prune2onnx.graph.file import save
 from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.runs.defaults import RANDOM_INPUTS, InputOptions
-from prune2onnx.runtime.compare import check_same
-from prune2onnx.runtime.session import UnrunnableError
+from prune2onnx.runtime.compare import compared
 from prune2onnx.shrinking.shrink import Row, Shrunk
 from prune2onnx.shrinking.shrink import shrink as remove
 from prune2onnx.shrinking.structure import BLOCK
@@ -90,18 +89,8 @@ def shrink(
     made = remove(model, gather_inputs=gather_inputs, multiple=multiple)
     if made.model == model:
         return made
-    _, note = _compared("the model", made.model, model, inputs)
+    _, note = compared("the model", made.model, model, inputs)
     return replace(made, notes=(*made.notes, *note))
-
-
-def _compared(
-    name: str, result: ModelProto, model: ModelProto, inputs: InputOptions
-) -> tuple[float | None, list[str]]:
-    """The largest difference of an output; None where it cannot be run, and why."""
-    try:
-        return check_same(name, result, model, inputs), []
-    except UnrunnableError as error:
-        return None, [f"not run in onnxruntime: {error}"]
 
 
 def shrink_file(
@@ -135,7 +124,7 @@ def shrink_file(
     if given.is_packed:
         notes.append("the file was packed; the result is not: pack it again as the last step")
     if result is not given.unpacked:
-        difference, note = _compared(source.name, result, given.unpacked, inputs)
+        difference, note = compared(source.name, result, given.unpacked, inputs)
         notes += note
     files = save(result, target, external, source=source)
     return ShrinkResult(

@@ -175,7 +175,9 @@ def benchmark(
     )
     kernels: list[Operator] = []
     for each in found if profile else ():
-        kernels += operators(Path(each.file), each.batch, each.threads, inputs)
+        path = Path(each.file)
+        given = _inputs(path, unpack(load_runnable(path)), session(path), each.batch, inputs)
+        kernels += operators(path, given, each.batch, each.threads)
     taken = zip(files, loads(files), strict=True)
     sizes = tuple(Load(str(path), file_nbytes(path), ms, peak) for path, (ms, peak) in taken)
     return Benchmark(environment(), sizes, tuple(found), tuple(kernels))
@@ -200,15 +202,17 @@ def timings(
         raise RecipeError(f"{seconds} seconds and {warm_up} to warm up, expected positive numbers")
     graphs = [unpack(load_runnable(path)) for path in files]
     found: list[Timing] = []
+    given: dict[int, list[Inputs]] = {}
     for count in threads:
         opened = [session(path, threads=count) for path in files]
         for batch in batches:
-            given = [
-                _inputs(path, graph, one, batch, inputs)
-                for path, graph, one in zip(files, graphs, opened, strict=True)
-            ]
+            if batch not in given:
+                given[batch] = [
+                    _inputs(path, graph, one, batch, inputs)
+                    for path, graph, one in zip(files, graphs, opened, strict=True)
+                ]
             times = timed(
-                files, opened, given, seconds=seconds, rounds=_MOST_ROUNDS, warm_up=warm_up
+                files, opened, given[batch], seconds=seconds, rounds=_MOST_ROUNDS, warm_up=warm_up
             )
             for index, path in enumerate(files):
                 found.append(_timing(str(path), batch, count, times, index))
@@ -254,14 +258,9 @@ def _ratio(
     return math.exp(logs.mean()), (float(low), float(high))
 
 
-def operators(
-    path: Path, batch: int, threads: int = 0, options: InputOptions = RANDOM_INPUTS
-) -> list[Operator]:
-    """The times of a file's kernels, by onnxruntime's profiler, the slowest first."""
+def operators(path: Path, inputs: Inputs, batch: int, threads: int = 0) -> list[Operator]:
+    """The times of a file's kernels on these inputs, by onnxruntime's profiler, slowest first."""
     with tempfile.TemporaryDirectory() as folder:
-        inputs = _inputs(
-            path, unpack(load_runnable(path)), session(path, threads=threads), batch, options
-        )
         opened = session(path, threads=threads, profile=Path(folder) / "profile")
         for _ in range(_PROFILED):
             run_once(opened, inputs, path)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from prune2onnx.data import first, load_data
 from prune2onnx.data.npz import read_named
@@ -109,9 +110,9 @@ class _Graph:
         self._inferred: dict[str, list[int]] | None = None
         self._model = model
         self._fixed: dict[str, int] = {}
-        self._shapes = self._stated(model.graph, shapes)
+        self._shapes = self._stated(shapes)
 
-    def _stated(self, graph: GraphProto, given: Shapes) -> dict[str, list[int | str]]:
+    def _stated(self, given: Shapes) -> dict[str, list[int | str]]:
         """Extents of each input; an open one is its symbol, or a text of its own."""
         known = {info.name for info in self._infos}
         if unknown := [name for name in given if name not in known]:
@@ -259,7 +260,7 @@ class _Graph:
             kind = self._types[name]
             assert kind is not None  # checked in the constructor
             dtype = helper.tensor_dtype_to_np_dtype(kind)
-            if min(shape, default=0) < 0 or _product(shape) * 8 > _MOST_BYTES:
+            if min(shape, default=0) < 0 or math.prod(shape) * 8 > _MOST_BYTES:
                 raise _TooLargeError(f"input {name} would have the shape {shape}")
             made[name] = self._values(name, shape, dtype, generator)
         return made
@@ -286,13 +287,6 @@ class _Graph:
 
 class _TooLargeError(Exception):
     """Inputs of these sizes are not tried."""
-
-
-def _product(shape: Sequence[int]) -> int:
-    result = 1
-    for extent in shape:
-        result *= extent
-    return result
 
 
 def _symbols(text: str) -> list[str]:

@@ -35,7 +35,7 @@ from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, nodes_in
 from prune2onnx.packing.quantized import MOST_STEPS, on_steps, step_of
 from prune2onnx.packing.unpack import unpack
 from prune2onnx.runs.defaults import Int8Options
-from prune2onnx.runtime.session import run_once, session
+from prune2onnx.runtime.compare import outputs_of
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 METHODS = get_args(get_type_hints(Int8Options)["method"])
@@ -296,9 +296,7 @@ class _Subject:
         return result
 
     def _answers(self, model: ModelProto) -> list[NDArray[np.float64]]:
-        opened = session(model)
-        batches = self._calibration[:2]
-        answers = [out for given in batches for out in run_once(opened, given, Path("the model"))]
+        answers = outputs_of(model, self._calibration[:2])
         return [np.asarray(answer, np.float64) for answer in answers]
 
 

@@ -164,22 +164,17 @@ def validate(
         opened = None
         try:
             opened = session(dense_file)
+            taken = None if batches is None else list(batches)
+            if taken is None and _has_labels(inputs.data, opened):
+                taken = list(batches_of(load_data(inputs.data).test))
+            given = _given(unpacked, opened, taken, inputs)
         except UnrunnableError as error:
             skipped = str(error).removeprefix(f"{dense_file}: ")
             dense, compressed = (Measured(file_nbytes(path)) for path in (other_file, file))
         else:
-            taken = None if batches is None else list(batches)
-            if taken is None and _has_labels(inputs.data, opened):
-                taken = list(batches_of(load_data(inputs.data).test))
-            try:
-                given = _given(unpacked, opened, taken, inputs)
-            except UnrunnableError as error:
-                skipped = str(error)
-                dense, compressed = (Measured(file_nbytes(path)) for path in (other_file, file))
-            else:
-                difference, (dense, compressed), pairs = _run_and_measured(
-                    file, (dense_file, opened), other_file, taken, expected, given, unpacked
-                )
+            difference, (dense, compressed), pairs = _run_and_measured(
+                file, (dense_file, opened), other_file, taken, expected, given, unpacked
+            )
     if opened is not None:
         folded = folds(packed, unpacked)
     elif is_packed(packed):

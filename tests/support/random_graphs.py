@@ -35,7 +35,6 @@ class Graph:
         self.given = shape
         self.x = "x"
         self.shapes["x"] = shape
-        self.kept: list[str] = []
 
     # -- pieces ---------------------------------------------------------------------------------
 
@@ -249,7 +248,9 @@ class Graph:
         scale, bias = (self.dead(self.weight(channels, scale=1), 0, None) for _ in range(2))
         names = [self.x, self.store(scale), self.store(bias)]
         if len(self.shape) != 4:
-            self.x = self.node("LayerNormalization", names, self.shape, axis=self.pick(-1, 2 - 3))
+            self.x = self.node(
+                "LayerNormalization", names, self.shape, axis=self.pick(-1, len(self.shape) - 1)
+            )
             return
         op = self.pick("BatchNormalization", "InstanceNormalization", "GroupNormalization")
         if op == "BatchNormalization":
@@ -392,12 +393,11 @@ class Graph:
         fixed = any(isinstance(v, np.ndarray) and v.dtype == np.int64 for v in self.stored.values())
         if fixed:
             stated[0] = self.given[0] if self.chance(0.7) else "d0"
-        outputs = [self.x]
         graph = helper.make_graph(
             self.nodes,
             "random",
             [helper.make_tensor_value_info("x", self.kind, stated)],
-            [helper.make_tensor_value_info(name, self.kind, None) for name in outputs],
+            [helper.make_tensor_value_info(self.x, self.kind, None)],
             [numpy_helper.from_array(value, name) for name, value in self.stored.items()],
         )
         for node in self.nodes:

@@ -1,4 +1,4 @@
-"""Tries every ONNX file in a folder: packed, unpacked, validated, shrunk, and with 4 bits a weight.
+"""Tries every ONNX file in a folder: packed, unpacked, validated, shrunk, at 4 bits, in int8.
 
     python tools/real_models.py FOLDER
 
@@ -71,16 +71,27 @@ def row(path: Path, folder: Path) -> list[str]:
         cells.append(f"{made['removed']} removed" + (f"; {proved[0][:80]}" if proved else ""))
     code, out, said = run("pack", path, few, "--bits", 4, "--json")
     if code:
+        cells.append(f"{code}: {said}")
+    else:
+        facts = json.loads(out)
+        stays = [note for note in facts["notes"] if "bytes stay" in note]
+        cells.append("; ".join([f"{facts['nbytes']:,}", *stays[:2]]))
+    options = ("--data", "random", "--max-rel-error", 1, "--json")
+    code, out, said = run("quantize", path, folder / "int8.onnx", *options)
+    if code:
         return [*cells, f"{code}: {said}"]
-    facts = json.loads(out)
-    stays = [note for note in facts["notes"] if "bytes stay" in note]
-    return [*cells, "; ".join([f"{facts['nbytes']:,}", *stays[:2]])]
+    made = json.loads(out)
+    layers = made["layers"]
+    count = sum(layer["is_int8"] for layer in layers)
+    why = sorted({layer["reason"][:60] for layer in layers if not layer["is_int8"]})
+    figures = f"{count} of {len(layers)} layers, error {made['error']:.2g}"
+    return [*cells, "; ".join([figures, *why[:2]])]
 
 
 def main(folder: Path) -> None:
     """Prints the table."""
-    print("| file | bytes | packed | unpack | validate | shrink | 4 bits |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| file | bytes | packed | unpack | validate | shrink | 4 bits | int8 |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for path in sorted(folder.rglob("*.onnx")):
         with tempfile.TemporaryDirectory() as scratch:
             print("| " + " | ".join(row(path, Path(scratch))) + " |", flush=True)

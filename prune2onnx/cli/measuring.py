@@ -49,7 +49,10 @@ def validate(
 @click.command(cls=GroupedCommand)
 @click.argument("files", type=_PATH, metavar="FILE.onnx...", nargs=-1, required=True)
 @click.option(
-    "--batch", type=Integers(), default="1", show_default=True, help="batch sizes, such as 1,16"
+    "--batch",
+    type=Integers(),
+    default=(),
+    help="batch sizes, such as 1,16  [default: the one that a file is made for, or 1]",
 )
 @click.option(
     "--threads",

@@ -12,11 +12,12 @@ from prune2onnx.cli.options import (
     choice_of,
     input_options,
     input_options_of,
+    input_shape_option,
     max_bytes_option,
 )
 from prune2onnx.cli.output import console, print_json, print_weights, say
 from prune2onnx.cli.tables import layers_table, shrink_table
-from prune2onnx.runs.defaults import Int8Options, PackOptions
+from prune2onnx.runs.defaults import MAX_DROP, MAX_REL_ERROR, Int8Options, PackOptions
 from prune2onnx.shrinking.structure import BLOCK
 
 _PATH = click.Path(path_type=Path)
@@ -228,14 +229,24 @@ def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
 @click.command(cls=GroupedCommand)
 @_source
 @_target
-@click.option("--data", required=True, help="data set, as for compress")
+@click.option(
+    "--data",
+    required=True,
+    help="examples: a data set with labels, as for compress; npz:FILE with an array per input; or "
+    "random, for a try",
+)
+@input_shape_option
 @click.option(
     "--max-drop",
     type=float,
-    default=Int8Options.max_drop,
-    show_default=True,
     help="points of validation error that int8 may add (accuracy loss); layers stay float until "
-    "that is met",
+    f"that is met  [default: {MAX_DROP}, where there are labels]",
+)
+@click.option(
+    "--max-rel-error",
+    type=float,
+    help="the same for models that are no classifiers, and without labels: how far the outputs may "
+    f"move, relative to their norm  [default: {MAX_REL_ERROR}, where there are no labels]",
 )
 @click.option(
     "--examples",
@@ -262,7 +273,9 @@ def quantize(
     source: Path,
     target: Path,
     data: str,
-    max_drop: float,
+    input_shapes: tuple[str, ...],
+    max_drop: float | None,
+    max_rel_error: float | None,
     examples: int,
     method: Any,
     keep: tuple[str, ...],
@@ -280,18 +293,21 @@ def quantize(
     result = quantize_file(
         source,
         target,
-        data,
-        Int8Options(examples, method, max_drop, keep),
+        input_options_of(data, input_shapes),
+        Int8Options(examples, method, max_drop, max_rel_error, keep),
         seed=seed,
     )
     if as_json:
         print_json(result.to_dict())
         return
     console.print(layers_table(result))
+    if result.unit == "points":
+        error = f"validation error {result.error:.2f} %, {result.float_error:.2f} % in float32"
+    else:
+        error = f"relative error of the outputs {result.error:.3g}"
     say(
-        f"{target}: {result.nbytes:,} bytes, {result.nbytes_before:,} in float32; validation error "
-        f"{result.error:.2f} %, {result.float_error:.2f} % in float32; an inference takes "
-        f"{result.timing.ratio:.2f} of the time"
+        f"{target}: {result.nbytes:,} bytes, {result.nbytes_before:,} in float32; {error}; an "
+        f"inference takes {result.timing.ratio:.2f} of the time"
     )
     for note in result.notes:
         say(note)

@@ -53,21 +53,23 @@ class Integers(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not a list of whole numbers, such as 1,16", param, ctx)
 
 
+input_shape_option = click.option(
+    "--input-shape",
+    "input_shapes",
+    multiple=True,
+    metavar="NAME=SIZES",
+    help="sizes of a random input, such as images=1,3,224,224; default: found by trying",
+)
+
+
 def input_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds --data and --input-shape, for verbs that run a model."""
-    shape = click.option(
-        "--input-shape",
-        "input_shapes",
-        multiple=True,
-        metavar="NAME=SIZES",
-        help="sizes of a random input, such as images=1,3,224,224; default: found by trying",
-    )
     data = click.option(
         "--data",
         help="run on these examples: npz:FILE with an array per input, or a data set as for "
         "compress; default: random inputs",
     )
-    return data(shape(command))
+    return data(input_shape_option(command))
 
 
 def input_options_of(data: str | None, input_shapes: Iterable[str]) -> InputOptions:

@@ -27,14 +27,14 @@ from prune2onnx.files import unwritten, write_whole
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.pack import Packed, pack
 from prune2onnx.runs.budget import Search, Trial, goals
-from prune2onnx.runs.defaults import Int8Options
+from prune2onnx.runs.defaults import MAX_DROP, Int8Options
 from prune2onnx.runs.folder import DENSE, HISTORY, MODEL, PAGE, RECIPE, REPORT
 from prune2onnx.runs.history import Callbacks, Epoch
 from prune2onnx.runs.pages.page import write_page
 from prune2onnx.runs.recipe import MACS, Recipe
 from prune2onnx.runs.report import Report
 from prune2onnx.runtime.compare import check_outputs, scores
-from prune2onnx.runtime.int8_choice import all_int8, choose, int8_error
+from prune2onnx.runtime.int8_choice import all_int8, choose, int8_error, labelled
 from prune2onnx.runtime.layer_times import layer_times
 from prune2onnx.runtime.session import session
 from prune2onnx.runtime.validate import validate
@@ -296,10 +296,12 @@ def _packed(
         return _Chosen(as_float(), fitted.error)
     got, _ = scores(session(shrunk), batches(data.test, recipe.batch_size))
     check_outputs(MODEL, got, expected)  # against torch: in int8, outputs differ
-    allowed = Int8Options.max_drop
+    allowed = MAX_DROP
     if recipe.max_drop is not None:
         allowed = max(0.0, recipe.max_drop - (fitted.error - fitted.dense_error))
-    choice = choose(shrunk, data, Int8Options(max_drop=allowed), steps=fitted.steps)
+    choice = choose(
+        shrunk, labelled(shrunk, data, Int8Options(max_drop=allowed)), steps=fitted.steps
+    )
     packed = pack(strip(choice.made.model).model, anonymize=recipe.anonymize)
     nbytes = packed.model.ByteSize()
     why = ""

@@ -6,15 +6,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from onnx import ModelProto
+
 from prune2onnx.commands.source import read
 from prune2onnx.data import load_data
 from prune2onnx.errors import RecipeError
 from prune2onnx.graph.file import save
 from prune2onnx.graph.protobuf import nbytes
-from prune2onnx.runs.defaults import Int8Options
+from prune2onnx.runs.defaults import InputOptions, Int8Options
 from prune2onnx.runtime.benchmark import Timing
+from prune2onnx.runtime.inputs import named_arrays
 from prune2onnx.runtime.int8 import Layer
-from prune2onnx.runtime.int8_choice import choose
+from prune2onnx.runtime.int8_choice import Examples, choose, labelled, unlabelled
+from prune2onnx.runtime.session import session
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,10 @@ class QuantizeResult:
 
     Attributes:
         layers: each layer, int8 or float, and why.
-        float_error: error of the file that was read, percent of the validation split.
-        error: error of the file that was written.
+        float_error: error of the file that was read, percent of the validation split; 0 where the
+            outputs' error counts.
+        error: error of the file that was written; of outputs ||Y' - Y|| / ||Y||, the worst output.
+        unit: of the errors: "points", or "of the outputs".
         timing: of one example, against the float model.
         notes: further remarks, in words.
         nbytes_before: size of the float model, unpacked.
@@ -35,6 +41,7 @@ class QuantizeResult:
     layers: tuple[Layer, ...]
     float_error: float
     error: float
+    unit: str
     timing: Timing
     notes: tuple[str, ...]
     nbytes_before: int
@@ -49,7 +56,7 @@ class QuantizeResult:
 def quantize_file(
     source: Path,
     target: Path,
-    data: str,
+    inputs: InputOptions,
     options: Int8Options | None = None,
     *,
     seed: int = 0,
@@ -57,10 +64,11 @@ def quantize_file(
     """Writes a file in int8; layers stay float where int8 adds more error than allowed.
 
     Args:
-        source: a classifier with one input, float32; a packed one is unpacked first.
+        source: float32; a packed one is unpacked first.
         target: the file to write, not packed.
-        data: the source of examples (`load_data`): ranges are taken from its training split,
-            errors from its validation split; its test split is not used.
+        inputs: the source of examples (`load_data`): ranges are taken from its training split,
+            errors from its validation split; its test split is not used. Or `npz:FILE` with an
+            array per input and no labels, or "random": then it is the outputs' error that counts.
         options: how it is quantized.
         seed: of the splits.
 
@@ -69,15 +77,12 @@ def quantize_file(
         Prune2OnnxError: the file cannot be read or quantized, or does not take the data.
     """
     options = options or Int8Options()
-    if options.examples < 1 or options.max_drop < 0:
-        raise RecipeError(
-            f"{options.examples} examples, an accuracy loss of {options.max_drop}; expected 1 or "
-            "more, and 0 or more"
-        )
+    _check(options)
     given = read(source)
     before = given.normal.model
-    chosen = choose(before, load_data(data, seed=seed), options)
-    notes = list(chosen.notes)
+    examples, notes = _examples(before, inputs, options, seed)
+    chosen = choose(before, examples, options)
+    notes += chosen.notes
     if given.is_packed:
         notes.append("the file was packed; the result is not: pack it as the last step")
     result = chosen.made.model
@@ -87,9 +92,36 @@ def quantize_file(
         chosen.made.layers,
         chosen.made.float_error,
         chosen.made.error,
+        examples.unit,
         chosen.timing,
         tuple(notes),
         nbytes(before),
         nbytes(result),
         files,
     )
+
+
+def _check(options: Int8Options) -> None:
+    if options.examples < 1:
+        raise RecipeError(f"{options.examples} calibration examples, expected 1 or more")
+    if options.max_drop is not None and options.max_rel_error is not None:
+        raise RecipeError("--max-drop and --max-rel-error: give one of them")
+    for name in ("max_drop", "max_rel_error"):
+        if not (getattr(options, name) or 0) >= 0:
+            option = name.replace("_", "-")
+            raise RecipeError(f"--{option} {getattr(options, name)}, expected 0 or more")
+
+
+def _examples(
+    model: ModelProto, inputs: InputOptions, options: Int8Options, seed: int
+) -> tuple[Examples, list[str]]:
+    """What the model is quantized on, and remarks on it."""
+    data = inputs.data or "random"
+    if data == "random":
+        note = "ranges are from random inputs: fit for a try of size and speed, not for use"
+        return unlabelled(model, InputOptions(data, inputs.shapes), options), [note]
+    if named_arrays(data, session(model)) is not None:
+        return unlabelled(model, inputs, options), []
+    if inputs.shapes:
+        raise RecipeError("--input-shape is for --data random; leave it out")
+    return labelled(model, load_data(data, seed=seed), options), []

@@ -60,10 +60,43 @@ def inferred(model: ModelProto, batch: int | None = None) -> ModelProto:
         dims = value.type.tensor_type.shape.dim
         if batch is not None and dims and value.name not in stored:
             dims[0].dim_value = batch
-    try:
-        return onnx.shape_inference.infer_shapes(known, data_prop=True)
-    except Exception:  # onnx raises several types, which have no common base
-        return known
+    for _ in range(_PASSES):
+        try:
+            result = onnx.shape_inference.infer_shapes(known, data_prop=True)
+        except Exception:  # onnx raises several types, which have no common base
+            return known
+        if not (found := list(_ranks(result.graph))):
+            break
+        known.graph.value_info.extend(found)
+    return result
+
+
+_PASSES = 8  # of inference: each may find the ranks that the next one builds on
+_SHAPE_INPUT = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
+
+
+def _ranks(graph: GraphProto) -> Iterator[ValueInfoProto]:
+    """Values of a computed shape: as many axes as it has entries, which onnx does not use."""
+    known = {value.name: value for value in values_in(graph)}
+    shapes = {name: extents_of(value) for name, value in known.items()}
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for node in graph.node:
+        at = _SHAPE_INPUT.get(node.op_type)
+        if at is None or len(node.input) <= at or shapes.get(node.output[0]) is not None:
+            continue
+        entries = shapes.get(node.input[at])
+        if entries is None or len(entries) != 1 or not isinstance(entries[0], int):
+            continue
+        rank = entries[0]
+        if node.op_type == "Expand":
+            given = shapes.get(node.input[0])
+            if given is None:
+                continue
+            rank = max(rank, len(given))
+        declared = known.get(node.output[0])
+        element_type = declared.type.tensor_type.elem_type if declared is not None else 0
+        if element_type:  # an entry without one is not valid
+            yield helper.make_tensor_value_info(node.output[0], element_type, [None] * rank)
 
 
 def values_in(graph: GraphProto) -> Iterator[ValueInfoProto]:

@@ -234,6 +234,9 @@ def _softmax(node: NodeProto, context: _Context) -> Nodes:
         node.attribute.append(helper.make_attribute("axis", -1))
         return [node]
     x, y = node.input[0], node.output[0]
+    context.assumed.append(
+        f"{y}: {node.op_type} over several axes takes three operators more than before"
+    )
     shape, flat, done = (context.names.fresh(f"{y}_{word}") for word in ("shape", "flat", "2d"))
     node.input[0], node.output[0] = flat, done
     node.attribute.append(helper.make_attribute("axis", -1))

@@ -61,6 +61,10 @@ class PackOptions:
         return not (self.bits is None and self.prune is None and self.max_rel_error is None)
 
 
+MAX_DROP = 0.1
+MAX_REL_ERROR = 0.05
+
+
 @dataclass(frozen=True)
 class Int8Options:
     """Options of quantization to int8.
@@ -68,13 +72,17 @@ class Int8Options:
     Attributes:
         examples: number of calibration examples, from the training split.
         method: onnxruntime's method for the ranges of activations.
-        max_drop: points of error that int8 may add; layers stay float until that is met.
+        max_drop: points of error that int8 may add to data with labels; layers stay float until
+            that is met. Default: `MAX_DROP`.
+        max_rel_error: in its place, how far the outputs may move, relative to their norm: for
+            models that are no classifiers, and for data without labels. Default: `MAX_REL_ERROR`.
         keep: weights of layers that stay float in any case.
     """
 
     examples: int = 512
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
-    max_drop: float = 0.1
+    max_drop: float | None = None
+    max_rel_error: float | None = None
     keep: tuple[str, ...] = ()
 
 
@@ -83,14 +91,14 @@ class BenchmarkOptions:
     """Options of a benchmark.
 
     Attributes:
-        batches: batch sizes.
+        batches: batch sizes; none: the one that a file is made for, or one example.
         threads: numbers of threads; 0: onnxruntime's default.
         seconds: of timed inferences, for each batch size and number of threads.
         warm_up: inferences of each file before any is timed.
         profile: whether to time operators, too.
     """
 
-    batches: tuple[int, ...] = (1,)
+    batches: tuple[int, ...] = ()
     threads: tuple[int, ...] = (0,)
     seconds: float = 5.0
     warm_up: int = 20

@@ -25,7 +25,7 @@ from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import file_nbytes
 from prune2onnx.packing.unpack import unpack
 from prune2onnx.runs.defaults import RANDOM_INPUTS, BenchmarkOptions, InputOptions
-from prune2onnx.runtime.inputs import Inputs, inputs_of
+from prune2onnx.runtime.inputs import Inputs, fixed_batch, inputs_of
 from prune2onnx.runtime.latency import loads, timed
 from prune2onnx.runtime.session import (
     UnrunnableError,
@@ -157,7 +157,8 @@ def benchmark(
     Args:
         files: ONNX models; each gets inputs of its own shapes. The others are compared with the
             first.
-        batches: examples per inference: the extent of a dynamic first axis.
+        batches: examples per inference: the extent of a dynamic first axis. Default: the number
+            that one of the files is made for, or 1.
         threads: numbers of threads; 0: onnxruntime's default.
         seconds: of timed inferences for each batch and number of threads, all files together.
         warm_up: inferences of each file before any is timed.
@@ -195,7 +196,8 @@ def timings(
     """Times inferences of files, as `benchmark` does: for each number of threads and each batch."""
     if not files:
         raise RecipeError("no file to measure")
-    for value, what, least in ((min(batches), "batch", 1), (min(threads), "threads", 0)):
+    least_batch = min(batches, default=1)
+    for value, what, least in ((least_batch, "batch", 1), (min(threads), "threads", 0)):
         if value < least:
             raise RecipeError(f"{what} is {value}, expected {least} or more")
     if not 0 < seconds < math.inf or warm_up < 0:
@@ -205,7 +207,7 @@ def timings(
     given: dict[int, list[Inputs]] = {}
     for count in threads:
         opened = [session(path, threads=count) for path in files]
-        for batch in batches:
+        for batch in batches or (max(map(fixed_batch, opened)) or 1,):
             if batch not in given:
                 given[batch] = [
                     _inputs(path, graph, one, batch, inputs)

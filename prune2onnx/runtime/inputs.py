@@ -384,8 +384,7 @@ def inputs_of(
             f"{data}: arrays of {lengths} examples, expected as many for each input"
         )
     total = min(next(iter(lengths.values()), 0), examples)
-    size = next((_fixed_batch(infos[name]) for name in lengths if _fixed_batch(infos[name])), 0)
-    size = size or min(batch, total)
+    size = next(filter(None, (_fixed_extent(infos[name]) for name in lengths)), min(batch, total))
     if total < max(size, 1):
         raise Prune2OnnxError(f"{data}: {total} examples, and the model takes {size} at a time")
     return [
@@ -405,8 +404,13 @@ def named_arrays(data: str, opened: ort.InferenceSession) -> dict[str, NDArray[A
     return read_named(argument, names) if head == "npz" else None
 
 
-def _fixed_batch(info: Any) -> int:
-    """The number of examples that an input always has; 0 where it is open."""
+def fixed_batch(opened: ort.InferenceSession) -> int:
+    """The number of examples that a model's first input always has; 0 where it is open."""
+    inputs = opened.get_inputs()
+    return _fixed_extent(inputs[0]) if inputs else 0
+
+
+def _fixed_extent(info: Any) -> int:
     extent = info.shape[0] if info.shape else 0
     return extent if isinstance(extent, int) and extent > 0 else 0
 
@@ -419,7 +423,7 @@ def in_batches(opened: ort.InferenceSession, x: NDArray[Any]) -> Iterator[tuple[
         repetitions of its last example.
     """
     info = opened.get_inputs()[0]
-    size = _fixed_batch(info)
+    size = fixed_batch(opened)
     if not size or size == len(x) or len(info.shape) != x.ndim:
         yield x, len(x)
         return

@@ -34,7 +34,7 @@ from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, nodes_in
 from prune2onnx.packing.quantized import MOST_STEPS, on_steps, step_of
 from prune2onnx.packing.unpack import unpack
-from prune2onnx.runs.defaults import Int8Options
+from prune2onnx.runs.defaults import MAX_DROP, Int8Options
 from prune2onnx.runtime.compare import outputs_of
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -74,12 +74,14 @@ class Int8:
         layers: in the order of the graph.
         float_error: the float model's error, by `evaluate`; None without it.
         error: that of `model`.
+        tried: (number of float layers, error) of each model that was tried, fewest first.
     """
 
     model: ModelProto
     layers: tuple[Layer, ...]
     float_error: float | None = None
     error: float | None = None
+    tried: tuple[tuple[int, float], ...] = ()
 
 
 def quantize_int8(
@@ -88,7 +90,8 @@ def quantize_int8(
     *,
     method: str = Int8Options.method,
     evaluate: Callable[[ModelProto], float] | None = None,
-    max_drop: float = Int8Options.max_drop,
+    max_drop: float = MAX_DROP,
+    unit: str = "points",
     keep: Collection[str] = (),
     steps: Mapping[str, float] | None = None,
 ) -> Int8:
@@ -100,7 +103,8 @@ def quantize_int8(
         method: onnxruntime's method for the ranges: "minmax", "entropy" or "percentile".
         evaluate: a model -> its error. Layers stay float until int8 adds at most `max_drop` to it;
             without it all layers are int8.
-        max_drop: points of error that int8 may add.
+        max_drop: how much int8 may add to the error.
+        unit: of the error, for messages.
         keep: weights of layers that stay float in any case.
         steps: weight -> its step, where it is known; for other weights it is searched for.
 
@@ -119,13 +123,14 @@ def quantize_int8(
             raise RecipeError(
                 f"no layer has the weight {min(unknown)!r}; known are {', '.join(subject.weights)}"
             )
-        return _chosen(subject, evaluate, max_drop, set(keep))
+        return _chosen(subject, evaluate, max_drop, unit, set(keep))
 
 
 def _chosen(
     subject: _Subject,
     evaluate: Callable[[ModelProto], float] | None,
     max_drop: float,
+    unit: str,
     kept: set[str],
 ) -> Int8:
     # the scale of a bias is derived from that of its weight: an all-zero weight has none
@@ -145,6 +150,7 @@ def _chosen(
     if evaluate is None:
         return Int8(made, subject.layers(reasons, {}))
     before, error = evaluate(subject.model), evaluate(made)
+    tried = {len(kept): error}
     disturbance: dict[str, float] = {}
     if error > before + max_drop:
         others = [weight for weight in subject.weights if weight not in kept]
@@ -155,12 +161,14 @@ def _chosen(
         while many - few > 1:
             middle = (few + many) // 2
             trial = subject.quantized(kept | set(ranked[:middle]))
-            if (found := evaluate(trial)) <= before + max_drop:
+            found = tried[len(kept) + middle] = evaluate(trial)
+            if found <= before + max_drop:
                 many, made, error = middle, trial, found
             else:
                 few = middle
-        reasons |= dict.fromkeys(ranked[:many], f"int8 would cost more than {max_drop:g} points")
-    return Int8(made, subject.layers(reasons, disturbance), before, error)
+        reasons |= dict.fromkeys(ranked[:many], f"int8 would cost more than {max_drop:g} {unit}")
+    layers = subject.layers(reasons, disturbance)
+    return Int8(made, layers, before, error, tuple(sorted(tried.items())))
 
 
 class _Subject:

@@ -790,3 +790,21 @@ def test_broadcasting_of_opset_6_is_that_of_numpy(node, shape, expected):
     m.graph.initializer.append(numpy_helper.from_array(b, "b"))
     (y,) = run(normalize(m).model, {"x": x})
     np.testing.assert_allclose(y, expected(x, b), rtol=1e-6)
+
+
+def test_softmax_behind_a_computed_shape_becomes_one_node():
+    """Its rank follows from the number of entries of the shape."""
+    text = """<ir_version: 7, opset_import: ["": 9]> g (float[N,6,1,1] x) => (float[] y) {
+        s = Shape(x) n = Slice<axes=[0], starts=[0], ends=[1]>(s)
+        m = Constant<value = int64[1] {-1}>() r = Concat<axis=0>(n, m)
+        f = Reshape(x, r) e = Expand(f, r) y = Softmax(e) }"""
+    result = normalize(parser.parse_model(text))
+    assert [n.op_type for n in result.model.graph.node][-3:] == ["Reshape", "Expand", "Softmax"]
+    assert result.notes == ("converted from opset 9 to 13",)
+
+
+def test_softmax_that_takes_more_operators_is_noted():
+    text = """<ir_version: 7, opset_import: ["": 9]> g (float[2,3,4] x) => (float[] y) {
+        y = Softmax(x) }"""
+    result = checked(parser.parse_model(text))
+    assert any("y: Softmax over several axes" in note for note in result.notes)

@@ -93,8 +93,9 @@ def test_people_get_tables_and_programs_json(files):
 def test_what_cannot_be_measured_is_named(files, tmp_path):
     fixed = layer(tmp_path / "fixed.onnx", 4, batch=3)
     assert benchmark([fixed], batches=(3,), seconds=0.01).timings[0].batch == 3
+    assert [t.batch for t in benchmark([files[0], fixed], seconds=0.01).timings] == [3, 3]
     with pytest.raises(Prune2OnnxError, match=r"input x always has 3 examples, expected 1; export"):
-        benchmark([files[0], fixed], seconds=0.01)
+        benchmark([files[0], fixed], batches=(1,), seconds=0.01)
     with pytest.raises(Prune2OnnxError, match=r"none\.onnx: no such file"):
         benchmark([tmp_path / "none.onnx"])
     for wrong in ({"batches": (0,)}, {"threads": (-1,)}, {"seconds": 0.0}, {"warm_up": -1}):

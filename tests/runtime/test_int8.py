@@ -305,3 +305,98 @@ def test_names_that_the_quantizer_would_make_are_free():
     assert np.abs(got - want).max() < 0.1 * np.abs(want).max()
     kept = quantize_int8(given, x, keep=["w_scale"])
     assert [layer.weight for layer in kept.layers if not layer.is_int8] == ["w_scale"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A network with two inputs and a picture as output, and examples for it without labels."""
+    folder = tmp_path_factory.mktemp("pair")
+    rng = np.random.default_rng(5)
+    tensors = {
+        "a": (0.3 * rng.normal(size=(8, 3, 3, 3))).astype(np.float32),
+        "b": (0.3 * rng.normal(size=(3, 8, 3, 3))).astype(np.float32),
+        "g": rng.normal(size=(4, 8)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["style", "g"], ["s"]),
+        helper.make_node("Unsqueeze", ["s", "axes"], ["t"]),
+        helper.make_node("Conv", ["image", "a"], ["p"], pads=[1] * 4),
+        helper.make_node("Mul", ["p", "t"], ["q"]),
+        helper.make_node("Relu", ["q"], ["r"]),
+        helper.make_node("Conv", ["r", "b"], ["y"], pads=[1] * 4),
+    ]
+    given = model(
+        nodes,
+        {**tensors, "axes": np.array([2, 3])},
+        {"image": ["N", 3, "h", "w"], "style": ["N", 4]},
+        {"y": ["N", 3, "h", "w"]},
+    )
+    onnx.save(given, folder / "in.onnx")
+    arrays = {
+        "image": rng.normal(size=(40, 3, 12, 12)).astype(np.float32),
+        "style": rng.normal(size=(40, 4)).astype(np.float32),
+    }
+    np.savez(folder / "inputs.npz", **arrays)
+    return folder / "in.onnx", folder / "inputs.npz", arrays
+
+
+def test_several_inputs_without_labels_are_limited_by_the_error_of_the_outputs(pair, tmp_path):
+    source, data, arrays = pair
+    target = tmp_path / "out.onnx"
+    arguments = ["quantize", str(source), str(target), "--data", f"npz:{data}", "--json"]
+    facts = json.loads(CliRunner().invoke(main, arguments).stdout)
+    assert facts["unit"] == "of the outputs" and 0 < facts["error"] < 0.05
+    assert {one["weight"] for one in facts["layers"] if one["is_int8"]} == {"a", "b", "g"}
+    want, got = (session(load(path)).run(None, arrays)[0] for path in (source, target))
+    assert np.linalg.norm(got - want) < 0.05 * np.linalg.norm(want)
+    some = json.loads(CliRunner().invoke(main, [*arguments, "--max-rel-error", "0.033"]).stdout)
+    assert 0 < sum(one["is_int8"] for one in some["layers"]) < 3 and some["error"] <= 0.033
+
+
+def test_a_search_that_keeps_everything_float_says_what_it_tried(pair, tmp_path):
+    source, data, _ = pair
+    arguments = ["quantize", str(source), str(tmp_path / "out.onnx"), "--data", f"npz:{data}"]
+    result = CliRunner().invoke(main, [*arguments, "--max-rel-error", "1e-6"])
+    assert result.exit_code == 0
+    assert "no layer could be int8" in result.stderr
+    assert "of the 3 layers in float: an error of 0.0" in result.stderr
+    assert "with 0, 0.0" in result.stderr and "0 + 1e-06 of the outputs" in result.stderr
+
+
+def test_random_inputs_quantize_for_a_try_and_say_so(pair, tmp_path):
+    source, _, _ = pair
+    arguments = ["quantize", str(source), str(tmp_path / "out.onnx"), "--data", "random"]
+    result = CliRunner().invoke(main, [*arguments, "--input-shape", "image=1,3,8,8"])
+    assert result.exit_code == 0, result.stderr
+    assert "not for use" in result.stderr and "relative error of the outputs 0.0" in result.stderr
+
+
+def test_limits_that_the_data_cannot_measure_are_refused(pair, classifier, tmp_path):
+    source, data, _ = pair
+    for arguments, status, says in (
+        ([source, "--data", f"npz:{data}", "--max-drop", "1"], 2, "--max-rel-error"),
+        ([source, "--data", "random", "--max-drop", "1", "--max-rel-error", "1"], 2, "one of them"),
+        ([source, "--data", "random", "--max-rel-error", "-1"], 2, "0 or more"),
+        ([source, "--data", "digits"], 1, "an array for each input"),
+        ([source, "--data", "digits", "--input-shape", "style=2,4"], 2, "leave it out"),
+    ):
+        target = tmp_path / "out.onnx"
+        given = [str(one) for one in arguments]
+        result = CliRunner().invoke(main, ["quantize", given[0], str(target), *given[1:]])
+        assert result.exit_code == status and says in result.stderr, (arguments, result.stderr)
+        assert not target.exists()
+
+
+def test_a_model_that_takes_one_example_at_a_time_is_quantized(tmp_path):
+    rng = np.random.default_rng(0)
+    weight = {"w": rng.normal(size=(6, 3)).astype(np.float32)}
+    node = helper.make_node("MatMul", ["x", "w"], ["y"])
+    onnx.save(model([node], weight, {"x": [4, 6]}, {"y": [4, 3]}), tmp_path / "in.onnx")
+    np.savez(tmp_path / "d.npz", x=rng.normal(size=(64, 6)), y=rng.integers(0, 3, 64))
+    arguments = ["quantize", str(tmp_path / "in.onnx"), str(tmp_path / "out.onnx")]
+    for limit in (["--max-drop", "100"], ["--max-rel-error", "0.5"]):
+        result = CliRunner().invoke(
+            main, [*arguments, "--data", f"npz:{tmp_path / 'd.npz'}", *limit, "--json"]
+        )
+        facts = json.loads(result.stdout)
+        assert facts["layers"][0]["is_int8"] and facts["timing"]["batch"] == 4

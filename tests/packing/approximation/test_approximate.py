@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import ml_dtypes
@@ -129,6 +130,43 @@ def test_bits_are_an_average_over_all_weights_with_all_they_cost(bits):
 def test_more_bits_err_less_and_one_bit_halves_the_error():
     errors = {bits: rows(approximate(convnet(), bits=bits))["b"].relative_error for bits in (3, 5)}
     assert errors[3] / errors[5] == pytest.approx(4, rel=0.35)
+
+
+DISTRIBUTIONS = {
+    "normal": lambda rng, shape: rng.normal(size=shape),
+    "heavy tails": lambda rng, shape: rng.standard_t(2, size=shape),
+    "uniform": lambda rng, shape: rng.random(shape),
+    "mostly zeros": lambda rng, shape: rng.normal(size=shape) * (rng.random(shape) < 0.1),
+    "few levels": lambda rng, shape: 0.03 * rng.integers(-7, 8, shape),
+    "rows of other sizes": lambda rng, shape: (
+        rng.normal(size=shape) * 10.0 ** rng.integers(-3, 3, (shape[0], 1))
+    ),
+    "outliers": lambda rng, shape: (
+        rng.normal(size=shape) * np.where(rng.random(shape) < 0.01, 50, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("first", DISTRIBUTIONS)
+def test_more_bits_never_err_more(first):
+    """Within a percent: where errors are made to cancel in outputs, those of weights vary a bit."""
+    rng = np.random.default_rng(len(first))
+    names = [first, *rng.choice(list(DISTRIBUTIONS), 2)]
+    weights = {
+        f"w{at}": DISTRIBUTIONS[name](rng, (24, 24)).astype(np.float32)
+        for at, name in enumerate(names)
+    }
+    values = ["x", "h", "k", "y"]
+    nodes = [
+        helper.make_node("MatMul", [values[at], f"w{at}"], [values[at + 1]]) for at in range(3)
+    ]
+    given = networks.model(nodes, weights, {"x": ["N", 24]}, {"y": ["N", 24]})
+    errors = [
+        sum(row.relative_error**2 for row in approximate(given, bits=float(bits)).rows)
+        for bits in sorted(rng.uniform(1, 8, 5))
+    ]
+    assert errors[-1] < errors[0]
+    assert all(more <= 1.01 * fewer for fewer, more in itertools.pairwise(errors)), errors
 
 
 def test_weights_with_more_influence_get_more_bits():

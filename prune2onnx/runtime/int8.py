@@ -206,8 +206,12 @@ class _Subject:
             and stored[node.input[1]].data_type == onnx.TensorProto.FLOAT
         ]
         if not found:
+            inner = sum(node.op_type in LAYERS for node in nodes_in(model.graph.node))
+            inner -= sum(node.op_type in LAYERS for node in model.graph.node)
+            bodies = f"; {inner} are in bodies of If, Loop or Scan, which it skips" if inner else ""
             raise Prune2OnnxError(
-                f"no layer to quantize; expected a {', '.join(LAYERS)} with a float32 weight"
+                "no layer that onnxruntime's quantizer could do; expected a "
+                f"{', '.join(LAYERS)} with a float32 weight in the main graph{bodies}"
             )
         own = {new: old for old, new in renamed.items()}
         self.weights: dict[str, list[str]] = {}

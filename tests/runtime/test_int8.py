@@ -153,7 +153,7 @@ def test_what_cannot_be_quantized_is_named():
     with pytest.raises(RecipeError, match="no calibration example"):
         quantize_int8(network(), [])
     bare = model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": ["N"]}, {"y": ["N"]})
-    with pytest.raises(Prune2OnnxError, match="no layer to quantize"):
+    with pytest.raises(Prune2OnnxError, match="no layer that onnxruntime's quantizer could do"):
         quantize_int8(bare, EXAMPLES)
     with pytest.raises(Prune2OnnxError, match=r"fails on x \[8, 3, 4, 4\]"):
         quantize_int8(network(), [{"x": np.zeros((8, 3, 4, 4), np.float32)}])
@@ -400,3 +400,20 @@ def test_a_model_that_takes_one_example_at_a_time_is_quantized(tmp_path):
         )
         facts = json.loads(result.stdout)
         assert facts["layers"][0]["is_int8"] and facts["timing"]["batch"] == 4
+
+
+def test_layers_in_bodies_are_told_apart_from_none():
+    """onnxruntime's quantizer does the main graph alone."""
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.normal(size=(6, 6)).astype(np.float32), "w")
+    y = helper.make_tensor_value_info("b", onnx.TensorProto.FLOAT, None)
+    node = helper.make_node("MatMul", ["x", "w"], ["b"])
+    body = helper.make_graph([node], "then", [], [y], [weight])
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["m"], keepdims=0),
+        helper.make_node("Cast", ["m"], ["c"], to=onnx.TensorProto.BOOL),
+        helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body),
+    ]
+    given = model(nodes, {}, {"x": ["N", 6]}, {"y": ["N", 6]})
+    with pytest.raises(Prune2OnnxError, match="2 are in bodies of If"):
+        quantize_int8(given, [{"x": rng.normal(size=(8, 6)).astype(np.float32)}])

@@ -1,6 +1,6 @@
 """`prune2onnx`, and `python -m prune2onnx`, which is also what `accelerate launch -m` needs."""
 
-from prune2onnx.cli.interrupts import watch
+from prune2onnx.cli.interrupts import leave, watch
 
 
 def main() -> None:
@@ -8,7 +8,11 @@ def main() -> None:
     watch()
     from prune2onnx.cli.main import main as verbs
 
-    verbs(prog_name="prune2onnx")
+    try:
+        verbs(prog_name="prune2onnx")
+    except SystemExit as end:
+        leave(end.code)
+        raise
 
 
 if __name__ == "__main__":

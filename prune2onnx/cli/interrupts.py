@@ -10,6 +10,7 @@ told how to continue. That alone is not enough:
    loading a network, may take longer than anybody waits: then a thread ends the process.
 3. Python drops it in a destructor and in a callback of C; it is raised again.
 4. Libraries turn it into errors of their own; however the verb ends, it was interrupted.
+5. Python takes seconds to take down what training has imported; it is not asked to (`leave`).
 
 A process may end at any moment, since files appear whole or not at all. This module imports next to
 nothing, so that the first of these holds from the start; see `__main__`.
@@ -105,8 +106,14 @@ def _end_late(reader: int) -> None:
     end()
 
 
+def leave(status: object) -> None:
+    """Ends the process of an interrupted verb, which has cleaned up and said so."""
+    if status == STATUS:
+        os._exit(STATUS)
+
+
 def end() -> None:
-    """Ends the process at once, without what Python does at exit."""
+    """Ends the process at once, wherever it is."""
     show_cursor = b"\x1b[?25h" if os.isatty(2) else b""  # a progress bar hides it
     with contextlib.suppress(OSError):
         os.write(2, show_cursor + b"prune2onnx: interrupted\n")

@@ -90,6 +90,23 @@ def test_the_second_one_ends_the_process_at_once():
     assert (status, said) == (130, "prune2onnx: interrupted\n") and seconds < 3
 
 
+def test_an_interrupted_command_does_not_wait_for_what_python_does_at_exit():
+    code = """
+import atexit
+from prune2onnx.__main__ import main
+from prune2onnx.cli.main import main as verbs
+@verbs.command()
+def pressed():
+    press()
+    time.sleep(60)
+atexit.register(time.sleep, 60)
+sys.argv[1:] = ["pressed"]
+main()
+"""
+    status, said, seconds = run(code)
+    assert (status, said) == (130, "prune2onnx: interrupted\n") and seconds < 20
+
+
 def test_where_it_is_ignored_as_behind_nohup_it_stays_ignored():
     assert run("press()", ignored=True)[:2] == (0, "")
 

@@ -7,7 +7,6 @@ wait for torch.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from prune2onnx.training.levels import bake_levels, put_on_levels
     from prune2onnx.training.scoring import evaluate
 
-__version__ = importlib.metadata.version("prune2onnx")
+    __version__: str
 
 _HOME = {
     "BudgetError": "errors",
@@ -99,6 +98,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,6 +1,19 @@
-"""`python -m prune2onnx`, which is also what `accelerate launch -m` needs."""
+"""`prune2onnx`, and `python -m prune2onnx`, which is also what `accelerate launch -m` needs."""
 
-from prune2onnx.cli.main import main
+from prune2onnx.cli.interrupts import leave, watch
+
+
+def main() -> None:
+    """Runs the command line; from the first moment on, Ctrl-C ends it without a traceback."""
+    watch()
+    from prune2onnx.cli.main import main as verbs
+
+    try:
+        verbs(prog_name="prune2onnx")
+    except SystemExit as end:
+        leave(end.code)
+        raise
+
 
 if __name__ == "__main__":
-    main(prog_name="prune2onnx")
+    main()

@@ -7,24 +7,18 @@ Tables and progress go to stderr; with --json, stdout gets the report and nothin
 
 from __future__ import annotations
 
-import _thread
-import contextlib
 import os
-import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import click
 
 import prune2onnx
-from prune2onnx.cli import measuring, models, pages, training
+from prune2onnx.cli import interrupts, measuring, models, pages, training
 from prune2onnx.errors import DataWarning, Prune2OnnxError, RenamedWarning
-
-_INTERRUPTED = 130
 
 
 class _Verbs(click.Group):
@@ -32,7 +26,7 @@ class _Verbs(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with _interrupts_kept(), warnings.catch_warnings():
+            with interrupts.raising(), warnings.catch_warnings():
                 for ours in (RenamedWarning, DataWarning):
                     warnings.simplefilter("always", ours)
                 warnings.showwarning = partial(_show_warning, warnings.showwarning)
@@ -42,39 +36,11 @@ class _Verbs(click.Group):
             ctx.exit(error.exit_status)
         except (KeyboardInterrupt, click.Abort):
             click.echo("prune2onnx: interrupted", err=True)
-            ctx.exit(_INTERRUPTED)
+            ctx.exit(interrupts.STATUS)
         except BrokenPipeError:
             # the reader of our output has ended, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(1)
-
-
-@contextlib.contextmanager
-def _interrupts_kept() -> Iterator[None]:
-    """Raises a Ctrl-C again that Python lost, as it does in a destructor or in a callback of C."""
-    before = sys.unraisablehook
-
-    def hook(lost: sys.UnraisableHookArgs) -> None:
-        if issubclass(lost.exc_type, KeyboardInterrupt):
-            later = threading.Timer(0.05, _interrupt)  # now it would be lost in this function
-            later.daemon = True
-            later.start()
-        else:
-            before(lost)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-
-
-def _interrupt() -> None:
-    """Interrupts the main thread, also in a call that waits, where the system can do that."""
-    if hasattr(signal, "pthread_kill") and (main_thread := threading.main_thread().ident):
-        signal.pthread_kill(main_thread, signal.SIGINT)
-    else:
-        _thread.interrupt_main()
 
 
 def _show_warning(

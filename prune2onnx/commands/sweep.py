@@ -4,6 +4,9 @@ One folder holds a sweep: sweep.yaml (every setting, written first), sweep.db (t
 another database is given), dense-seedN/ (the dense network from which all runs of a seed start),
 runs/NAME/ (one `compress` each), locks/, front.json, front.svg and report.html.
 
+The same command, given while a worker is at work in the folder, joins it; so workers may start at
+once. Afterwards the folder is kept, and only `--resume` goes on there.
+
 For the list of runs, and how workers share it, see `runs.study`.
 """
 
@@ -12,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -39,7 +42,8 @@ from prune2onnx.runs.pages.charts import front_picture
 from prune2onnx.runs.pages.page import write_page
 from prune2onnx.runs.recipe import Recipe, read_recipe, resolve
 from prune2onnx.runs.report import Report
-from prune2onnx.runs.study import BUDGETS, Study, default_storage, lock_of, public_url
+from prune2onnx.runs.storage import default_storage, lock_of, public_url
+from prune2onnx.runs.study import BUDGETS, Study
 
 SETTINGS, PICTURE = "sweep.yaml", "front.svg"
 
@@ -134,8 +138,9 @@ def sweep(
 
     Each run has one budget, which replaces those of the recipe. All runs of a seed start from one
     dense network, unless the recipe names weights. A run that fails is noted, and the sweep goes
-    on. Any number of processes may work at the same time: in the same folder with `resume`, or in
-    other folders, or on other machines, with the same `storage`; all return the same front.
+    on. Any number of processes may work, and start, at the same time: in the same folder, or in
+    other folders, or on other machines, with the same `storage`; all return the same front. A
+    process that comes to a folder later needs `resume`, unless another one is at work there.
 
     Args:
         recipe: the settings of every run.
@@ -168,42 +173,44 @@ def sweep(
     directory = Path(directory).absolute()
     lists = {"sizes": sizes, "densities": densities, "drops": drops, "seeds": seeds}
     settings = _settings({"recipe": recipe, "study": study, **lists}, "sweep")
-    _fits(settings, directory, resume)
-    if not resume:
-        prepared(settings.recipe)  # fail now, not in every run
-    queue = Study(storage or default_storage(directory), settings.study, settings.recipe, directory)
-    with contextlib.closing(queue):
-        text = yaml.safe_dump(
-            settings.model_dump(mode="json") | {"storage": storage and public_url(storage)},
-            sort_keys=False,
-        )
-        write_whole(directory / SETTINGS, text)
-        queue.add(settings.runs, again=resume)
-        worker = _Worker(settings.recipe, directory, cpu, on_note, callbacks)
-        waited = False
-        while True:
-            claim = queue.claim()
-            if claim is not None:
-                waited = False
-                on_note(f"{claim.point.budget}, seed {claim.point.seed}")
-                try:
-                    with queue.beating(claim):
-                        result = worker.run(claim.point)
-                    queue.finish(claim, result)
-                finally:  # an interrupted run stays RUNNING; the next holder of the lock continues
-                    claim.lock.release()
-                front = _written(queue, directory)
-                on_point(next(p for p in front.points if p.name == claim.point.name))
-                continue
-            front = _written(queue, directory)
-            busy = [p for p in front.points if p.state in ("waiting", "running")]
-            if not busy:
-                write_page(directory)
-                return front
-            if not waited:
-                waited = True
-                on_note(f"waiting for {', '.join(p.name for p in busy)}, run by other workers")
-            time.sleep(_POLL)
+    with _present(settings, directory, resume):
+        if not resume:
+            prepared(settings.recipe)  # fail now, not in every run
+        url = storage or default_storage(directory)
+        queue = Study(url, settings.study, settings.recipe, directory)
+        with contextlib.closing(queue):
+            _record(settings, directory, storage and public_url(storage))
+            queue.add(settings.runs, again=resume)
+            worker = _Worker(settings.recipe, directory, cpu, on_note, callbacks)
+            return _work(queue, worker, on_point)
+
+
+def _work(queue: Study, worker: _Worker, on_point: Callable[[Point], None]) -> Front:
+    """Does runs until none is left, here or elsewhere."""
+    waited = False
+    while True:
+        claim = queue.claim()
+        if claim is not None:
+            waited = False
+            worker.on_note(f"{claim.point.budget}, seed {claim.point.seed}")
+            try:
+                with queue.beating(claim):
+                    result = worker.run(claim.point)
+                queue.finish(claim, result)
+            finally:  # an interrupted run stays RUNNING; the next holder of the lock continues
+                claim.lock.release()
+            front = _written(queue, worker.directory)
+            on_point(next(p for p in front.points if p.name == claim.point.name))
+            continue
+        front = _written(queue, worker.directory)
+        busy = [p for p in front.points if p.state in ("waiting", "running")]
+        if not busy:
+            write_page(worker.directory)
+            return front
+        if not waited:
+            waited = True
+            worker.on_note(f"waiting for {', '.join(p.name for p in busy)}, run by other workers")
+        time.sleep(_POLL)
 
 
 def sweep_of(directory: str | Path, storage: str | None = None) -> dict[str, Any]:
@@ -239,20 +246,48 @@ def _read(directory: Path) -> tuple[_Settings, str | None]:
     return _settings(content, str(path)), storage and str(storage)
 
 
-def _fits(settings: _Settings, directory: Path, resume: bool) -> None:
+@contextlib.contextmanager
+def _present(settings: _Settings, directory: Path, resume: bool) -> Iterator[None]:
+    """Shows other workers that there is one in the folder; checks that the folder is its own.
+
+    Raises:
+        RecipeError: it holds another sweep, or this one, but nobody is at work.
+    """
     if directory.exists() and not directory.is_dir():
         raise RecipeError(f"{directory}: a file, expected a folder for the sweep")
     if resume:
-        if _read(directory)[0] != settings:
-            raise RecipeError(
-                f"{directory}: holds a sweep with other settings, see its {SETTINGS}; "
-                f"continue that one with --resume {directory}, or choose another folder with -o"
-            )
-    elif (directory / SETTINGS).exists():
+        _read(directory)
+    with contextlib.ExitStack() as held:
+        joins = resume
+        try:
+            held.enter_context(lock_of(directory, "present").acquire(timeout=0))
+        except Timeout:  # one worker holds it for all
+            joins = True
+        if (directory / SETTINGS).exists():
+            if not joins:
+                raise RecipeError(
+                    f"{directory}: holds a sweep already; continue it with --resume {directory}, "
+                    "or choose another folder with -o"
+                )
+            _check_same(settings, directory)
+        yield
+
+
+def _check_same(settings: _Settings, directory: Path) -> None:
+    if _read(directory)[0] != settings:
         raise RecipeError(
-            f"{directory}: holds a sweep already; continue it with --resume {directory}, or choose "
-            "another folder with -o"
+            f"{directory}: holds a sweep with other settings, see its {SETTINGS}; "
+            f"continue that one with --resume {directory}, or choose another folder with -o"
         )
+
+
+def _record(settings: _Settings, directory: Path, storage: str | None) -> None:
+    """Writes sweep.yaml; of several sweeps that begin at once in a folder the first one stays."""
+    with lock_of(directory, SETTINGS):
+        if (directory / SETTINGS).exists():
+            _check_same(settings, directory)
+        content = settings.model_dump(mode="json") | {"storage": storage}
+        write_whole(directory / SETTINGS, yaml.safe_dump(content, sort_keys=False))
 
 
 def _written(queue: Study, directory: Path) -> Front:

@@ -8,6 +8,9 @@ Each run is a trial, WAITING, RUNNING, COMPLETE or FAIL, claimed by one worker a
    continues from its checkpoints.
 2. Workers in other folders, or on other machines, do not see these locks. For them each run has a
    heartbeat in the study; a run without a recent heartbeat is marked as failed and queued again.
+3. One worker at a time makes the tables and adds runs, and adds only those that are missing. So
+   workers that start at once have one list, and a list that a killed worker left incomplete is
+   completed by the next one.
 
 Nothing is trained here; see `commands.sweep`.
 """
@@ -26,33 +29,20 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
+from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.runs.front import DenseNetwork, Front, Point
 from prune2onnx.runs.recipe import Recipe
 from prune2onnx.runs.report import Report
+from prune2onnx.runs.storage import claim_lock, lock_of, one_at_a_time, public_url, unusable
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
-
-STUDY = "sweep.db"
 
 BUDGETS = {"size": "target_size", "density": "target_density", "drop": "max_drop"}
 """Budget -> its setting in the recipe."""
 
 _BEAT = 30  # seconds between heartbeats
 _GRACE = 120  # seconds without a heartbeat after which a run has lost its worker
-
-
-def lock_of(directory: Path, name: str) -> FileLock:
-    """A lock in a sweep's folder; it is released when the process that holds it ends."""
-    folder = directory / "locks"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Prune2OnnxError(
-            f"{folder}: cannot be made: {error.strerror or error}; choose another folder with -o"
-        ) from error
-    return FileLock(folder / name)
 
 
 @dataclass(frozen=True)
@@ -82,19 +72,16 @@ class Study:
         self.url, self.directory = public_url(url), directory
         self.worker = f"{socket.gethostname()}:{directory}"
         self.writing = lock_of(directory, "front")
-        self._claiming = _claim_lock(url, directory)
+        self._url = url
+        self._claiming = claim_lock(url, directory)
         options: dict[str, Any] = {}
         if url.startswith("sqlite"):
             options = {"connect_args": {"timeout": 60}}
         # when it is opened, drivers, SQLAlchemy, alembic and optuna raise errors of many types
-        with self._errors(Exception), self._claiming, warnings.catch_warnings():
+        with self._errors(Exception), self._adding(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._storage = optuna.storages.RDBStorage(
-                url,
-                options,
-                heartbeat_interval=_BEAT,
-                grace_period=_GRACE,
-                heartbeat_stale_trial_callback=self._lost,
+                url, options, heartbeat_interval=_BEAT, grace_period=_GRACE
             )
             self._study = optuna.create_study(
                 storage=self._storage,
@@ -113,6 +100,12 @@ class Study:
             self._storage.engine.dispose()
 
     @contextlib.contextmanager
+    def _adding(self) -> Iterator[None]:
+        """Lets one worker at a time add to the database, of all workers that share it."""
+        with self._claiming, one_at_a_time(self._url):  # in this order everywhere
+            yield
+
+    @contextlib.contextmanager
     def _errors(self, *types: type[Exception]) -> Iterator[None]:
         """Turns the errors of a database, and those of other types, into one clear error."""
         from optuna.exceptions import StorageInternalError
@@ -124,11 +117,7 @@ class Study:
         except Prune2OnnxError:
             raise
         except caught as error:
-            reason = one_line(error.__cause__ or error)[:300]
-            raise Prune2OnnxError(
-                f"{self.url}: the sweep's storage cannot be used: {reason}; check the URL, that "
-                "the server runs, and that the driver it names is installed"
-            ) from error
+            raise unusable(self._url, error) from error
 
     def _check_recipe(self, name: str, recipe: Recipe) -> None:
         """Stores the recipe in a new study; else checks that it is the study's."""
@@ -157,7 +146,7 @@ class Study:
         """Queues the runs that are not in the study; with `again` also those that failed."""
         from optuna.trial import TrialState
 
-        with self._errors(), self._claiming:
+        with self._errors(), self._adding():
             known = set()
             for trial in self._trials():
                 # a failed trial without a message has lost its worker, and is queued again
@@ -187,19 +176,24 @@ class Study:
         )
         self._storage.create_new_trial(self._id, trial)
 
-    def _lost(self, _: Any, trial: FrozenTrial) -> None:
-        """Queues a run again that optuna has marked as failed, since its heartbeat stopped."""
-        self._add(_point_of(trial), trial.user_attrs["seconds"])
+    def _queue_lost(self) -> None:
+        """Queues the runs again that have lost their worker, as heartbeats say."""
+        import optuna
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            optuna.storages.fail_stale_trials(self._study)
+        if _lost(self._trials()):
+            with self._adding():  # another worker may have seen the same
+                for trial in _lost(self._trials()):
+                    self._add(_point_of(trial), trial.user_attrs["seconds"])
 
     def claim(self) -> Claim | None:
         """A run for this worker, locked; None where there is none at the moment."""
-        import optuna
         from optuna.trial import TrialState
 
         with self._errors():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                optuna.storages.fail_stale_trials(self._study)
+            self._queue_lost()
             with self._claiming:
                 trials = self._trials()
                 taken = {
@@ -215,7 +209,7 @@ class Study:
                     free = trial.state == TrialState.WAITING and _name_of(trial) not in taken
                     if (lost or free) and (claim := self._claim(trial)):
                         return claim
-                    if free:  # several workers may add a run: the first of its trials counts
+                    if free:  # in a study of an earlier version: the first of its trials counts
                         taken.add(_name_of(trial))
         return None
 
@@ -359,38 +353,16 @@ def _name_of(trial: FrozenTrial) -> str:
     return _point_of(trial).name
 
 
-def default_storage(directory: Path) -> str:
-    """URL of the database in a sweep's folder."""
-    path = str(directory / STUDY).replace("{", "{{").replace("}", "}}")  # optuna fills in a version
-    return f"sqlite:///{path}"
+def _lost(trials: Iterable[FrozenTrial]) -> list[FrozenTrial]:
+    """The last trial of each run that has lost its worker: it failed, without a message."""
+    from optuna.trial import TrialState
 
-
-def public_url(url: str) -> str:
-    """A URL without its password."""
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        return make_url(url).render_as_string(hide_password=True)
-    except (ArgumentError, ValueError) as error:
-        raise RecipeError(
-            f"storage is {url.partition('@')[2] or url!r}, expected a URL that optuna takes, such "
-            "as sqlite:///sweep.db or postgresql://user@host/database"
-        ) from error
-
-
-def _claim_lock(url: str, directory: Path) -> FileLock:
-    """A lock for claiming runs.
-
-    SQLite cannot lock rows, so the lock lies beside the database, for all its workers. Servers lock
-    rows themselves: there the lock is the folder's.
-    """
-    from sqlalchemy.engine import make_url
-
-    parsed = make_url(url)
-    database = parsed.database
-    if parsed.get_backend_name() == "sqlite" and database and database != ":memory:":
-        path = Path(database.replace("{{", "{").replace("}}", "}"))
-        if path.parent.is_dir():
-            return FileLock(path.with_name(f"{path.name}.lock"))
-    return lock_of(directory, "study")
+    of_run: dict[str, list[FrozenTrial]] = {}
+    for trial in trials:
+        of_run.setdefault(_name_of(trial), []).append(trial)
+    return [
+        tried[-1]
+        for tried in of_run.values()
+        if {trial.state for trial in tried} == {TrialState.FAIL}
+        and "message" not in tried[-1].user_attrs
+    ]

@@ -307,13 +307,41 @@ def test_a_storage_that_cannot_be_used_is_one_clear_error(log, tmp_path):
         (f"sqlite:///{tmp_path}/none/x.db", "unable to open database file"),
         (f"sqlite:///{tmp_path}/no.db", "file is not a database"),
         ("postgresql://me:secret@nowhere.invalid/x", "the sweep's storage cannot be used"),
-        ("oracle://me:secret@nowhere.invalid/x", "the driver it names is installed"),
+        ("oracle://me:secret@nowhere.invalid/x", "No module named 'oracledb'; install that driver"),
         ("nosuch://me:secret@nowhere.invalid/x", "storage cannot be used|expected a URL"),
     ):
         with pytest.raises(Prune2OnnxError, match=says) as caught:
             sweep(RECIPE, tmp_path / "sweep", sizes=(2000,), storage=url)
         assert "secret" not in str(caught.value)
     assert not (tmp_path / "sweep" / "sweep.yaml").exists()
+
+
+@pytest.mark.parametrize("url", ["postgresql://me@nowhere/x", "postgresql+psycopg://me@nowhere/x"])
+def test_a_missing_driver_is_named_with_what_to_install(log, tmp_path, monkeypatch, url):
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    says = r"psycopg.*; install the driver with pip install 'prune2onnx\[postgresql\]'$"
+    with pytest.raises(Prune2OnnxError, match=says):
+        sweep(RECIPE, tmp_path / "sweep", sizes=(2000,), storage=url)
+
+
+def test_a_run_that_lost_its_worker_is_queued_once_by_those_who_notice(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "_GRACE", 1)
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    lost, *others = (Study(url, "prune2onnx", RECIPE, tmp_path / str(i)) for i in range(4))
+    lost.add([Point("size", 2000, 0)], again=False)
+    trial = lost.claim()
+    threads = [threading.Thread(target=each.claim) for each in others]
+    deadline = time.monotonic() + 30
+    while lost._storage._get_stale_trial_ids(lost._id) == [] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    states = sorted(trial.state.name for trial in lost._trials())
+    assert trial is not None and states == ["FAIL", "RUNNING"]
+    for each in (lost, *others):
+        each.close()
 
 
 def test_a_folder_or_study_of_another_sweep_is_refused(log, tmp_path):

@@ -22,9 +22,10 @@ import click
 
 import prune2onnx
 from prune2onnx.cli import measuring, models, pages, training
-from prune2onnx.errors import DataWarning, Prune2OnnxError, RenamedWarning
+from prune2onnx.errors import DataWarning, Prune2OnnxError, PruningWarning, RenamedWarning
 
 _INTERRUPTED = 130
+_WARNINGS = (RenamedWarning, DataWarning, PruningWarning)
 
 
 class _Verbs(click.Group):
@@ -33,8 +34,8 @@ class _Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with _interrupts_kept(), warnings.catch_warnings():
-                for ours in (RenamedWarning, DataWarning):
-                    warnings.simplefilter("always", ours)
+                for ours in _WARNINGS:
+                    warnings.simplefilter("once", ours)  # trials prune one network many times
                 warnings.showwarning = partial(_show_warning, warnings.showwarning)
                 return super().invoke(ctx)
         except Prune2OnnxError as error:
@@ -81,7 +82,7 @@ def _show_warning(
     show: Callable[..., None], message: Warning | str, *details: Any, **more: Any
 ) -> None:
     """Shows our warnings as one line, without their place in the code."""
-    if isinstance(message, RenamedWarning | DataWarning):
+    if isinstance(message, _WARNINGS):
         click.echo(f"prune2onnx: {message}", err=True)
     else:
         show(message, *details, **more)

@@ -48,7 +48,10 @@ def test_a_budget_says_what_was_asked_and_by_how_much_it_was_missed():
     assert (size.met, density.met, macs.met, drop.met) == (True, True, False, False)
     assert str(macs) == "multiply-adds 60 % of 50 % (missed by 10 %)"
     assert str(size) == "size 11,980 bytes of 12,000 bytes (met)"
-    assert str(drop) == "accuracy loss 0.42 points of 0.3 points (missed by 0.12 points)"
+    assert (
+        str(drop)
+        == "error 0.42 points higher than dense, 0.3 points allowed (missed by 0.12 points)"
+    )
     assert goals(Recipe(model="m"), nbytes=1, density=1, macs=1, drop=9) == ()
     none = Recipe(model="m", max_drop=0)
     assert [goals(none, nbytes=1, density=1, macs=1, drop=d)[0].met for d in (0, 0.1)] == [

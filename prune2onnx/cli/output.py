@@ -104,8 +104,7 @@ def progress() -> Iterator[Callbacks]:
     def on_trial(start: TrialStart) -> None:
         nonlocal trial
         trial = f"trial {start.number}: "
-        if start.number > 1:
-            bars.clear()  # each trial has bars of its own
+        bars.clear()  # each trial has bars of its own
         say(str(start))
 
     with shown:

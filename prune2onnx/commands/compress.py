@@ -386,9 +386,9 @@ def prepared(recipe: Recipe) -> tuple[Network, Data, Template]:
     """
     data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
     model = make_model(recipe, data)
-    check_parameters(model, recipe)
     check_images(recipe.augment, data.input_shape)
     check_output(model, data)
+    check_parameters(model, recipe)
     return model, data, Template(model, data.input_shape, opset=recipe.opset)
 
 

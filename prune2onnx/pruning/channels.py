@@ -360,7 +360,7 @@ def prune_channels(
     holders = prunable_weights(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # a weight that layers share has several names, and the graph may use another one
-    known_as = {id(parameters[name]): name for name in holders}
+    known_as = {id(parameters[name]): name for name in holders if name in parameters}
     behind = {layer: norm for norm, layer in norms.items()}
     fixed = torch.tensor(structure.fixed)
     producers: dict[str, Producer] = {}

@@ -236,13 +236,13 @@ def prune(
         learned.importance = factors[name]
         planned.append((learned, modules))
     largest = max(modules[0].weight.numel() for _, modules in planned)  # type: ignore[operator]
+    warn_of_others(model)
     for learned, modules in planned:
         size = cast(Tensor, modules[0].weight).numel()
         learned.importance *= (size / largest) ** balance
         learned.train(modules[0].training)
         for module in modules:
             parametrize_own(module, "weight", learned)
-    warn_of_others(model)
     return wrapper
 
 

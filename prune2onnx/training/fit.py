@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,8 @@ def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Accelerator:
     """
     # a network may have a layer that its forward does not use
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        cpu = True  # else accelerate would take each of torchrun's processes to be alone
     try:
         return Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=[unused])
     except ValueError as error:
@@ -189,10 +192,10 @@ def fit(
     torch.backends.cudnn.benchmark = False
     recipe = with_epochs(recipe, len(data.train))
     model = unwrapped(model)
-    check_parameters(model, recipe, prunes=stop != "dense")
     model = model.to(accelerator.device)
     check_images(recipe.augment, data.input_shape)
     check_output(model, data, accelerator.device)
+    check_parameters(model, recipe, prunes=stop != "dense")
     _channels_last(model, data, accelerator.device)
     settings = f"{recipe.to_yaml()}{len(data.train)} training examples"
     kept = Checkpoints(checkpoints, accelerator, hashlib.sha256(settings.encode()).hexdigest())

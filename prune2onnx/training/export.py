@@ -271,9 +271,9 @@ def _fails_itself(model: nn.Module, example: Tensor) -> str | None:
             outputs = model(example)
     except Exception as error:  # whatever the user's code raises
         text = first_line(error)
-        advice = f"export feeds {given}"
+        advice = f"it was given {given}"
         if isinstance(error, TypeError) and "positional argument" in text:
-            advice = "export gives it one tensor; wrap the model in a module that takes one"
+            advice = "it is given one tensor; wrap the model in a module that takes one"
         elif _INTEGERS.search(text):
             advice += "; convert it inside forward, as by x.long()"
         elif "dtype" in text:

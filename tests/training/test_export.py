@@ -144,7 +144,7 @@ def compiled() -> nn.Module:
     [
         (Branch, r"by values of its input \(test_export\.py:\d+: return self\.a\(x\) if"),
         (Loop, r"by values of its input \(test_export\.py:\d+: while .*; use torch\.where"),
-        (Two, r"missing 1 required positional argument: 'y'; export gives it one tensor"),
+        (Two, r"missing 1 required positional argument: 'y'; it is given one tensor"),
         (Raises, r"its forward fails: KeyError: 'nope' \(test_export\.py:\d+\)"),
         (Bessel, r"ONNX has no operator for \w+\.\w*bessel_j0; compute it otherwise"),
         (Nothing, r"its forward returns a NoneType, expected a tensor"),
@@ -152,7 +152,7 @@ def compiled() -> nn.Module:
         (TwoAlone, "forward fixes the batch size"),
         (Whole, "forward fixes the batch size"),
         (lambda: nn.Sequential(nn.Embedding(9, 3)), r"indices.*inside forward, as by x\.long\(\)"),
-        (lambda: nn.Linear(5, 2), r"\(2x4 and 5x2\); export feeds a float32 input \[2, 4\]"),
+        (lambda: nn.Linear(5, 2), r"\(2x4 and 5x2\); it was given a float32 input \[2, 4\]"),
         (lambda: nn.Linear(4, 2).half(), r"same dtype.*convert the model by model\.float\(\)"),
         (lambda: nn.Sequential(nn.LazyLinear(2)), r"0\.weight: not initialised yet"),
         (compiled, r"compiled torch\.jit module; give the module that it was made from"),

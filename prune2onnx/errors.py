@@ -43,6 +43,10 @@ class DataWarning(UserWarning):
     """Data that can be used, but are probably not what was meant."""
 
 
+class PruningWarning(UserWarning):
+    """A network of which pruning leaves more alone than was probably meant."""
+
+
 def printable(text: str) -> str:
     r"""A text with line breaks and terminal control characters escaped.
 

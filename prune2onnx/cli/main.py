@@ -18,7 +18,9 @@ import click
 
 import prune2onnx
 from prune2onnx.cli import interrupts, measuring, models, pages, training
-from prune2onnx.errors import DataWarning, Prune2OnnxError, RenamedWarning
+from prune2onnx.errors import DataWarning, Prune2OnnxError, PruningWarning, RenamedWarning
+
+_WARNINGS = (RenamedWarning, DataWarning, PruningWarning)
 
 
 class _Verbs(click.Group):
@@ -27,8 +29,8 @@ class _Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             with interrupts.raising(), warnings.catch_warnings():
-                for ours in (RenamedWarning, DataWarning):
-                    warnings.simplefilter("always", ours)
+                for ours in _WARNINGS:
+                    warnings.simplefilter("once", ours)  # trials prune one network many times
                 warnings.showwarning = partial(_show_warning, warnings.showwarning)
                 return super().invoke(ctx)
         except Prune2OnnxError as error:
@@ -47,7 +49,7 @@ def _show_warning(
     show: Callable[..., None], message: Warning | str, *details: Any, **more: Any
 ) -> None:
     """Shows our warnings as one line, without their place in the code."""
-    if isinstance(message, RenamedWarning | DataWarning):
+    if isinstance(message, _WARNINGS):
         click.echo(f"prune2onnx: {message}", err=True)
     else:
         show(message, *details, **more)

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from prune2onnx.cli.tables import weights_table
 from prune2onnx.errors import MismatchError
 from prune2onnx.packing.rows import WeightRow
-from prune2onnx.runs.history import Callbacks, Epoch, Step
+from prune2onnx.runs.history import Callbacks, Epoch, Step, TrialStart
 from prune2onnx.runs.report import Report
 
 console = Console(stderr=True)
@@ -65,6 +65,7 @@ def progress() -> Iterator[Callbacks]:
     """A bar per phase with loss, density and validation error; lines if stderr is no terminal."""
     bars: dict[str, Any] = {}
     errors: dict[str, str] = {}
+    trial = ""
     columns = (
         TextColumn("{task.description:<8}"),
         BarColumn(bar_width=24),
@@ -76,7 +77,8 @@ def progress() -> Iterator[Callbacks]:
 
     def bar(phase: str, epochs: int) -> Any:
         if phase not in bars:
-            bars[phase] = shown.add_task(phase, total=epochs, epoch=0, epochs=epochs, facts="")
+            name = f"{trial}{phase}"
+            bars[phase] = shown.add_task(name, total=epochs, epoch=0, epochs=epochs, facts="")
             errors[phase] = ""
         return bars[phase]
 
@@ -97,10 +99,16 @@ def progress() -> Iterator[Callbacks]:
         text = facts(epoch.phase, epoch.loss, epoch.density)
         shown.update(task, completed=epoch.epoch, epoch=epoch.epoch, facts=text)
         if not console.is_terminal and epoch.epoch in _milestones(epoch.epochs):
-            say(f"{epoch.phase:<8} epoch {epoch.epoch}/{epoch.epochs}  {text}")
+            say(f"{trial}{epoch.phase:<8} epoch {epoch.epoch}/{epoch.epochs}  {text}")
+
+    def on_trial(start: TrialStart) -> None:
+        nonlocal trial
+        trial = f"trial {start.number}: "
+        bars.clear()  # each trial has bars of its own
+        say(str(start))
 
     with shown:
-        yield Callbacks(on_step, on_epoch)
+        yield Callbacks(on_step, on_epoch, on_trial)
 
 
 def _milestones(epochs: int) -> set[int]:

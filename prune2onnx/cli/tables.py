@@ -109,7 +109,8 @@ def report_table(report: Report) -> Table:
         c, d = report.validation["dense_error"], report.validation["error"]
         table.add_row("validation error", f"{c:.2f} %", f"{d:.2f} %", f"{d - c:+.2f}")
     folded = "folded on load" if report.folded else "NOT folded: decoded at every inference"
-    table.add_row("density", "100 %", f"{100 * report.density:.2f} %", "")
+    counted = f"counts {report.counted}" if report.counted else ""
+    table.add_row("density", "100 %", f"{100 * report.density:.2f} %", counted)
     if report.max_abs_diff is None:
         outputs = f"the network was not run: {report.skipped}"
     else:

@@ -236,7 +236,9 @@ def sweep(
                 cpu=cpu,
                 on_note=on_note,
                 callbacks=Callbacks(
-                    lambda step: shown[0].on_step(step), lambda epoch: shown[0].on_epoch(epoch)
+                    lambda step: shown[0].on_step(step),
+                    lambda epoch: shown[0].on_epoch(epoch),
+                    lambda trial: shown[0].on_trial(trial),
                 ),
             )
         except KeyboardInterrupt:

@@ -9,7 +9,6 @@ This module has the order of the steps; each step lives in a module of its own.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +28,7 @@ from prune2onnx.packing.pack import Packed, pack
 from prune2onnx.runs.budget import Search, Trial, goals
 from prune2onnx.runs.defaults import MAX_DROP, Int8Options
 from prune2onnx.runs.folder import DENSE, HISTORY, MODEL, PAGE, RECIPE, REPORT
-from prune2onnx.runs.history import Callbacks, Epoch
+from prune2onnx.runs.history import Callbacks, Epoch, TrialStart
 from prune2onnx.runs.pages.page import write_page
 from prune2onnx.runs.recipe import MACS, Recipe
 from prune2onnx.runs.report import Report
@@ -51,7 +50,7 @@ from prune2onnx.training.fit import (
     with_epochs,
 )
 from prune2onnx.training.fold import has_batch_norm
-from prune2onnx.training.model import Network, make_model
+from prune2onnx.training.model import Network, check_parameters, copied, make_model
 from prune2onnx.training.scoring import check_output, scores_of
 
 _CHECKPOINTS = "checkpoints"
@@ -167,7 +166,8 @@ def _run(
         )
 
     if recipe.searches and recipe.first_phase != "tune":
-        fitted = _search(model, recipe, data, checkpoints, run, deployment)
+        watching = callbacks if callbacks and accelerator.is_main_process else Callbacks()
+        fitted = _search(model, recipe, data, checkpoints, run, deployment, watching.on_trial)
     else:
         fitted = run(model, recipe, checkpoints, recipe.first_phase, "quantize")
     if not accelerator.is_main_process:
@@ -264,6 +264,7 @@ def _deploy(
             macs=after / before,
             drop=chosen.error - fitted.dense_error,
         ),
+        parameters={"pruned": fitted.size, "others": fitted.others},
         validation={"dense_error": fitted.dense_error, "error": chosen.error},
         notes=(*chosen.notes, *_on_zeros(report, after / before, chosen.is_float, recipe)),
     )
@@ -340,6 +341,7 @@ def _search(
     checkpoints: Path,
     run: Callable[[Network, Recipe, Path, str, str], Fitted],
     deployment: Deployment,
+    on_trial: Callable[[TrialStart], None],
 ) -> Fitted:
     """The smallest, or fastest, network within the allowed accuracy loss.
 
@@ -357,8 +359,11 @@ def _search(
     best: Fitted | None = None
     while (fraction := search.next()) is not None:
         tried = recipe.model_copy(update={aim: fraction})
-        folder = checkpoints / f"trial-{1 + len(search.trials)}"
-        fitted = run(copy.deepcopy(model), tried, folder, "prune", "quantize")
+        number = 1 + len(search.trials)
+        what = aim.removeprefix("target_").replace("macs", "multiply-adds")
+        on_trial(TrialStart(number, recipe.trials, what, fraction))
+        folder = checkpoints / f"trial-{number}"
+        fitted = run(copied(model), tried, folder, "prune", "quantize")
         error = fitted.error
         if recipe.goal == "size":
             cost = deployment.nbytes(fitted.model, fitted.steps)
@@ -385,6 +390,7 @@ def prepared(recipe: Recipe) -> tuple[Network, Data, Template]:
     model = make_model(recipe, data)
     check_images(recipe.augment, data.input_shape)
     check_output(model, data)
+    check_parameters(model, recipe)
     return model, data, Template(model, data.input_shape, opset=recipe.opset)
 
 

@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.pruning.channel_groups import Producer, blocks_of, counts_of, original, squares_of
+from prune2onnx.pruning.computed import parametrize_own, remedy, unparametrize_own
 from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
 from prune2onnx.pruning.selection import channel_axis, prunable_weights
 from prune2onnx.pruning.weights import scaled
@@ -131,7 +131,7 @@ class ChannelThresholds(nn.Module):
         branches = [] if isinstance(producer, Tensor) else self.branches_of(producer)
         self.gates.append((module, name))
         gate = _Gate(self, groups.to(self.rho.device), branches, axis)
-        parametrize.register_parametrization(module, name, gate)
+        parametrize_own(module, name, gate)
 
     def branches_of(self, producer: Producer) -> list[int]:
         """The branches that end in a layer, as indices of `measure`."""
@@ -278,7 +278,7 @@ class ChannelThresholds(nn.Module):
             factor = self.factor()
             values = [getattr(module, name).clone() for module, name in self.gates]
             for (module, name), value in zip(self.gates, values, strict=True):
-                parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+                unparametrize_own(module, name)
                 getattr(module, name).copy_(value)
             for producer in self.producers:  # weights whose output BatchNorm multiplies with zero
                 alive = factor[producer.groups.to(factor.device)] != 0
@@ -360,7 +360,7 @@ def prune_channels(
     holders = prunable_weights(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # a weight that layers share has several names, and the graph may use another one
-    known_as = {id(parameters[name]): name for name in holders}
+    known_as = {id(parameters[name]): name for name in holders if name in parameters}
     behind = {layer: norm for norm, layer in norms.items()}
     fixed = torch.tensor(structure.fixed)
     producers: dict[str, Producer] = {}
@@ -368,13 +368,15 @@ def prune_channels(
         weight = known_as.get(id(parameters.get(layer.weight)), "")
         modules = holders[weight] if weight in chosen else ()
         axis = channel_axis(modules[0]) if modules else 0
+        norm_name = behind.get(weight.removesuffix(".weight"))
+        norm = None if norm_name is None else model.get_submodule(norm_name)
+        if any(remedy(one, name) for one in (*modules, norm) if one for name in ("weight", "bias")):
+            modules = ()  # its tensors are computed: a factor on them would not last
         if not modules or original(modules[0], "weight").shape[axis] != len(layer.rows):
             for ids in (layer.rows, layer.columns):
                 if ids is not None:
                     fixed[torch.tensor(ids)] = True
         elif weight not in producers:
-            norm_name = behind.get(weight.removesuffix(".weight"))
-            norm = None if norm_name is None else model.get_submodule(norm_name)
             producers[weight] = Producer(modules, norm, axis, torch.tensor(layer.rows))
     alone = []
     for lone in structure.norms:

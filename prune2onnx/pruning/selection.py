@@ -15,6 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.pruning.computed import remedy
 
 # Layer type -> the axis of its output channels in `weight`.
 PRUNABLE: dict[type[nn.Module], int] = {
@@ -97,6 +98,11 @@ def prunable_weights(model: nn.Module) -> dict[str, tuple[nn.Module, ...]]:
     return {name: tuple(modules) for name, modules in holders.values()}
 
 
+def _holds(module: nn.Module) -> bool:
+    """Whether a module holds parameters itself."""
+    return next(module.parameters(recurse=False), None) is not None
+
+
 def channel_axis(layer: nn.Module) -> int:
     """The axis of a prunable layer's weight along which its output channels lie."""
     return next(axis for type_, axis in PRUNABLE.items() if isinstance(layer, type_))
@@ -113,11 +119,36 @@ def selected_weights(
     """
     names = list(prunable_weights(model))
     if not names:
+        types = ", ".join(dict.fromkeys(type(m).__name__ for m in model.modules() if _holds(m)))
+        where = f"its parameters are in {types}" if types else "it has no parameters"
         raise Prune2OnnxError(
-            f"{type(model).__name__}: no layer to prune; "
-            f"expected at least one of {', '.join(t.__name__ for t in PRUNABLE)}"
+            f"{type(model).__name__}: no layer to prune, expected at least one of "
+            f"{', '.join(t.__name__ for t in PRUNABLE)}; "
+            f"{where}"
         )
     chosen = select(names, include, "include") - select(names, exclude, "exclude")
     if not chosen:
         raise RecipeError("include and exclude leave no weight to prune")
     return tuple(name for name in names if name in chosen)
+
+
+def checked_weights(
+    model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> dict[str, tuple[nn.Module, ...]]:
+    """The weights that patterns select, each with the layers that hold it, fit to be pruned.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or nothing is left.
+        Prune2OnnxError: the model has no prunable layer, or a weight is computed by its layer, not
+            finite, not initialised, or shared with a layer of another type.
+    """
+    holders = prunable_weights(model)
+    chosen = {name: holders[name] for name in selected_weights(model, include, exclude)}
+    for name, modules in chosen.items():
+        for module in modules:
+            if what := remedy(module, "weight"):
+                raise Prune2OnnxError(f"{name}: {what}, or exclude the layer")
+        weight: Any = modules[0].weight
+        check_weight(name, weight)
+        check_ties(name, weight, modules, model)
+    return chosen

@@ -1,4 +1,4 @@
-"""Learned thresholds on the weights of a module: prune, penalty, density, bake, hold_zeros.
+"""Learned thresholds on the weights of a module: prune, penalty, density, bake.
 
 These calls are all a training loop needs::
 
@@ -8,80 +8,29 @@ These calls are all a training loop needs::
     hold_zeros(model, masks)                       # which stay zero in fine-tuning
 
 Built on `torch.nn.utils.parametrize`: the dense tensor stays at `parametrizations.weight.original`
-and keeps its identity, so an optimizer that holds it goes on. Thresholds on whole channels are in
-`channels`; the training loop is in `training`.
+and keeps its identity, so an optimizer that holds it goes on. `hold_zeros` is in `holding`,
+thresholds on whole channels are in `channels`; the training loop is in `training`.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils.hooks import RemovableHandle
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.pruning.computed import parametrize_own, unparametrize_own
+from prune2onnx.pruning.coverage import Density, LayerDensity, other_parameters, warn_of_others
 from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
 from prune2onnx.pruning.granularity import GRANULARITIES
 from prune2onnx.pruning.rate import survivor_bits
-from prune2onnx.pruning.selection import (
-    channel_axis,
-    check_ties,
-    check_weight,
-    prunable_weights,
-    select,
-    selected_weights,
-)
-
-
-@dataclass(frozen=True)
-class LayerDensity:
-    """Survivors of one weight.
-
-    Attributes:
-        name: the weight's name in the unpruned state_dict.
-        nnz: elements that survive.
-        size: elements.
-        threshold: the learned threshold, or the mean of one per channel, in units of the group's
-            measure; None for a weight without one.
-    """
-
-    name: str
-    nnz: int
-    size: int
-    threshold: float | None
-
-    @property
-    def density(self) -> float:
-        """Survivors over elements, 0-1."""
-        return self.nnz / self.size if self.size else 0.0
-
-
-@dataclass(frozen=True)
-class Density:
-    """Survivors of all pruned weights, per layer and in total."""
-
-    layers: tuple[LayerDensity, ...]
-
-    @property
-    def nnz(self) -> int:
-        """Surviving elements over all layers."""
-        return sum(layer.nnz for layer in self.layers)
-
-    @property
-    def size(self) -> int:
-        """Elements over all layers."""
-        return sum(layer.size for layer in self.layers)
-
-    @property
-    def total(self) -> float:
-        """Survivors over elements of all layers, 0-1."""
-        return self.nnz / self.size if self.size else 0.0
+from prune2onnx.pruning.selection import channel_axis, checked_weights, prunable_weights, select
+from prune2onnx.pruning.wrappers import refuse_distributed, unwrapped
 
 
 class _LearnedThreshold(nn.Module):
@@ -226,7 +175,8 @@ def prune(
     them, for a group of their own).
 
     Args:
-        model: any module; Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers are considered.
+        model: any module, or DataParallel, AveragedModel or torch.compile around one; Linear,
+            Conv1d/2d/3d and ConvTranspose1d/2d/3d layers are considered.
         function: a name in `FUNCTIONS`.
         granularity: "weight", or "channel": an output channel is pruned as a whole.
         thresholds: one per "layer", or one per "channel".
@@ -244,7 +194,11 @@ def prune(
     Raises:
         RecipeError: an unknown choice, a number out of range, a pattern that matches nothing.
         Prune2OnnxError: no layer to prune, a weight that is not finite, not initialised or
-            already parametrized; the model is left as it was.
+            computed by its layer, or a DistributedDataParallel; the model is left as it was.
+
+    Warns:
+        PruningWarning: a quarter of the parameters or more are in matrices that cannot be pruned,
+            such as those of LSTM, Embedding or MultiheadAttention.
     """
     _known(function, FUNCTIONS, "pruning function")
     _known(granularity, GRANULARITIES, "granularity")
@@ -254,6 +208,9 @@ def prune(
             raise RecipeError(f"{what} is {value}, expected a positive number")
     if not 0 <= balance < float("inf"):
         raise RecipeError(f"balance is {balance}, expected zero or a positive number")
+    wrapper = model
+    refuse_distributed(wrapper, "pruned")
+    model = unwrapped(wrapper)
     holders = prunable_weights(model)
     factors = dict.fromkeys(holders, 1.0)
     for pattern, factor in (importance or {}).items():
@@ -263,21 +220,8 @@ def prune(
             factors[name] *= factor
 
     planned: list[tuple[_LearnedThreshold, tuple[nn.Module, ...]]] = []
-    for name in selected_weights(model, include, exclude):
-        modules = holders[name]
-        if any(parametrize.is_parametrized(module, "weight") for module in modules):
-            raise Prune2OnnxError(
-                f"{name}: already parametrized; bake or remove that parametrization first, "
-                "or exclude the layer"
-            )
-        weight = modules[0].weight
-        if not isinstance(weight, nn.Parameter):
-            raise Prune2OnnxError(
-                f"{name}: a {type(weight).__name__} computed by the layer, expected a parameter; "
-                "remove the old-style weight_norm or spectral_norm, or exclude the layer"
-            )
-        check_weight(name, weight)
-        check_ties(name, weight, modules, model)
+    for name, modules in checked_weights(model, include, exclude).items():
+        weight = cast(nn.Parameter, modules[0].weight)
         axis = channel_axis(modules[0])
         learned = _LearnedThreshold(
             name,
@@ -292,13 +236,14 @@ def prune(
         learned.importance = factors[name]
         planned.append((learned, modules))
     largest = max(modules[0].weight.numel() for _, modules in planned)  # type: ignore[operator]
+    warn_of_others(model)
     for learned, modules in planned:
         size = cast(Tensor, modules[0].weight).numel()
         learned.importance *= (size / largest) ** balance
         learned.train(modules[0].training)
         for module in modules:
-            parametrize.register_parametrization(module, "weight", learned)
-    return model
+            parametrize_own(module, "weight", learned)
+    return wrapper
 
 
 def weigh_by_bits(model: nn.Module) -> None:
@@ -332,6 +277,28 @@ def penalty(model: nn.Module) -> Tensor:
     return torch.stack(counts).sum()
 
 
+def add_gradients(loss: Tensor, model: nn.Module) -> None:
+    """Adds the gradients of a loss to those that a model's parameters have.
+
+    As `loss.backward()`, but DistributedDataParallel does not notice. So a penalty may reach
+    weights that forward did not use, which that wrapper refuses where it looks for unused
+    parameters. Its gradient is the same in all processes, so nothing has to be averaged.
+
+    Args:
+        loss: a scalar that depends on parameters alone, not on data.
+        model: has the parameters.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = gradient
+        else:
+            parameter.grad.add_(gradient)
+
+
 def thresholds_of(model: nn.Module) -> list[nn.Parameter]:
     """The parameters behind the learned thresholds, for an optimizer group of their own."""
     return [site.threshold.rho for site in _sites(model)]
@@ -363,8 +330,9 @@ def density(model: nn.Module) -> Density:
     """Survivors per layer and in total, before or after `bake`.
 
     Counts the weights that have a learned threshold; in a model without any, the nonzeros of every
-    Linear and convolution weight.
+    Linear and convolution weight. The result lists the other parameters, too.
     """
+    model = unwrapped(model)
     with torch.no_grad():
         layers = tuple(
             LayerDensity(
@@ -381,7 +349,7 @@ def density(model: nn.Module) -> Density:
                 LayerDensity(name, int(torch.count_nonzero(weight)), weight.numel(), None)
                 for name, weight in weights.items()
             )
-    return Density(layers)
+    return Density(layers, tuple(other_parameters(model, [layer.name for layer in layers])))
 
 
 def bake(model: nn.Module) -> dict[str, Tensor]:
@@ -394,14 +362,9 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
         Weight name -> bool mask of the weight's shape, True where it survived.
 
     Raises:
-        Prune2OnnxError: the model has no learned threshold, or is one of torch's wrappers for
-            several devices, which hold on to the parameters that go.
+        Prune2OnnxError: the model has no learned threshold, or is in a DistributedDataParallel.
     """
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise Prune2OnnxError(
-            f"a {type(model).__name__} cannot be baked; bake the module inside (its .module), then "
-            "wrap that anew"
-        )
+    refuse_distributed(model, "baked")
     sites = list(_sites(model))
     if not sites:
         raise Prune2OnnxError(
@@ -415,33 +378,5 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
             masks[site.threshold.name] = site.threshold.alive(site.original).clone()
             site.original.copy_(baked)
         for module in site.modules:
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            unparametrize_own(module, "weight")
     return masks
-
-
-def hold_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> Callable[[], None]:
-    """Keeps pruned elements at zero while the survivors are trained on.
-
-    Their gradients become zero, so an optimizer that does not update a zero element with zero
-    gradients (SGD, Adam, AdamW) never moves them. Make a new optimizer first: an old one still has
-    their momentum.
-
-    Args:
-        model: the baked model.
-        masks: what `bake` returned.
-
-    Returns:
-        A function that ends this.
-    """
-    handles: list[RemovableHandle] = []
-    for name, mask in masks.items():
-        parameter = model.get_parameter(name)
-        if parameter.requires_grad:  # a frozen one does not move
-            hook = partial(torch.mul, mask)
-            handles.append(parameter.register_hook(hook))  # type: ignore[no-untyped-call]
-
-    def release() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return release

@@ -167,4 +167,6 @@ def over_seeds(points: Iterable[Point]) -> dict[str, Any]:
 def _shown(what: str, limit: float) -> str:
     if what == "size":
         return f"{limit:,.0f} bytes"
-    return f"density {100 * limit:g} %" if what == "density" else f"accuracy loss {limit:g} points"
+    if what == "density":
+        return f"density {100 * limit:g} %"
+    return f"accuracy loss {limit:g} point{'' if limit == 1 else 's'}"

@@ -60,13 +60,38 @@ def _ignore(_: object) -> None:
 
 
 @dataclass(frozen=True)
+class TrialStart:
+    """A trial of a search for the smallest network within a budget, which now begins.
+
+    Attributes:
+        number: from 1 on.
+        most: trials at most.
+        what: "density", or "multiply-adds".
+        fraction: to which the trial prunes, 0-1.
+    """
+
+    number: int
+    most: int
+    what: str
+    fraction: float
+
+    def __str__(self) -> str:
+        """In words: 'trial 2 of at most 6, density 3.5 %'."""
+        return (
+            f"trial {self.number} of at most {self.most}, {self.what} {100 * self.fraction:.3g} %"
+        )
+
+
+@dataclass(frozen=True)
 class Callbacks:
     """Functions that are called with the progress of training, in the main process.
 
     Attributes:
         on_step: called every few steps.
         on_epoch: called after each epoch.
+        on_trial: called before each trial of a search (`max_drop`).
     """
 
     on_step: Callable[[Step], None] = _ignore
     on_epoch: Callable[[Epoch], None] = _ignore
+    on_trial: Callable[[TrialStart], None] = _ignore

@@ -138,21 +138,35 @@ class Goal:
         return "met" if self.met else f"missed by {self.text(self.reached - self.limit)}"
 
     def __str__(self) -> str:
-        """In words: 'size 11,980 bytes of 12,000 bytes (met)'."""
-        what = "accuracy loss" if self.what == "drop" else self.what
-        return f"{what} {self.text(self.reached)} of {self.text(self.limit)} ({self.verdict})"
+        """In words: 'size 11,980 bytes of 12,000 bytes (met)'.
+
+        >>> print(Goal("drop", 1.0, -2.083))
+        error 2.08 points lower than dense, 1 point allowed (met)
+        """
+        reached, limit = self.text(abs(self.reached)), self.text(self.limit)
+        if self.what != "drop":
+            return f"{self.what} {reached} of {limit} ({self.verdict})"
+        change = "the same as dense"
+        if self.reached:
+            change = f"{reached} {'higher' if self.reached > 0 else 'lower'} than dense"
+        return f"error {change}, {limit} allowed ({self.verdict})"
 
     def text(self, value: float) -> str:
         """A value with its unit."""
         if self.what == "size":
-            return f"{value:,.0f} bytes"
+            return _counted(f"{value:,.0f}", "byte")
         if self.what == "drop":
-            return f"{value:.3g} points"
+            return _counted(f"{value:.3g}", "point")
         return f"{100 * value:.3g} %"
 
     def to_dict(self) -> dict[str, Any]:
         """The goal as it stands in report.json."""
         return asdict(self) | {"met": self.met}
+
+
+def _counted(number: str, unit: str) -> str:
+    """A number and its unit, in the singular or the plural: '1 point', '2 points'."""
+    return f"{number} {unit}" if number in ("1", "-1") else f"{number} {unit}s"
 
 
 @dataclass(frozen=True)
@@ -176,6 +190,8 @@ class Report:
             choices were made; None where nothing was chosen.
         notes: further remarks, in words.
         paired: both files' right and wrong answers; None without data.
+        parameters: of the network: "pruned" are elements of the pruned weights, which the density
+            counts, "others" those of all other parameters; None where the file alone is known.
     """
 
     version: str
@@ -192,11 +208,20 @@ class Report:
     validation: dict[str, float] | None = None
     notes: tuple[str, ...] = ()
     paired: Paired | None = None
+    parameters: dict[str, int] | None = None
 
     @property
     def missed(self) -> tuple[Goal, ...]:
         """The budgets that were not met."""
         return tuple(goal for goal in self.budget if not goal.met)
+
+    @property
+    def counted(self) -> str:
+        """What the density counts, in words: '4,224 of 35,716 parameters'; "" where unknown."""
+        if self.parameters is None:
+            return ""
+        pruned = self.parameters["pruned"]
+        return f"{pruned:,} of {pruned + self.parameters['others']:,} parameters"
 
     @property
     def ratio(self) -> float:
@@ -223,6 +248,7 @@ class Report:
             "drop": self.drop,
             "paired": self.paired and asdict(self.paired),
             "density": self.density,
+            "parameters": self.parameters,
             "folded": self.folded,
             "max_abs_diff": self.max_abs_diff,
             "skipped": self.skipped,

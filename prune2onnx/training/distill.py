@@ -6,12 +6,11 @@ network itself before it was pruned; with a weight of 1 labels are not used.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from prune2onnx.pruning import deep_copy
 from prune2onnx.runs.recipe import Recipe
 
 
@@ -24,7 +23,7 @@ class Teacher:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = deep_copy(model).eval().requires_grad_(False)
         self.weight, self.temperature = recipe.distill, recipe.temperature
 
     def loss(self, x: Tensor, y: Tensor, scores: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ Coding weights: see `packing`.
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
+import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,20 +22,32 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.utils import _pytree
 
 from prune2onnx.errors import Prune2OnnxError, first_line, one_line
 from prune2onnx.graph.strip import strip
+from prune2onnx.pruning import deep_copy, unwrapped, with_plain_parameters
 
 # The first with model-local functions; onnxruntime 1.17 reads up to 9.
 _IR_VERSION = 8
+
+# to find in what torch prints what matters to a user
+_TORCH = str(Path(torch.__file__).parent)
+_PLACE = re.compile(r'File "(?P<path>[^"]+)", line (?P<line>\d+), in \S+\n\s*(?P<code>\S[^\n]*)')
+_OPERATOR = re.compile(r"No ONNX function found for <OpOverload\(op='([^']+)'")
+_INTEGERS = re.compile(r"scalar types?: .*Long|expected scalar type Long|must be long", re.I)
+_GUIDE = "torch.export's guide says what a forward may do"
 
 
 def export(model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> onnx.ModelProto:
     """Exports a model in evaluation mode with a dynamic batch.
 
     Args:
-        model: takes one [n, *input_shape] float32 tensor, returns one tensor; not modified.
+        model: takes one [n, *input_shape] float32 tensor, returns one tensor; not modified. Weights
+            that a layer computes (under a parametrization, an older weight_norm or spectral_norm,
+            a mask of torch.nn.utils.prune) are stored as they are, under the layer's own name.
         input_shape: of one example.
         opset: ONNX operator set, 18 or newer.
 
@@ -43,11 +57,14 @@ def export(model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> 
         so; BatchNorm that the exporter folds into a layer changes that layer's values.
 
     Raises:
-        Prune2OnnxError: torch cannot trace or translate the model; the cause is in the message.
+        Prune2OnnxError: torch cannot trace or translate the model, or the graph takes one batch
+            size alone; the cause is in the message.
     """
     example = torch.zeros(2, *input_shape)
+    model = unwrapped(model)
+    _check_model(model)
+    model = with_plain_parameters(deep_copy(model).cpu().eval())
     try:
-        model = copy.deepcopy(model).cpu().eval()
         with _silenced():
             program = torch.onnx.export(
                 model,
@@ -59,25 +76,46 @@ def export(model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> 
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
                 verbose=False,
             )
-    except Exception as error:
-        raise Prune2OnnxError(
-            f"{type(model).__name__}: torch.onnx cannot export the model: "
-            f"{type(error).__name__}: {first_line(error)}; "
-            "see torch.export's guide for what a forward may do"
-        ) from error
+    except Exception as error:  # whatever the user's code raises, and more
+        raise cannot_export(model, example, error) from error
     assert program is not None  # dynamo=True always returns one
     proto = program.model_proto
+    if not proto.graph.output:
+        raise cannot_export(model, example, ValueError("the graph has no output"))
     _restore_names(proto, model)
     proto = strip(proto).model
     proto.ir_version = _IR_VERSION
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        reason = one_line(error)[:300]
-        raise Prune2OnnxError(
-            f"{type(model).__name__}: the exported graph is not valid ONNX: {reason}"
-        ) from error
+        raise invalid_graph(model, example, error) from error
+    _check_batch(proto, model)
     return proto
+
+
+def _check_model(model: nn.Module) -> None:
+    """Checks that a model can be traced at all."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: torch.onnx cannot export a compiled torch.jit module; give "
+            "the module that it was made from"
+        )
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise Prune2OnnxError(
+                f"{name}: not initialised yet (a lazy layer); run one batch through the model first"
+            )
+
+
+def _check_batch(proto: onnx.ModelProto, model: nn.Module) -> None:
+    """Checks that the graph takes any batch: torch fixes its size where forward depends on it."""
+    size = proto.graph.input[0].type.tensor_type.shape.dim[0]
+    if not size.dim_param:
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: forward fixes the batch size: the exported graph takes "
+            f"{size.dim_value} examples and no other number; replace loops over examples, choices "
+            "by len(x), and sizes written as numbers (x.shape[0] or -1 instead)"
+        )
 
 
 class Template:
@@ -91,7 +129,7 @@ class Template:
 
     def __init__(self, model: nn.Module, input_shape: Sequence[int], *, opset: int = 18) -> None:
         self._shape, self._opset = tuple(input_shape), opset
-        model = copy.deepcopy(model)
+        model = with_plain_parameters(deep_copy(unwrapped(model)))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():  # random values identify an initializer, and whether it is transposed
             for parameter in model.parameters():
@@ -117,7 +155,7 @@ class Template:
             return export(model, self._shape, opset=self._opset)
         graph = onnx.ModelProto()
         graph.CopyFrom(self._graph)
-        state = _arrays(model)
+        state = _arrays(with_plain_parameters(unwrapped(model)))
         for tensor in graph.graph.initializer:
             if tensor.name in self._transposed:
                 array = _transposed_if(state[tensor.name], self._transposed[tensor.name])
@@ -129,12 +167,13 @@ class Template:
 
         Writes nothing if one of them is not a parameter: some of a change would change outputs.
         """
-        if not self.exact or not values.keys() <= self._transposed.keys():
+        own = model.state_dict()
+        if not self.exact or not values.keys() <= self._transposed.keys() & own.keys():
             return
         with torch.no_grad():
             for name, array in values.items():
-                own = _transposed_if(array, self._transposed[name])
-                model.state_dict()[name].copy_(torch.from_numpy(own.copy()))
+                value = _transposed_if(array, self._transposed[name])
+                own[name].copy_(torch.from_numpy(value.copy()))
 
 
 def _arrays(model: nn.Module) -> dict[str, NDArray[Any]]:
@@ -148,9 +187,8 @@ def _transposed_if(array: NDArray[Any], transposed: bool) -> NDArray[Any]:
 @contextlib.contextmanager
 def _silenced() -> Iterator[None]:
     """Keeps the exporter's progress, notices and deprecation warnings off the terminal."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)  # torch's parts have loggers, and streams, of their own
     try:
         with (
             warnings.catch_warnings(),
@@ -160,7 +198,7 @@ def _silenced() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        logging.disable(before)
 
 
 def _restore_names(proto: onnx.ModelProto, model: nn.Module) -> None:
@@ -185,3 +223,104 @@ def _restore_names(proto: onnx.ModelProto, model: nn.Module) -> None:
     for node in graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
+
+
+# -- why torch could not ---------------------------------------------------------------------------
+
+
+def cannot_export(model: nn.Module, example: Tensor, error: Exception) -> Prune2OnnxError:
+    """The error that says why a model cannot be exported, and what to do.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        example: the input with which torch tried.
+        error: what torch raised.
+    """
+    cause = _cause(model, example, error)
+    return Prune2OnnxError(f"{type(model).__name__}: torch.onnx cannot export the model: {cause}")
+
+
+def cannot_trace(model: nn.Module, example: Tensor, error: Exception) -> Prune2OnnxError:
+    """The error that says why BatchNorm cannot be folded; arguments as above."""
+    cause = _cause(model, example, error)
+    return Prune2OnnxError(
+        f"{type(model).__name__}: torch.export cannot trace the model, which folding BatchNorm "
+        f"needs: {cause}"
+    )
+
+
+def invalid_graph(model: nn.Module, example: Tensor, error: Exception) -> Prune2OnnxError:
+    """The error for a graph that torch made and the checker refuses; arguments as above."""
+    cause = _fails_itself(model, example) or one_line(error)[:300]
+    return Prune2OnnxError(f"{type(model).__name__}: the exported graph is not valid ONNX: {cause}")
+
+
+def _cause(model: nn.Module, example: Tensor, error: Exception) -> str:
+    known = _fails_itself(model, example) or _dynamic(error) or _unknown_operator(error)
+    if known is not None:
+        return known
+    root = _chain(error)[-1]
+    return f"{type(root).__name__}: {first_line(root)}{_at(root)}; {_GUIDE}"
+
+
+def _fails_itself(model: nn.Module, example: Tensor) -> str | None:
+    """The failure of the model's own forward, which torch.export reports at length."""
+    given = f"a {str(example.dtype).removeprefix('torch.')} input {list(example.shape)}"
+    try:
+        with torch.no_grad():
+            outputs = model(example)
+    except Exception as error:  # whatever the user's code raises
+        text = first_line(error)
+        advice = f"it was given {given}"
+        if isinstance(error, TypeError) and "positional argument" in text:
+            advice = "it is given one tensor; wrap the model in a module that takes one"
+        elif _INTEGERS.search(text):
+            advice += "; convert it inside forward, as by x.long()"
+        elif "dtype" in text:
+            advice += "; convert the model by model.float()"
+        return f"its forward fails: {type(error).__name__}: {text}{_at(error)}; {advice}"
+    if not any(isinstance(leaf, Tensor) for leaf in _pytree.tree_leaves(outputs)):
+        return f"its forward returns a {type(outputs).__name__}, expected a tensor"
+    return None
+
+
+def _dynamic(error: Exception) -> str | None:
+    """Control flow that depends on values, which are not known while the graph is made."""
+    for one in _chain(error):
+        if "DataDependent" in type(one).__name__ or "data-dependent" in first_line(one):
+            place = _PLACE.search(str(one))
+            where = ""
+            if place is not None:
+                where = f" ({Path(place['path']).name}:{place['line']}: {place['code']})"
+            return (
+                f"its forward decides by values of its input{where}, and a graph has one path for "
+                "all; use torch.where, or torch.cond"
+            )
+    return None
+
+
+def _unknown_operator(error: Exception) -> str | None:
+    for one in _chain(error):
+        if found := _OPERATOR.search(str(one)):
+            return f"ONNX has no operator for {found[1]}; compute it otherwise in forward"
+    return None
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """The error and its causes, the innermost last."""
+    return list(_causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _at(error: BaseException) -> str:
+    """The last line outside of torch that led to an error: ' (net.py:12)'; '' if there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith((_TORCH, str(Path(__file__).parent)))]
+    if not own:
+        return ""
+    return f" ({Path(own[-1].filename).name}:{own[-1].lineno})"

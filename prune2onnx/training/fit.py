@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from prune2onnx.data import Data
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
 from prune2onnx.files import write_whole
+from prune2onnx.pruning import other_parameters, unwrapped
 from prune2onnx.runs.history import Callbacks, Epoch
 from prune2onnx.runs.recipe import PHASES, Recipe
 from prune2onnx.training.augment import check_images
@@ -29,6 +31,7 @@ from prune2onnx.training.checkpoint import Checkpoints, plain_state
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.loop import Run
+from prune2onnx.training.model import check_parameters
 from prune2onnx.training.phases import train_phase
 from prune2onnx.training.scoring import check_output
 
@@ -50,6 +53,7 @@ class Fitted:
             the dense phase was run.
         error: percent of the validation split, of `model`.
         steps: name of a weight on levels -> the step of which its values are multiples.
+        others: elements of the parameters that are not among the pruned weights.
     """
 
     model: nn.Module
@@ -59,13 +63,18 @@ class Fitted:
     dense_error: float
     error: float
     steps: Mapping[str, float]
+    others: int = 0
+
+    @property
+    def size(self) -> int:
+        """Elements of the pruned weights."""
+        return sum(self.model.get_parameter(name).numel() for name in self.pruned)
 
     @property
     def density(self) -> float:
         """Nonzeros over elements of the pruned weights, 0-1."""
         weights = [self.model.get_parameter(name) for name in self.pruned]
-        left = sum(int(torch.count_nonzero(weight)) for weight in weights)
-        return left / sum(weight.numel() for weight in weights)
+        return sum(int(torch.count_nonzero(weight)) for weight in weights) / self.size
 
 
 def with_epochs(recipe: Recipe, examples: int) -> Recipe:
@@ -98,6 +107,8 @@ def make_accelerator(recipe: Recipe, *, cpu: bool = False) -> Accelerator:
     """
     # a network may have a layer that its forward does not use
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        cpu = True  # else accelerate would take each of torchrun's processes to be alone
     try:
         return Accelerator(cpu=cpu, mixed_precision=recipe.precision, kwargs_handlers=[unused])
     except ValueError as error:
@@ -163,7 +174,8 @@ def fit(
 
     Raises:
         Prune2OnnxError: the loss became NaN or infinite (with phase, epoch and step), the model's
-            output has the wrong shape, or a checkpoint does not fit the model.
+            output has the wrong shape, it has nothing to train or to prune, or a checkpoint does
+            not fit it.
     """
     accelerator = accelerator or make_accelerator(recipe)
     if recipe.batch_size % accelerator.num_processes:
@@ -179,9 +191,11 @@ def fit(
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     recipe = with_epochs(recipe, len(data.train))
+    model = unwrapped(model)
     model = model.to(accelerator.device)
     check_images(recipe.augment, data.input_shape)
     check_output(model, data, accelerator.device)
+    check_parameters(model, recipe, prunes=stop != "dense")
     _channels_last(model, data, accelerator.device)
     settings = f"{recipe.to_yaml()}{len(data.train)} training examples"
     kept = Checkpoints(checkpoints, accelerator, hashlib.sha256(settings.encode()).hexdigest())
@@ -210,6 +224,7 @@ def fit(
         history=tuple(run.state.history),
         dense_error=run.dense_error,
         steps=run.state.steps,
+        others=sum(other.size for other in other_parameters(model, run.state.pruned)),
     )
 
 

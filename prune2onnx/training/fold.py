@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from prune2onnx.errors import Prune2OnnxError, first_line
+from prune2onnx.pruning import with_plain_parameters
+from prune2onnx.pruning.wrappers import refuse_distributed, unwrapped
+from prune2onnx.training.export import cannot_trace
 
 # The operators that BatchNorm may follow. A layer's type must be one of `_LAYERS`, too: a
 # subclass may use its weight and bias in another way.
@@ -53,18 +55,17 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> dict[str, str]:
         Name of each BatchNorm layer that became `Identity` -> name of the layer it went into.
 
     Raises:
-        Prune2OnnxError: torch cannot trace the model.
+        Prune2OnnxError: torch cannot trace the model, or it is in a DistributedDataParallel.
     """
+    refuse_distributed(model, "folded")
+    model = unwrapped(model)
     model.eval()
     if not has_batch_norm(model):
         return {}
     try:
-        program = torch.export.export(model, (example,))
+        program = torch.export.export(with_plain_parameters(model), (example,))
     except Exception as error:  # the tracer raises what the model's code raises, and more
-        raise Prune2OnnxError(
-            f"{type(model).__name__}: torch.export cannot trace the model, which folding "
-            f"BatchNorm needs: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise cannot_trace(model, example, error) from error
     names = program.graph_signature.inputs_to_parameters
     folded = {}
     for node in program.graph.nodes:
@@ -84,6 +85,8 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> dict[str, str]:
         norm: Any = model.get_submodule(norm_name)
         if type(layer) not in _LAYERS or attribute != "weight":
             continue
+        if not _is_plain(layer) or not _is_plain(norm):
+            continue
         if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_mean is None:
             continue
         if isinstance(layer, nn.Linear) and before.meta["val"].ndim != 2:
@@ -92,6 +95,11 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> dict[str, str]:
         model.set_submodule(norm_name, nn.Identity())
         folded[norm_name] = layer_name
     return folded
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether weight and bias are parameters, not computed by the module."""
+    return {"weight", "bias"} <= module._parameters.keys()
 
 
 def _fold(layer: Any, norm: Any) -> None:

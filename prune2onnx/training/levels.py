@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.pruning.computed import parametrize_own, unparametrize_own
 from prune2onnx.pruning.rate import survivor_bits
+from prune2onnx.pruning.wrappers import refuse_distributed, unwrapped
 
 MOST_LEVELS = 127
 """Largest level: that of a signed byte."""
@@ -148,10 +150,19 @@ def put_on_levels(
         The same model.
 
     Raises:
-        Prune2OnnxError: a largest level out of range, or a value that is not finite; the model is
-            left as it was.
+        Prune2OnnxError: no such parameter, a largest level out of range, a value that is not
+            finite, or a DistributedDataParallel; the model is left as it was.
     """
+    wrapper = model
+    refuse_distributed(wrapper, "put on levels")
+    model = unwrapped(wrapper)
+    known = dict(model.named_parameters(remove_duplicate=False))
     for name, count in largest.items():
+        if name not in known:
+            raise Prune2OnnxError(
+                f"{name}: not a parameter of this {type(model).__name__}; bake it first, and give "
+                "names as in its state_dict"
+            )
         if not 1 <= count <= MOST_LEVELS:
             raise Prune2OnnxError(f"{name}: largest level {count}, expected 1 to {MOST_LEVELS}")
         if not torch.isfinite(model.get_parameter(name)).all():
@@ -169,8 +180,8 @@ def put_on_levels(
             if value is parameter
         ]
         for module, attribute in holders:
-            parametrize.register_parametrization(module, attribute, grid)
-    return model
+            parametrize_own(module, attribute, grid)
+    return wrapper
 
 
 def _grids(model: nn.Module) -> Iterator[tuple[_Levels, nn.Parameter, list[tuple[Any, str]]]]:
@@ -196,13 +207,17 @@ def bake_levels(model: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         Name of the parameter -> its scale, in the order of the modules.
+
+    Raises:
+        Prune2OnnxError: the model is in a DistributedDataParallel.
     """
+    refuse_distributed(model, "baked")
     grids = list(_grids(model))
     for grid, original, holders in grids:
         with torch.no_grad():
             original.copy_(grid.levels(original) * grid.step())
         for module, attribute in holders:
-            parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
+            unparametrize_own(module, attribute)
     return {grid.name: grid.step().detach().clone() for grid, _, _ in grids}
 
 

@@ -7,7 +7,6 @@ resumed run ends in the same bytes. What a phase does to a model before and afte
 
 from __future__ import annotations
 
-import copy
 import math
 import random
 import time
@@ -19,12 +18,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from prune2onnx.data import Data
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.pruning import (
+    add_gradients,
     channel_thresholds_of,
+    deep_copy,
     density,
     penalty,
     survivors,
@@ -142,17 +142,9 @@ class Run:
             return self.teacher.loss(x, y, scores)
 
     def copied(self, model: nn.Module) -> nn.Module:
-        """A copy without mixed precision, whose parametrizations may be removed.
-
-        torch stores their properties in classes that an ordinary copy shares with the original.
-        """
-        model = self.accelerator.unwrap_model(copy.deepcopy(model), keep_fp32_wrapper=False)
-        for module in model.modules():
-            if parametrize.is_parametrized(module):
-                old = type(module)
-                own = {k: v for k, v in vars(old).items() if k not in ("__dict__", "__weakref__")}
-                module.__class__ = type(old.__name__, old.__bases__, own)
-        return model
+        """A copy without mixed precision, whose parametrizations may be removed."""
+        copied: nn.Module = self.accelerator.unwrap_model(deep_copy(model), keep_fp32_wrapper=False)
+        return copied
 
     def facts(self) -> dict[str, Any]:
         """The state, for a checkpoint."""
@@ -219,10 +211,12 @@ class Run:
     ) -> float:
         """Trains for an epoch; returns the mean loss of its steps."""
         order = self.order(phase, epoch)
-        torch.manual_seed(order.seed)  # dropout
-        random.seed(order.seed)  # these two: a user's dataset may draw from them
-        np.random.seed(order.seed % 2**32)
-        drawing = torch.Generator().manual_seed(order.seed + self.accelerator.process_index)
+        # each process has other examples, and draws for them other masks and crops
+        own = order.seed + self.accelerator.process_index
+        torch.manual_seed(own)  # dropout
+        random.seed(own)  # these two: a user's dataset may draw from them
+        np.random.seed(own % 2**32)
+        drawing = torch.Generator().manual_seed(own)
         steps = len(order)
         losses: list[Tensor] = []
         total = 0.0
@@ -266,10 +260,13 @@ class Run:
             alive = channels.left() if channels else survivors(model)
             above = pressure.above(alive, progress)
             added = channels.penalty() if channels else penalty(model)
-            loss = loss + pressure.factor(above) * added
+            added = pressure.factor(above) * added
         optimizer.zero_grad()
         self.accelerator.backward(loss)
         if pressure:
+            scaler = self.accelerator.scaler
+            add_gradients(added if scaler is None else scaler.scale(added), model)
+            loss = loss.detach() + added
             step_with_clamp(optimizer, above)
         else:
             optimizer.step()

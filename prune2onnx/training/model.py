@@ -5,7 +5,6 @@ How such a function is found and called: see `callables`.
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,6 +16,7 @@ from torch import nn
 from prune2onnx.callables import call_with, load_callable, names_of
 from prune2onnx.data import Data
 from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.pruning import checked_weights, deep_copy, unwrapped
 from prune2onnx.runs.recipe import Recipe
 
 # what DistributedDataParallel and torch.compile put before every name
@@ -24,6 +24,33 @@ _WRAPPERS = ("module.", "_orig_mod.", "module.")
 
 Network: TypeAlias = nn.Module
 """A network, for modules that do not import torch."""
+
+
+def copied(model: Network) -> Network:
+    """A copy of a network that shares nothing with it."""
+    return deep_copy(model)
+
+
+def check_parameters(model: Network, recipe: Recipe, *, prunes: bool = True) -> None:
+    """Checks, before anything is trained, that there is something to train and to prune.
+
+    Args:
+        model: a network that was not pruned yet.
+        recipe: says what to prune.
+        prunes: whether it will be pruned at all.
+
+    Raises:
+        RecipeError: a pattern matches no weight, or none is left.
+        Prune2OnnxError: the network has no parameter, or a weight that cannot be pruned.
+    """
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        has = "only frozen parameters" if any(True for _ in model.parameters()) else "no parameters"
+        raise Prune2OnnxError(
+            f"{type(model).__name__}: has {has}, expected at least one to train; check that its "
+            "layers are attributes of the module, or in an nn.ModuleList"
+        )
+    if prunes:
+        checked_weights(model, recipe.prune.include, recipe.prune.exclude)
 
 
 def make_model(recipe: Recipe, data: Data) -> nn.Module:
@@ -45,7 +72,7 @@ def make_model(recipe: Recipe, data: Data) -> nn.Module:
         raise Prune2OnnxError(
             f"{recipe.model}: returned a {type(model).__name__}, expected a torch.nn.Module"
         )
-    model = copy.deepcopy(model)  # a function may return the same object every time
+    model = deep_copy(unwrapped(model))  # a function may return the same object every time
     if recipe.weights is not None:
         _load_weights(model, Path(recipe.weights))
     return model

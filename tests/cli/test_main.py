@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import importlib
+import io
 import json
 import os
 import re
@@ -12,16 +13,22 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import networks
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from places import ROOT
+from rich.console import Console
 from tiny import tiny_mlp
+from torch import nn
 
 from prune2onnx.cli.main import main
 from prune2onnx.cli.options import BUDGET, DATA, FIRST, MODEL, PHASE
+from prune2onnx.cli.output import progress
 from prune2onnx.graph.file import load, save
+from prune2onnx.pruning import prune
+from prune2onnx.runs.history import Epoch, TrialStart
 from prune2onnx.runs.recipe import settings
 from prune2onnx.training.export import export
 
@@ -437,3 +444,36 @@ def test_a_disk_that_fills_up_on_the_way_leaves_a_run_that_can_be_continued(
 def test_packing_does_not_wait_for_torch(dense, tmp_path):
     script = "import sys, prune2onnx.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_progress_says_which_trial_it_is_of(monkeypatch):
+    log = io.StringIO()
+    monkeypatch.setattr("prune2onnx.cli.output.console", Console(file=log, width=160))
+    epoch = Epoch("prune", 1, 3, 0.5, 0.1, 2.0, 0.1, 1.0, {}, {})
+    with progress() as callbacks:
+        callbacks.on_epoch(dataclasses.replace(epoch, phase="dense"))
+        for number in (1, 2):
+            callbacks.on_trial(TrialStart(number, 6, "density", 0.07 / number))
+            callbacks.on_epoch(epoch)
+    lines = [line.split("  loss")[0].rstrip() for line in log.getvalue().splitlines()]
+    assert lines == [
+        "dense    epoch 1/3",
+        "trial 1 of at most 6, density 7 %",
+        "trial 1: prune    epoch 1/3",
+        "trial 2 of at most 6, density 3.5 %",
+        "trial 2: prune    epoch 1/3",
+    ]
+
+
+def test_a_network_that_is_mostly_left_alone_is_pointed_out_once(monkeypatch, capfd):
+    @click.command()
+    def many_trials():
+        for _ in range(3):
+            prune(nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 2)))
+
+    monkeypatch.setitem(main.commands, "many-trials", many_trials)
+    said = run("many-trials").stderr
+    assert said == (
+        "prune2onnx: Sequential: 200 of 210 parameters are left alone, as only Linear and "
+        "convolution weights are pruned: 0.weight (Embedding, 200)\n"
+    )

@@ -1,15 +1,25 @@
 """`compress` to a budget: of bytes, of multiply-adds; int8 where it pays."""
 
+import io
 import json
 
 import numpy as np
 import onnxruntime as ort
 import pytest
 from quick import QUICK
+from rich.console import Console
+from rich.table import Table
 
 from prune2onnx import compress, load_data, resolve
 from prune2onnx.cli.tables import report_table
+from prune2onnx.runs.history import Callbacks
 from prune2onnx.runtime.benchmark import Timing
+
+
+def printed(table: Table) -> str:
+    console = Console(width=200, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
@@ -65,11 +75,20 @@ def test_the_fewest_multiply_adds_within_a_loss_are_searched_for(tmp_path, monke
     monkeypatch.setattr("prune2onnx.runtime.int8_choice.timed", lambda before, after: measured(0.5))
     fast = {"goal": "latency", "channels": {"epochs": 3}, "max_drop": 60.0, "trials": 2}
     recipe = resolve({**QUICK, **fast, "prune": {"epochs": 3}})
-    report = compress(recipe, tmp_path / "run", cpu=True)
+    trials = []
+    report = compress(
+        recipe, tmp_path / "run", cpu=True, callbacks=Callbacks(on_trial=trials.append)
+    )
+    assert [str(trial) for trial in trials] == [
+        "trial 1 of at most 2, multiply-adds 50 %",
+        "trial 2 of at most 2, multiply-adds 25 %",
+    ]
     assert report.notes[0].startswith("computes in int8") and not report.missed
     # the second trial aims at a quarter
     assert 0.1 < report.compressed.macs / report.dense.macs <= 0.25
     assert report.density > 0.05  # zeros save no time
+    pruned, others = report.parameters["pruned"], report.parameters["others"]
+    assert f"counts {pruned:,} of {pruned + others:,} parameters" in printed(report_table(report))
     epochs = json.loads((tmp_path / "run" / "history.json").read_text())
     phases = ["dense"] * 4 + ["channels"] * 3 + ["prune"] * 3 + ["tune"] * 3 + ["quantize"] * 3
     assert [epoch["phase"] for epoch in epochs] == phases

@@ -4,6 +4,7 @@ import pytest
 
 from prune2onnx.runs.budget import Search, Trial, goals
 from prune2onnx.runs.recipe import Recipe
+from prune2onnx.runs.report import Goal
 
 
 def run(search: Search, drop_of) -> list[float]:
@@ -48,7 +49,17 @@ def test_a_budget_says_what_was_asked_and_by_how_much_it_was_missed():
     assert (size.met, density.met, macs.met, drop.met) == (True, True, False, False)
     assert str(macs) == "multiply-adds 60 % of 50 % (missed by 10 %)"
     assert str(size) == "size 11,980 bytes of 12,000 bytes (met)"
-    assert str(drop) == "accuracy loss 0.42 points of 0.3 points (missed by 0.12 points)"
+    assert (
+        str(drop)
+        == "error 0.42 points higher than dense, 0.3 points allowed (missed by 0.12 points)"
+    )
+    lower, same = Goal("drop", 1, -2.083), Goal("drop", 0.5, 0.0)
+    assert str(lower) == "error 2.08 points lower than dense, 1 point allowed (met)"
+    assert str(same) == "error the same as dense, 0.5 points allowed (met)"
+    assert str(Goal("drop", 1, 2)) == (
+        "error 2 points higher than dense, 1 point allowed (missed by 1 point)"
+    )
+    assert str(Goal("size", 1, 2)) == "size 2 bytes of 1 byte (missed by 1 byte)"
     assert goals(Recipe(model="m"), nbytes=1, density=1, macs=1, drop=9) == ()
     none = Recipe(model="m", max_drop=0)
     assert [goals(none, nbytes=1, density=1, macs=1, drop=d)[0].met for d in (0, 0.1)] == [

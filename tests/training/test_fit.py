@@ -5,9 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune as torch_prune
 from places import ROOT
 from safetensors.torch import load_file
 from tiny import blobs, states, tiny_conv, tiny_mlp, tiny_recipe
@@ -272,45 +275,79 @@ def test_a_dataset_smaller_than_a_batch_trains(tiny_data):
 
 
 _TWO_PROCESSES = """
-import json, sys
+import hashlib, json, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 from accelerate import Accelerator
 from tiny import *
-from prune2onnx.pruning import density
+from torch import nn
 from prune2onnx.data import Data
 from prune2onnx.training.fit import end_processes, fit
+
+class Spare(nn.Module):
+    # a layer that forward does not use, and a record of what dropout lets through
+    def __init__(self):
+        super().__init__()
+        self.net, self.spare, self.masks = tiny_conv(), nn.Linear(6, 5), []
+
+    def forward(self, x):
+        if self.training:
+            kept = nn.functional.dropout(torch.ones(64), 0.5, self.training)
+            self.masks.append(kept.ne(0).int().tolist())
+        return self.net(x)
+
 data = Data("blobs", blobs(240, 1), blobs(60, 2), blobs(90, 3), (1, 6, 6), 3)
-accelerator = Accelerator(cpu=True)
-fitted = fit(tiny_conv(), data, tiny_recipe(), accelerator=accelerator)
-digest = {n: float(v.double().abs().sum()) for n, v in fitted.model.state_dict().items()}
+accelerator = Accelerator(cpu=True) if sys.argv[3] == "plain" else None
+masks, recipe = [], tiny_recipe()
+if accelerator:
+    fitted = fit(tiny_conv(), data, recipe, accelerator=accelerator)
+else:
+    recipe = tiny_recipe(**{"dense.epochs": 1, "tune.epochs": 1})
+    for _ in range(2):
+        model = Spare()
+        fitted = fit(model, data, recipe)
+        masks += model.masks
+rank = torch.distributed.get_rank()
+digest = {n: hashlib.sha256(v.numpy().tobytes()).hexdigest()
+          for n, v in fitted.model.state_dict().items()}
 zeros = {n: (v == 0).flatten().nonzero().flatten().tolist()
          for n, v in fitted.model.state_dict().items()}
-with open(f"{sys.argv[2]}/{accelerator.process_index}.json", "w") as out:
-    json.dump([accelerator.num_processes, digest, zeros, fitted.history[-1].validation_error], out)
+found = [torch.distributed.get_world_size(), digest, zeros, fitted.history[-1].validation_error]
+with open(f"{sys.argv[2]}/{rank}.json", "w") as out:
+    json.dump([found, masks], out)
 end_processes()
 """
 
 
-def test_two_processes_agree_on_masks_and_weights(tmp_path):
-    script = tmp_path / "run.py"
+def two_processes(folder: Path, network: str) -> list[list[Any]]:
+    """What each of two processes found, and the dropout masks that it drew."""
+    script = folder / "run.py"
     script.write_text(_TWO_PROCESSES)
     # accelerate launch starts one process on a CPU; torchrun is what it uses for several GPUs
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [
-        "--nproc-per-node",
-        "2",
-        str(script),
-        str(ROOT / "tests" / "support"),
-        str(tmp_path),
-    ]
+    command += ["--nproc-per-node", "2", str(script), str(ROOT / "tests" / "support"), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [*command, network], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_processes_agree_on_masks_and_weights(tmp_path):
+    (first, _), (second, _) = two_processes(tmp_path, "plain")
     assert first[0] == 2
     assert first == second
     assert first[2]["0.weight"]
+
+
+def test_two_processes_train_with_a_spare_layer_and_draw_their_own_dropout(tmp_path):
+    (first, masks), (second, others) = two_processes(tmp_path, "spare")
+    assert first == second and first[2]["spare.weight"]
+    assert len(masks) == len(others) > 0
+    assert not any(mask == other for mask, other in zip(masks, others, strict=True))
+    half = len(masks) // 2  # the second half is a second training
+    assert masks[:half] == masks[half:] and others[:half] == others[half:]
 
 
 def test_a_batch_that_cannot_be_split_among_processes_is_refused(tiny_data):
@@ -319,3 +356,62 @@ def test_a_batch_that_cannot_be_split_among_processes_is_refused(tiny_data):
 
     with pytest.raises(RecipeError, match="batch_size 40 cannot be split among 3"):
         fit(tiny_mlp(), tiny_data, tiny_recipe(), accelerator=Three())
+
+
+class Bare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(36, 3))
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("network", "says"),
+    [
+        (nn.Flatten(), "Flatten: has no parameters, expected at least one to train"),
+        (tiny_mlp().requires_grad_(False), "has only frozen parameters"),
+        (Bare(), r"Bare: no layer to prune, .*its parameters are in Bare"),
+    ],
+)
+def test_a_model_with_nothing_to_train_or_to_prune_fails_at_once(network, says, tiny_data):
+    epochs = []
+    with pytest.raises(Prune2OnnxError, match=says):
+        fit(network, tiny_data, tiny_recipe(), callbacks=Callbacks(on_epoch=epochs.append))
+    assert not epochs
+
+
+def test_a_pattern_that_matches_nothing_fails_before_training(tiny_data):
+    with pytest.raises(RecipeError, match="exclude pattern 'fc9'"):
+        fit(tiny_mlp(), tiny_data, tiny_recipe(**{"prune.exclude": ["fc9"]}))
+
+
+def test_the_parameters_that_are_not_pruned_are_counted(tiny_data):
+    fitted = fit(tiny_mlp(), tiny_data, tiny_recipe(**{"prune.exclude": ["3"]}))
+    assert (fitted.size, fitted.others) == (36 * 40, 40 * 3 + 40 + 3)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_older_norms_and_masks_are_trained_through_all_phases(tiny_data):
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.utils.weight_norm(nn.Linear(36, 40)),
+        nn.ReLU(),
+        nn.utils.spectral_norm(nn.Linear(40, 20)),
+        nn.ReLU(),
+        nn.Linear(20, 20),
+        nn.ReLU(),
+        nn.Linear(20, 20),
+        nn.ReLU(),
+        nn.Linear(20, 3),
+    )
+    torch_prune.l1_unstructured(model[5], "bias", 0.5)
+    zeros = model[5].bias == 0
+    recipe = tiny_recipe(**{"prune.exclude": ["1", "3"], "channels.epochs": 2})
+    deployment = Deployment(tiny_data.input_shape)
+    fitted = fit(model, tiny_data, recipe, deployment=deployment)
+    assert fitted.pruned == ("5.weight", "7.weight", "9.weight") and fitted.error < 50
+    fitted.model(torch.zeros(2, 1, 6, 6))
+    assert not fitted.model[5].bias[zeros].any()
+    assert deployment.shrunk(fitted.model).graph.node

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune as torch_prune
 from torch import nn
 
+from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.training.fold import fold_batch_norm
 
 
@@ -114,3 +116,35 @@ def test_a_model_without_batch_norm_is_not_traced():
             return x if float(x.sum()) > 0 else -x
 
     assert fold_batch_norm(Untraceable(), torch.ones(2, 3)) == {}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_a_layer_that_computes_its_weight_or_bias_takes_no_batch_norm():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.utils.weight_norm(nn.Linear(6, 6)),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 6),
+        nn.BatchNorm1d(6),
+        nn.Linear(6, 6),
+        nn.BatchNorm1d(6),
+    )
+    torch_prune.l1_unstructured(model[2], "bias", 0.5)
+    x = torch.randn(16, 6)
+    model(x).sum().backward()
+    expected = model.eval()(x)
+    assert fold_batch_norm(model, x[:2]) == {"5": "4"}
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cannot_be_traced_says_why():
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            return self.norm(x) if x.sum() > 0 else x
+
+    with pytest.raises(Prune2OnnxError, match=r"Branch: .*which folding BatchNorm needs: its"):
+        fold_batch_norm(Branch(), torch.ones(2, 4))

@@ -6,13 +6,14 @@ from torch import nn
 
 from prune2onnx.data import load_data
 from prune2onnx.errors import Prune2OnnxError
-from prune2onnx.pruning import bake, prune
 from prune2onnx.runs.recipe import resolve
 from prune2onnx.training.model import make_model
 
 WRAPPED = ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.")
 NETS = """
+import torch
 from torch import nn
+def compiled(classes): return torch.compile(nn.Linear(2, classes), backend="eager")
 def classes(classes): return nn.Linear(2, classes)
 def num_classes(num_classes): return nn.Linear(2, num_classes)
 def keywords(**given):
@@ -50,8 +51,7 @@ def test_weights_saved_from_a_wrapped_network_fit(prefix, nets, tmp_path):
         make_model(resolve(recipe), data)
 
 
-def test_what_torch_wraps_for_several_devices_is_baked_inside():
-    model = prune(nn.Sequential(nn.Linear(4, 3)))
-    with pytest.raises(Prune2OnnxError, match=r"bake the module inside \(its \.module\)"):
-        bake(nn.DataParallel(model))
-    bake(model)
+def test_a_compiled_network_is_made_without_what_is_around_it(nets):
+    data = load_data("digits")
+    model = make_model(resolve({"model": f"{nets}:compiled", "data": "digits"}), data)
+    assert set(model.state_dict()) == {"weight", "bias"}

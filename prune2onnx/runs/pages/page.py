@@ -297,7 +297,8 @@ def _lines(report: Report) -> list[_Line]:
         c, d = report.validation["dense_error"], report.validation["error"]
         change = f"{_signed(d - c)} points; all choices were made on this"
         lines += [_Line("Validation error", f"{c:.2f} %", f"{d:.2f} %", change)]
-    lines += [_Line("Density of the pruned weights", "100 %", f"{100 * report.density:.2f} %")]
+    density = f"{100 * report.density:.2f} %"
+    lines += [_Line("Density of the pruned weights", "100 %", density, report.counted)]
     if a.macs and b.macs:
         change = f"{a.macs / b.macs:.2f} times fewer"
         lines += [_Line("Multiply-adds of an example", f"{a.macs:,}", f"{b.macs:,}", change)]

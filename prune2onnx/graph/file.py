@@ -21,9 +21,15 @@ from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.files import keep_inputs, replacing, write_whole
 from prune2onnx.graph.domain import DOMAIN
-from prune2onnx.graph.protobuf import MAX_NBYTES, TYPED_FIELDS, copy_but, nbytes
+from prune2onnx.graph.protobuf import MAX_NBYTES, TYPED_FIELDS, copy_but, nbytes, serialized
 from prune2onnx.graph.shapes import without_weights
-from prune2onnx.graph.tensors import check, check_loaded, declared_nbytes, external
+from prune2onnx.graph.tensors import (
+    MORE_BYTES,
+    check,
+    check_loaded,
+    declared_nbytes,
+    external,
+)
 from prune2onnx.graph.walk import in_model, nodes_in
 
 EXTERNAL_NBYTES = 1024
@@ -201,7 +207,7 @@ def _read_external(model: ModelProto, path: Path, max_bytes: int | None) -> None
         if max_bytes is not None and total > max_bytes:
             raise Prune2OnnxError(
                 f"{path}: its external data take {total:,} bytes, at most {max_bytes:,} are "
-                "allowed; raise the limit, or shrink the model first"
+                f"allowed; {MORE_BYTES}"
             )
         for tensor, (file, offset, nbytes) in zip(tensors, places, strict=True):
             with file.open("rb") as stream:
@@ -299,7 +305,8 @@ def save(
     if external is None and total <= MAX_NBYTES:
         if source is not None:
             _keep(source, path)
-        write_whole(path, model.SerializeToString())
+        with replacing(path, total) as stream:
+            stream.writelines(serialized(model))
         return (path,)
     name = f"{path.name}.data" if external is None else external
     if name in ("", ".", "..", path.name) or {"/", "\\", "\0"} & set(name):

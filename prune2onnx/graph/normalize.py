@@ -23,7 +23,7 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.lift import lift
 from prune2onnx.graph.protobuf import keep
 from prune2onnx.graph.rewritten import Changes, Rewritten, rewritten
-from prune2onnx.graph.tensors import check_loaded, declared_nbytes, densified, element_type
+from prune2onnx.graph.tensors import check_loaded, declared_nbytes, element_type, fill_dense, within
 from prune2onnx.graph.upgrade import TARGET, upgrade
 from prune2onnx.graph.walk import bodies, in_model, opset
 
@@ -90,15 +90,10 @@ class _Dense:
                 self._changes.stays(sparse.values.name, reason)
                 kept.append(sparse)
                 continue
-            if self._left is not None and (left := self._left - nbytes) < 0:
-                raise Prune2OnnxError(
-                    f"{sparse.values.name}: dense it takes {nbytes:,} bytes, {-left:,} more than "
-                    "are allowed; raise the limit, or shrink the model first"
-                )
-            graph.initializer.append(densified(sparse))
-            self.count += 1
             if self._left is not None:
-                self._left -= nbytes
+                self._left = within(self._left, sparse)
+            fill_dense(graph.initializer.add(), sparse)
+            self.count += 1
         if len(kept) < len(graph.sparse_initializer):
             del graph.sparse_initializer[:]
             graph.sparse_initializer.extend(kept)

@@ -11,14 +11,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 from numpy.typing import NDArray
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.graph.domain import DOMAIN, MARK, OP
-from prune2onnx.graph.protobuf import copy_but, framed, keep
-from prune2onnx.graph.tensors import element_type
+from prune2onnx.graph.protobuf import copy_but, framed, keep, tensor_nbytes
+from prune2onnx.graph.tensors import element_type, raw_of
 from prune2onnx.packing.codecs import decode, described, entropy_nbytes
 from prune2onnx.packing.codecs.evaluator import weights_of
 from prune2onnx.packing.codecs.limits import Budget
@@ -30,6 +29,8 @@ FUNCTIONS_IR = 8
 
 MAX_BYTES = 1 << 31
 """Largest array that decoding a file may make, by default."""
+
+_MEASURED_NBYTES = 1 << 26  # a file of some bytes may decode to gigabytes
 
 IR_KEY = "prune2onnx.ir_version"
 
@@ -133,15 +134,23 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
     model = outlined(model)
     arrays: dict[str, NDArray[Any]] = {}
     how: dict[str, tuple[str, int]] = {}
-    sizes = {tensor.name: framed(tensor.ByteSize()) for tensor in model.graph.initializer}
+    sizes = {tensor.name: framed(tensor_nbytes(tensor)) for tensor in model.graph.initializer}
     budget = _budget(model, max_bytes)
     for node, decoded in _decodings(model, budget):
         if twice := arrays.keys() & decoded.keys():
             raise Prune2OnnxError(f"{min(twice)}: decoded twice; the file is damaged")
         arrays |= decoded
+        found = described(node)
+        if all(facts.method is not None for facts in found):
+            bounds = dict.fromkeys(decoded, 0.0)
+        else:  # the file does not say how its bytes divide; far larger weights are all alike
+            small = sum(array.nbytes for array in decoded.values()) <= _MEASURED_NBYTES
+            bounds = {
+                name: 1 + (entropy_nbytes(array) if small else array.nbytes)
+                for name, array in decoded.items()
+            }
         nbytes = framed(node.ByteSize()) + sum(sizes[source] for source in node.input)
-        bounds = {name: 1 + entropy_nbytes(array) for name, array in decoded.items()}
-        for name, facts in zip(decoded, described(node), strict=True):
+        for name, facts in zip(decoded, found, strict=True):
             if facts.method is not None:
                 how[name] = (facts.method.name, facts.nbytes)
             else:
@@ -190,7 +199,7 @@ def _budget(model: ModelProto, max_bytes: int) -> Budget:
     """What the decoding of a model may use."""
     wanted = {source for node in _calls(model) for source in node.input}
     streams = (t for t in model.graph.initializer if t.name in wanted)
-    return Budget(max_bytes, sum(tensor.ByteSize() for tensor in streams))
+    return Budget(max_bytes, sum(tensor_nbytes(tensor) for tensor in streams))
 
 
 def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
@@ -258,10 +267,14 @@ def _fill(
     except Prune2OnnxError as error:
         raise Prune2OnnxError(f"{name}: unpacking needs {error}") from error
     budget.keep(array.nbytes)
+    tensor.name = name
+    tensor.dims.extend(array.shape)
     tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
     if declared and declared != tensor.data_type:
         raise Prune2OnnxError(
             f"{name}: decodes to {element_type(tensor)}, the model declares element type "
             f"{declared}; the file is damaged"
         )
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    data = raw_of(array)
+    del array  # memory: it, the bytes and their copy in the message would be there at once
+    tensor.raw_data = data

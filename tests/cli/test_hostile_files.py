@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import onnx
@@ -13,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from finished import made_run, made_sweep
 from networks import mlp, model
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from prune2onnx.cli.main import main
 from prune2onnx.errors import Prune2OnnxError
@@ -118,6 +119,81 @@ def test_many_initializers_and_nodes_take_time_in_proportion(tmp_path):
 
     seconds(10)  # imports
     assert seconds(4000) < 10 * seconds(1000) + 1
+
+
+EXPANDED = 1 << 27
+
+
+def bomb(kind: str) -> ModelProto:
+    """A file of about 500 bytes whose weights take 128 MiB."""
+    call = helper.make_node("w", ["s"], ["w0"], domain="prune2onnx")
+    read = helper.make_node("Gather", ["w0", "i"], ["y"])
+    made = model([read], {"i": np.int64([3])}, {}, {"y": [1]})
+    if kind == "sparse":
+        sparse = made.graph.sparse_initializer.add(dims=[EXPANDED // 4])
+        one = TensorProto(name="w0", data_type=1, dims=[1], float_data=[1])
+        sparse.values.CopyFrom(one)
+        sparse.indices.CopyFrom(TensorProto(data_type=7, dims=[1], int64_data=[5]))
+        return made
+    made.graph.output[0].type.tensor_type.elem_type = TensorProto.INT8
+    weight = np.ones(EXPANDED, np.int8)
+    checksum = zlib.crc32(weight.data, zlib.crc32(f"w0 3 [{EXPANDED}] ".encode()))
+    facts = TensorProto(dims=[4], data_type=7, int64_data=[checksum, 0, 0, 9])
+    call.attribute.add(name="i", type=onnx.AttributeProto.TENSOR).t.CopyFrom(facts)
+    made.graph.node.insert(0, call)
+    made.graph.initializer.append(numpy_helper.from_array(np.int64([EXPANDED]), "s"))
+    fill = numpy_helper.from_array(np.ones(1, np.int8))
+    nodes = [helper.make_node("ConstantOfShape", ["s"], ["w"], value=fill)]
+    opset = [helper.make_opsetid("", 18)]
+    made.functions.append(helper.make_function("prune2onnx", "w", ["s"], ["w"], nodes, opset))
+    made.opset_import.append(helper.make_opsetid("prune2onnx", 1))
+    made.metadata_props.add(key="prune2onnx")
+    return made
+
+
+_PEAK = """
+import sys
+from prune2onnx.cli.main import main
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+main([*sys.argv[1:3], *sys.argv[4:]], standalone_mode=False)  # everything is imported
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+main([sys.argv[1], *sys.argv[3:]], standalone_mode=False)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+@pytest.mark.parametrize("kind", ["packed", "sparse"])
+@pytest.mark.parametrize("verb", ["unpack", "inspect"])
+def test_a_file_of_some_bytes_takes_no_more_memory_than_twice_its_weights(verb, kind, tmp_path):
+    onnx.save(mlp(), tmp_path / "small.onnx")
+    onnx.save(bomb(kind), tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").stat().st_size < 1000
+    out = [tmp_path / "o.onnx"] if verb == "unpack" else []
+    command = [sys.executable, "-c", _PEAK, verb, tmp_path / "small.onnx", tmp_path / "m.onnx"]
+    done = subprocess.run([*command, *out], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 2.1 * EXPANDED
+    code, text = invoked(verb, tmp_path / "m.onnx", *out, "--max-bytes", EXPANDED - 1)
+    assert code == 1 and "--max-bytes" in text
+
+
+def test_sparse_tensors_are_limited_in_all_verbs_and_the_advice_holds_in_all(tmp_path):
+    made = bomb("sparse")
+    for number in range(1, 3):
+        made.graph.sparse_initializer.add().CopyFrom(made.graph.sparse_initializer[0])
+        made.graph.sparse_initializer[number].values.name = f"w{number}"
+    for sparse in made.graph.sparse_initializer:
+        sparse.dims[:] = [(1 << 28) - 1]
+    onnx.save(made, tmp_path / "m.onnx")
+    for verb in ("pack", "shrink", "unpack"):
+        code, text = invoked(verb, tmp_path / "m.onnx", tmp_path / "o.onnx")
+        assert code == 1 and "w2: a sparse tensor" in text, text
+        assert "`prune2onnx unpack --max-bytes` allows more" in text
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root gives away")

@@ -114,7 +114,7 @@ def first(model: ModelProto) -> np.ndarray:
     return next(iter(coded(model, MAX_BYTES).arrays.values()))
 
 
-TOO_LARGE = r"y0: (decoding needs .*raise --max-bytes|cannot be decoded: .* 2\^64 bytes or more)"
+TOO_LARGE = r"y0: (decoding needs .*--max-bytes|cannot be decoded: .* 2\^64 bytes or more)"
 ONE = array("one", np.ones(1, np.float32))
 SCALAR = array("zero", np.int64(0))
 F16 = array("half", np.ones((1, 1), np.float16))
@@ -193,7 +193,7 @@ def test_the_size_of_a_result_is_checked_before_it_is_made(name):
 def test_what_is_allowed_is_the_callers_choice():
     model = program(ints("n", 1000), node("ConstantOfShape", "n", "y"))
     assert first(model).shape == (1000,)
-    with pytest.raises(Prune2OnnxError, match=r"4,000 bytes, 3,999 are allowed; raise --max-bytes"):
+    with pytest.raises(Prune2OnnxError, match=r"3,999 are allowed; .*unpack --max-bytes"):
         unpack(model, 3999)
     unpack(model, 4000)
 
@@ -440,7 +440,7 @@ def test_one_constant_many_times_is_work(monkeypatch):
 
 def test_a_budget_is_for_all_calls_of_a_file():
     model = program(ints("n", 1 << 20), node("ConstantOfShape", "n", "y"), calls=50)
-    with bounded(), pytest.raises(Prune2OnnxError, match=r"in all, .* raise --max-bytes"):
+    with bounded(), pytest.raises(Prune2OnnxError, match=r"in all, .* --max-bytes"):
         unpack(model, MAX_BYTES)
 
 
@@ -448,7 +448,7 @@ def test_one_array_under_many_names_is_stored_once_for_each():
     nodes = [ints("n", 1 << 20), node("ConstantOfShape", "n", "y")]
     nodes += [node("Identity", "y", f"y{k}") for k in range(60)]
     model = program(*nodes, outputs=" ".join(f"y{k}" for k in range(60)))
-    with bounded(20), pytest.raises(Prune2OnnxError, match="raise --max-bytes"):
+    with bounded(20), pytest.raises(Prune2OnnxError, match="--max-bytes"):
         unpack(model, MAX_BYTES)
 
 
@@ -536,11 +536,11 @@ def test_the_size_of_a_million_tables_is_checked_before_they_are_made():
         base=np.zeros((100_000, 1), np.int32),
         data=np.zeros((100_000, 1), np.uint16),
     )
-    refused(model, "raise --max-bytes")
+    refused(model, "--max-bytes")
 
 
 def test_the_size_of_millions_of_lanes_is_checked_before_they_are_decoded():
-    refused(coded_file(starts=np.zeros(1 << 20, np.uint16)), "raise --max-bytes")
+    refused(coded_file(starts=np.zeros(1 << 20, np.uint16)), "--max-bytes")
 
 
 # --- around the decoder ---

@@ -70,8 +70,8 @@ def inspect(
         Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
     """
     left_over = inflated(model)
-    model = outlined(model)
     found = coded(model, max_bytes) if known is None else known
+    model = outlined(model)
     streams = {name for node in model.graph.node if node.domain == DOMAIN for name in node.input}
     left = _FREE_NBYTES + _NBYTES_PER_BYTE * sum(tensor_nbytes(t) for t in model.graph.initializer)
     rows = []

@@ -57,7 +57,7 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
         Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
     """
     result = ModelProto()
-    model = outlined(model)
+    given, model = model, outlined(model)
     calls = _calls(model)
     if not calls and not any(entry.domain == DOMAIN for entry in model.opset_import):
         result.CopyFrom(model)
@@ -76,7 +76,8 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
     declared = _declared_types(model)
     place = 0
     budget = _budget(model, max_bytes)
-    for node, decoded in _decodings(model, budget) if known is None else known.of(calls):
+    decodings = _decodings(given, budget) if known is None else known.of(calls)
+    for node, decoded in decodings:
         for name, facts in zip(list(decoded), described(node), strict=True):
             place = min(place + max(facts.skip, 0), len(result.graph.initializer))
             result.graph.initializer.insert(place, TensorProto())
@@ -131,12 +132,12 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
     Raises:
         Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
     """
-    model = outlined(model)
+    given, model = model, outlined(model)
     arrays: dict[str, NDArray[Any]] = {}
     how: dict[str, tuple[str, int]] = {}
     sizes = {tensor.name: framed(tensor_nbytes(tensor)) for tensor in model.graph.initializer}
     budget = _budget(model, max_bytes)
-    for node, decoded in _decodings(model, budget):
+    for node, decoded in _decodings(given, budget):
         if twice := arrays.keys() & decoded.keys():
             raise Prune2OnnxError(f"{min(twice)}: decoded twice; the file is damaged")
         arrays |= decoded
@@ -166,13 +167,14 @@ def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = 
         model: a packed model.
         arrays: its decoded weights (`coded`), if they are at hand.
     """
+    arrays = coded(model).arrays if arrays is None else arrays
     model = outlined(model)
     calls = _calls(model)
     streams = {source for node in calls for source in node.input}
     graph = GraphProto(name="decode", node=calls)
     graph.initializer.extend(t for t in model.graph.initializer if t.name in streams)
     declared = _declared_types(model)
-    for name, array in (coded(model).arrays if arrays is None else arrays).items():
+    for name, array in arrays.items():
         number = declared.get(name) or helper.np_dtype_to_tensor_dtype(array.dtype)
         graph.output.append(helper.make_tensor_value_info(name, number, array.shape))
     result = ModelProto(ir_version=model.ir_version, graph=graph)
@@ -204,6 +206,7 @@ def _budget(model: ModelProto, max_bytes: int) -> Budget:
 
 def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
     """Each decode call and its outputs."""
+    given, model = model, outlined(model)
     stored_as = {tensor.name: tensor for tensor in model.graph.initializer}
     functions: dict[str, FunctionProto] = {}
     for function in model.functions:
@@ -231,7 +234,16 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
                 raise Prune2OnnxError(
                     f"{weights_of(node)}: the stream {name!r} is damaged: {one_line(error)[:300]}"
                 ) from error
-        yield node, decode(node, [arrays[name] for name in node.input], functions, budget)
+        yield (
+            node,
+            decode(
+                node,
+                [arrays[name] for name in node.input],
+                functions,
+                budget,
+                written_out=model is not given,
+            ),
+        )
 
 
 def _notes(props: Mapping[str, str]) -> dict[str, dict[str, str]]:

@@ -182,6 +182,23 @@ def test_a_file_of_some_bytes_takes_no_more_memory_than_twice_its_weights(verb, 
     assert code == 1 and "--max-bytes" in text
 
 
+def test_what_pack_writes_of_a_file_that_onnx_refuses_is_unpacked_again(tmp_path):
+    """`pack` took what onnxruntime opens; `unpack` and `inspect` refused the result."""
+    given = mlp()
+    given.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx.checker.check_model(given)
+    onnx.save(given, tmp_path / "m.onnx")
+    for verb, *files in (
+        ("pack", "m.onnx", "p.onnx"),
+        ("inspect", "p.onnx"),
+        ("unpack", "p.onnx", "u.onnx"),
+    ):
+        code, text = invoked(verb, *(tmp_path / name for name in files))
+        assert code == 0, text
+    assert onnx.load(tmp_path / "u.onnx").graph == given.graph
+
+
 def test_sparse_tensors_are_limited_in_all_verbs_and_the_advice_holds_in_all(tmp_path):
     made = bomb("sparse")
     for number in range(1, 3):

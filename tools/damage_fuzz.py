@@ -10,10 +10,10 @@ when it dies. Prints, for each verb, how many files were tried, accepted, refuse
 - crashed: a signal, or any exception that is not the project's;
 - hung: more than 20 s of CPU time, or 90 s of any;
 - memory: more than the limit allows (`unpack` and `inspect` are given 16 MiB);
-- badly refused: another exit status than 1, or more than one line;
-- WRONG: accepted, though a coded weight is not the undamaged file's, which its checksum should have
-  shown; `pack` or `shrink` wrote what computes something else than the damaged file does; `validate`
-  called equal what is not.
+- badly refused: another exit status than 1 (4 is `validate`'s verdict), or more than one line;
+- WRONG: accepted, though a coded weight is not the undamaged file's, which its checksum should
+  have shown; `pack` or `shrink` wrote what computes something else than the damaged file does;
+  `validate` called equal what is not.
 
 `validate` loads files in its own process here, once, and times 5 inferences. Exit status 4 if
 anything went wrong.
@@ -106,7 +106,10 @@ def outcome(verb: str, folder: Path, more: list[str]) -> tuple[str, str]:
         return "memory", f"{growth:,} bytes"
     if result.exit_code:
         lines = result.stderr.splitlines()
-        if result.exit_code != 1 or len(lines) != 1 or not lines[0].startswith("prune2onnx: "):
+        verdict = verb == "validate" and "report a bug" not in result.stderr
+        statuses = (1, 4) if verdict else (1,)
+        one_line = len(lines) == 1 and lines[0].startswith("prune2onnx: ")
+        if result.exit_code not in statuses or not one_line:
             return "badly refused", f"exit status {result.exit_code}: {result.stderr}"
         if "bad_alloc" in lines[0] or "Failed to allocate" in lines[0]:
             return "refused", "onnxruntime: out of memory"
@@ -360,6 +363,7 @@ def main(
     if worker:
         work()
         return
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     findings.mkdir(parents=True, exist_ok=True)
     given = list(originals())
     print(f"{len(given)} undamaged files", flush=True)

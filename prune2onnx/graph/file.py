@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from prune2onnx.errors import Prune2OnnxError, one_line
-from prune2onnx.files import keep_inputs, replacing, write_whole
+from prune2onnx.files import alone_in, keep_inputs, replacing, write_whole
 from prune2onnx.graph.domain import DOMAIN
 from prune2onnx.graph.protobuf import MAX_NBYTES, TYPED_FIELDS, copy_but, nbytes, serialized
 from prune2onnx.graph.shapes import without_weights
@@ -36,6 +36,8 @@ EXTERNAL_NBYTES = 1024
 """A smaller tensor stays in the model when a data file is written, as it does in onnx's own."""
 
 _MOST_NODES = 10**6  # a transformer of 10^9 weights has some 10^4
+
+_MOST_READS = 100  # of a file that others keep replacing
 
 _PAGE = 4096  # onnxruntime maps a large tensor into memory where it starts on a page
 _PAGED_NBYTES = 2**20
@@ -72,20 +74,7 @@ def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
             short, outside the file's folder, or more than `max_bytes`.
     """
     path = Path(path)
-    model = _parsed(path)
-    if not model.graph.ByteSize() or not (
-        model.graph.node or model.graph.initializer or model.graph.sparse_initializer
-    ):
-        raise Prune2OnnxError(f"{path}: no graph in it; not an ONNX model, or cut short")
-    if not model.opset_import:
-        raise Prune2OnnxError(f"{path}: no operator set is imported; not ONNX, or cut short")
-    try:
-        _check_names(model)
-        for tensor in in_model(model):
-            check(tensor)
-    except Prune2OnnxError as error:
-        raise Prune2OnnxError(f"{path}: {error}") from error
-    _read_external(model, path, max_bytes)
+    model = _whole(path, max_bytes)
     _drop_repeated_keys(model)
     _check_expansion(model, path)
     defined = {function.name for function in model.functions if function.domain == DOMAIN}
@@ -104,6 +93,57 @@ def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
             f"{path}: not a valid ONNX model: {one_line(error)[:1000]}", model
         ) from error
     return model
+
+
+def _whole(path: Path, max_bytes: int | None) -> ModelProto:
+    """The model in a file with its data, which belong together also while others replace both.
+
+    As long as a writer (`_write_pair`) leaves the model, the data file has what the model refers
+    to. So it is read again if another model is there after the data were read.
+    """
+    for _ in range(_MOST_READS):
+        before = _identity(path)
+        try:
+            model = _parsed(path)
+            _check_parts(model, path)
+            tensors = [tensor for tensor in in_model(model) if external(tensor)]
+            if not tensors:
+                return model
+            _read_external(tensors, path, max_bytes)
+        except Prune2OnnxError:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return model
+    raise Prune2OnnxError(
+        f"{path}: another process replaced it {_MOST_READS} times while it was read; "
+        "try again when that is done"
+    )
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another that takes its place."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _check_parts(model: ModelProto, path: Path) -> None:
+    """Checks that there is a graph, that names are text, and that tensors have their data."""
+    graph = model.graph
+    if not (graph.node or graph.initializer or graph.sparse_initializer):
+        raise Prune2OnnxError(f"{path}: no graph in it; not an ONNX model, or cut short")
+    if not model.opset_import:
+        raise Prune2OnnxError(f"{path}: no operator set is imported; not ONNX, or cut short")
+    try:
+        _check_names(model)
+        for tensor in in_model(model):
+            check(tensor)
+    except Prune2OnnxError as error:
+        raise Prune2OnnxError(f"{path}: {error}") from error
 
 
 def _parsed(path: Path) -> ModelProto:
@@ -198,9 +238,8 @@ def _check_expansion(model: ModelProto, path: Path) -> None:
         )
 
 
-def _read_external(model: ModelProto, path: Path, max_bytes: int | None) -> None:
+def _read_external(tensors: Sequence[TensorProto], path: Path, max_bytes: int | None) -> None:
     """Loads external data in place; every size is known and checked before the first is read."""
-    tensors = [tensor for tensor in in_model(model) if external(tensor)]
     try:
         places = [_place(tensor, path) for tensor in tensors]
         total = sum(nbytes for _, _, nbytes in places)
@@ -373,8 +412,16 @@ def _write_pair(
     Two files cannot be replaced in one step. Where there is a data file, it first becomes one with
     the old bytes and, behind them, the new ones; then the model that refers to these takes its
     place; then both are replaced by what they shall be, in the same way. So at any moment the two
-    that are there belong together, whoever reads them and whenever the process is killed.
+    that are there belong together, whoever reads them and whenever the process is killed. A second
+    writer waits: it would replace the data file between these steps.
     """
+    with alone_in(data.parent):
+        _replace_pair(path, shell, data, outside)
+
+
+def _replace_pair(
+    path: Path, shell: ModelProto, data: Path, outside: list[tuple[TensorProto, int]]
+) -> None:
     size = max((offset + (declared_nbytes(tensor) or 0) for tensor, offset in outside), default=0)
     if data.is_file():
         old = data.stat().st_size

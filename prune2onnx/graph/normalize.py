@@ -2,11 +2,12 @@
 
 All other modules work on this form. No weight is an input of the graph. In this order:
 
-1. `densify`: sparse initializers become dense ones;
-2. `drop_inputs`: inputs of the graph that have an initializer go, so that it is constant;
-3. `upgrade`: operators of opset 6 to 12 are rewritten for 13;
-4. `lift`: weights in Constant nodes, subgraphs and functions move to the main graph;
-5. `declare`: the model imports ONNX's own operators, and its IR version allows what it now uses.
+1. `sort_nodes`: each node stands behind those whose results it reads;
+2. `densify`: sparse initializers become dense ones;
+3. `drop_inputs`: inputs of the graph that have an initializer go, so that it is constant;
+4. `upgrade`: operators of opset 6 to 12 are rewritten for 13;
+5. `lift`: weights in Constant nodes, subgraphs and functions move to the main graph;
+6. `declare`: the model imports ONNX's own operators, and its IR version allows what it now uses.
 
 The values of weights stay as they are, bit for bit. `runtime.compare` checks in onnxruntime that
 the outputs are equal.
@@ -21,6 +22,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.lift import lift
+from prune2onnx.graph.order import sort_nodes
 from prune2onnx.graph.protobuf import keep
 from prune2onnx.graph.rewritten import Changes, Rewritten, rewritten
 from prune2onnx.graph.tensors import check_loaded, declared_nbytes, element_type, fill_dense, within
@@ -58,7 +60,7 @@ def normalize(model: ModelProto, max_bytes: int | None = None) -> Rewritten:
             f"export it with opset {TARGET} or newer"
         )
     dense = partial(densify, max_bytes=max_bytes)
-    return rewritten(model, dense, drop_inputs, upgrade, lift, declare)
+    return rewritten(model, sort_nodes, dense, drop_inputs, upgrade, lift, declare)
 
 
 def densify(model: ModelProto, changes: Changes, *, max_bytes: int | None) -> None:

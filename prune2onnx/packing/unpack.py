@@ -18,6 +18,7 @@ from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.graph.domain import DOMAIN, MARK, OP
 from prune2onnx.graph.protobuf import copy_but, framed, keep, tensor_nbytes
 from prune2onnx.graph.tensors import element_type, raw_of
+from prune2onnx.graph.walk import used_in
 from prune2onnx.packing.codecs import decode, described, entropy_nbytes
 from prune2onnx.packing.codecs.evaluator import weights_of
 from prune2onnx.packing.codecs.limits import Budget
@@ -67,7 +68,9 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
         copy_but(result.graph, model.graph, "initializer", "node")
     except UnicodeDecodeError as error:
         raise Prune2OnnxError("a name that is not UTF-8; the file is damaged") from error
+    others = [node for node in model.graph.node if node.domain != DOMAIN]
     streams = {source for node in calls for source in node.input}
+    streams -= used_in(others) | {value.name for value in model.graph.output}
     result.graph.initializer.extend(
         tensor for tensor in model.graph.initializer if tensor.name not in streams
     )
@@ -89,7 +92,7 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
                 else:
                     tensor.metadata_props.add(key=key.removeprefix("."), value=value)
             place += 1
-    result.graph.node.extend(node for node in model.graph.node if node.domain != DOMAIN)
+    result.graph.node.extend(others)
     keep(result.functions, lambda function: function.domain != DOMAIN)
     keep(result.opset_import, lambda entry: entry.domain != DOMAIN)
     if IR_KEY in props:
@@ -208,6 +211,7 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
     """Each decode call and its outputs."""
     given, model = model, outlined(model)
     stored_as = {tensor.name: tensor for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input}
     functions: dict[str, FunctionProto] = {}
     for function in model.functions:
         if function.domain == DOMAIN and function.name in functions:
@@ -224,6 +228,11 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
         for name in node.input:
             if name in arrays:
                 continue
+            if name in inputs:
+                raise Prune2OnnxError(
+                    f"{weights_of(node)}: the stream {name!r} is an input of the graph, too; the "
+                    "file is damaged, pack it again"
+                )
             if name not in stored_as:
                 raise Prune2OnnxError(
                     f"{weights_of(node)}: the stream {name!r} is missing; the file is damaged"

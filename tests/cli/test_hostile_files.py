@@ -199,6 +199,52 @@ def test_what_pack_writes_of_a_file_that_onnx_refuses_is_unpacked_again(tmp_path
     assert onnx.load(tmp_path / "u.onnx").graph == given.graph
 
 
+def test_nodes_in_any_order_that_onnxruntime_runs_are_sorted_first(tmp_path):
+    """`shrink` misread them, and refused its own result."""
+    dead = np.ones((4, 4), np.float32)
+    dead[:, 1:3] = 0
+    given = model(
+        [
+            helper.make_node("MatMul", ["r", "b"], ["y"]),
+            helper.make_node("Relu", ["h"], ["r"]),
+            helper.make_node("MatMul", ["x", "a"], ["h"]),
+        ],
+        {"a": dead, "b": np.ones((4, 2), np.float32)},
+        {"x": [1, 4]},
+        {"y": [1, 2]},
+    )
+    onnx.save(given, tmp_path / "m.onnx")
+    for verb, more in (("shrink", ["--multiple", "1"]), ("pack", ["--shrink"])):
+        code, text = invoked(verb, tmp_path / "m.onnx", tmp_path / "o.onnx", *more)
+        assert code == 0 and "sorted its nodes" in text, text
+        onnx.checker.check_model(tmp_path / "o.onnx")
+    assert [n.op_type for n in onnx.load(tmp_path / "o.onnx").graph.node[-3:]] == [
+        *("MatMul", "Relu", "MatMul")
+    ]
+    circle = model([helper.make_node("Add", ["x", "y"], ["y"])], {}, {"x": [1]}, {"y": [1]})
+    circle.graph.node.append(helper.make_node("Relu", ["y"], ["x"]))
+    onnx.save(circle, tmp_path / "m.onnx")
+    assert invoked("pack", tmp_path / "m.onnx", tmp_path / "o.onnx")[0] == 1
+
+
+def test_a_stream_is_neither_lost_to_others_nor_fed(tmp_path):
+    packed = pack(mlp()).model
+    stream = next(n for n in packed.graph.node if n.domain == "prune2onnx").input[0]
+    tensor = next(t for t in packed.graph.initializer if t.name == stream)
+    shared = ModelProto.FromString(packed.SerializeToString())
+    shared.graph.node.append(helper.make_node("Identity", [stream], ["also"]))
+    shared.graph.output.append(helper.make_tensor_value_info("also", tensor.data_type, tensor.dims))
+    dense = unpack(shared)
+    onnx.checker.check_model(dense)
+    assert tensor in dense.graph.initializer
+    value = helper.make_tensor_value_info(stream, tensor.data_type, tensor.dims)
+    packed.graph.input.append(value)
+    onnx.save(packed, tmp_path / "m.onnx")
+    for verb, *out in (("unpack", "o"), ("pack", "o"), ("shrink", "o"), ("inspect",)):
+        code, text = invoked(verb, tmp_path / "m.onnx", *(tmp_path / name for name in out))
+        assert code == 1 and "is an input of the graph, too" in text
+
+
 def test_sparse_tensors_are_limited_in_all_verbs_and_the_advice_holds_in_all(tmp_path):
     made = bomb("sparse")
     for number in range(1, 3):

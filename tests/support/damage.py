@@ -335,7 +335,7 @@ def _change_model(model: ModelProto, random: Random) -> None:
         entry = model.metadata_props.add(key=random.choice(("author", "prune2onnx", "")))
         entry.value = random.choice(("", "{}", "\x1b[2J", "x" * 1000))
     else:
-        model.metadata_props.extend(model.metadata_props)
+        model.metadata_props.extend(list(model.metadata_props))
 
 
 def _change_function(model: ModelProto, random: Random) -> None:

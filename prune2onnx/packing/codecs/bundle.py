@@ -8,6 +8,7 @@ it and the coded weight before it, its method, and its bytes.
 from __future__ import annotations
 
 import hashlib
+import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -192,7 +193,8 @@ def facts_of(node: NodeProto) -> list[int]:
             if facts.data_type != TensorProto.INT64 or facts.HasField("data_location"):
                 return []
             if facts.HasField("raw_data"):  # another tool has written the file
-                return np.frombuffer(facts.raw_data[: len(facts.raw_data) // 8 * 8], "<i8").tolist()
+                count = len(facts.raw_data) // 8
+                return list(struct.unpack(f"<{count}q", facts.raw_data[: 8 * count]))
             return list(facts.int64_data)
     return []
 

@@ -260,24 +260,25 @@ class Tally:
     def __init__(self, findings: Path) -> None:
         self.ends: dict[str, Counter[str]] = {verb: Counter() for verb in VERBS}
         self.kinds: Counter[str] = Counter()
-        self.slowest = 0.0
+        self.slowest = (0.0, "", 0)
         self._findings = findings
         self._lock = threading.Lock()
 
-    def add(self, verb: str, end: str, text: str, seconds: float, files: dict[str, bytes]) -> None:
+    def add(
+        self, verb: str, number: int, end: str, text: str, seconds: float, files: dict[str, bytes]
+    ) -> None:
         """One run."""
         with self._lock:
             self.ends[verb][end] += 1
-            self.slowest = max(self.slowest, seconds)
+            self.slowest = max(self.slowest, (seconds, verb, number))
             if end not in BAD:
                 return
             kind = f"{verb}: {end}: {text.strip().splitlines()[-1][:150] if text.strip() else ''}"
             self.kinds[kind] += 1
             if self.kinds[kind] > 2:
                 return
-            number = len(list(self._findings.iterdir()))
-            folder = self._findings / f"{verb}-{end.replace(' ', '-')}-{number}"
-            folder.mkdir(parents=True)
+            folder = self._findings / f"{number}-{verb}-{end.replace(' ', '-')}"
+            folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 (folder / name).write_bytes(content)
             (folder / "why.txt").write_text(text)
@@ -337,7 +338,7 @@ def fuzz(
                         (Path(place) / name).write_bytes(content)
                     began = time.perf_counter()
                     end, text = local.worker.run(verb, Path(place), more.get(verb, []))
-                    tally.add(verb, end, text, time.perf_counter() - began, files)
+                    tally.add(verb, number, end, text, time.perf_counter() - began, files)
                     (Path(place) / OUT).unlink(missing_ok=True)
 
         with ThreadPoolExecutor(jobs) as pool:
@@ -371,7 +372,7 @@ def main(
     print(tally.table())
     for kind, number in tally.kinds.most_common():
         print(f"{number:5} {kind}")
-    print(f"slowest {tally.slowest:.1f} s")
+    print("slowest: {:.1f} s, {} of file {}".format(*tally.slowest))
     sys.exit(4 if tally.bad else 0)
 
 

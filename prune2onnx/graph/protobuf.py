@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import EncodeError, Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 from numpy.typing import NDArray
@@ -67,7 +68,14 @@ def copy_but(target: Any, source: Any, *fields: str) -> None:
             if isinstance(value, Message):
                 getattr(target, field.name).MergeFrom(value)
             else:
-                setattr(target, field.name, value)
+                _set(target, field, value)
+
+
+def _set(target: Any, field: FieldDescriptor, value: Any) -> None:
+    try:
+        setattr(target, field.name, value)
+    except UnicodeDecodeError:  # text that is not UTF-8 is read as bytes
+        target.MergeFromString(_prefix(field.number, len(value)) + value)
 
 
 def serialized(model: ModelProto) -> Iterator[bytes]:
@@ -120,11 +128,15 @@ def _part(source: Any, empty: Any, number: int, *, above: bool) -> bytes:
 
 def _prefix(number: int, nbytes: int) -> bytes:
     """The tag of a field that holds bytes or a message, and its length as a varint."""
-    found = bytearray([number << 3 | 2])
-    while nbytes > 0x7F:
-        found.append(nbytes & 0x7F | 0x80)
-        nbytes >>= 7
-    return bytes([*found, nbytes])
+    return _varint(number << 3 | 2) + _varint(nbytes)
+
+
+def _varint(number: int) -> bytes:
+    found = bytearray()
+    while number > 0x7F:
+        found.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*found, number])
 
 
 def tensor_nbytes(tensor: TensorProto) -> int:

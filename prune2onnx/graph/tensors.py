@@ -251,7 +251,10 @@ def dense_array(sparse: SparseTensorProto) -> NDArray[Any]:
         raise refused("an index occurs twice")
     flat = np.zeros(size, data.dtype)
     flat[where] = data
-    return flat.reshape(shape)
+    try:
+        return flat.reshape(shape)
+    except ValueError as error:  # no elements, and yet too large
+        raise refused(f"its shape {shape} is none that an array has") from error
 
 
 def within(left: int, sparse: SparseTensorProto) -> int:

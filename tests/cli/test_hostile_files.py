@@ -8,6 +8,8 @@ import sys
 import time
 import zlib
 
+import damage
+import damage_fuzz
 import numpy as np
 import onnx
 import pytest
@@ -245,16 +247,64 @@ def test_a_stream_is_neither_lost_to_others_nor_fed(tmp_path):
         assert code == 1 and "is an input of the graph, too" in text
 
 
-def test_sparse_tensors_are_limited_in_all_verbs_and_the_advice_holds_in_all(tmp_path):
+def test_two_initializers_of_one_name_are_refused_in_every_graph(tmp_path):
+    """onnxruntime opens them; `pack` crashed, `shrink` wrote what no other tool opens."""
+    given = mlp()
+    given.graph.initializer.add().CopyFrom(given.graph.initializer[0])
+    body = model(
+        [helper.make_node("Add", ["x", "c"], ["z"])], {"c": np.ones(1, np.float32)}, {}, {}
+    )
+    body.graph.output.append(helper.make_tensor_value_info("z", 1, [1]))
+    body.graph.initializer.add().CopyFrom(body.graph.initializer[0])
+    branch = {"then_branch": body.graph, "else_branch": body.graph}
+    inside = model([helper.make_node("If", ["x"], ["y"], **branch)], {}, {"x": [1]}, {"y": [1]})
+    for made, name in ((given, "fc1.weight"), (inside, "c")):
+        onnx.save(made, tmp_path / "m.onnx")
+        for verb, *out in (("unpack", "o"), ("pack", "o"), ("shrink", "o"), ("inspect",)):
+            code, text = invoked(verb, tmp_path / "m.onnx", *(tmp_path / name for name in out))
+            assert code == 1 and f"{name}: 2 initializers have this name" in text
+
+
+def test_a_doc_string_that_is_not_text_is_kept(tmp_path):
+    given = mlp()
+    given.graph.doc_string, given.producer_name = "a long doc string", "the producer"
+    content = given.SerializeToString()
+    content = content.replace(b"a long", b"\xc3 long").replace(b"the pro", b"\xff\xfe. pro")
+    (tmp_path / "m.onnx").write_bytes(content)
+    for verb in ("pack", "unpack", "shrink"):
+        code, text = invoked(verb, tmp_path / "m.onnx", tmp_path / "o.onnx")
+        assert code == 0, text
+        written = (tmp_path / "o.onnx").read_bytes()
+        assert b"\xc3 long" in written and b"\xff\xfe. pro" in written
+    invoked("pack", tmp_path / "m.onnx", tmp_path / "p.onnx", "--external", "p.data")
+    code, text = invoked("unpack", tmp_path / "p.onnx", tmp_path / "o.onnx", "--external", "o.data")
+    assert code == 0 and load(tmp_path / "o.onnx").graph.node == given.graph.node
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits, and /proc")
+def test_damaged_files_are_refused_in_a_line_or_done_right(tmp_path):
+    """More of them by hand: tools/damage_fuzz.py."""
+    given = list(damage.originals(random_graphs=6, every=40))
+    tally = damage_fuzz.fuzz(50, 0, 1, tmp_path, given, damage_fuzz.VERBS)
+    assert not tally.bad, tally.kinds
+    for ends in tally.ends.values():
+        assert ends["refused"] > 5 and ends.total() - ends["refused"] > 5
+
+
+def test_sparse_tensors_are_limited_in_all_verbs_and_the_advice_holds(tmp_path, monkeypatch):
     made = bomb("sparse")
     for number in range(1, 3):
         made.graph.sparse_initializer.add().CopyFrom(made.graph.sparse_initializer[0])
         made.graph.sparse_initializer[number].values.name = f"w{number}"
     for sparse in made.graph.sparse_initializer:
-        sparse.dims[:] = [(1 << 28) - 1]
+        sparse.dims[:] = [1 << 20]
     onnx.save(made, tmp_path / "m.onnx")
-    for verb in ("pack", "shrink", "unpack"):
-        code, text = invoked(verb, tmp_path / "m.onnx", tmp_path / "o.onnx")
+    monkeypatch.setattr("prune2onnx.commands.source.MAX_BYTES", 3 << 22)
+    for verb, *more in (("pack",), ("shrink",), ("unpack", "--max-bytes", 3 << 22)):
+        assert invoked(verb, tmp_path / "m.onnx", tmp_path / "o.onnx", *more)[0] == 0
+    monkeypatch.setattr("prune2onnx.commands.source.MAX_BYTES", (3 << 22) - 1)
+    for verb, *more in (("pack",), ("shrink",), ("unpack", "--max-bytes", (3 << 22) - 1)):
+        code, text = invoked(verb, tmp_path / "m.onnx", tmp_path / "o.onnx", *more)
         assert code == 1 and "w2: a sparse tensor" in text, text
         assert "`prune2onnx unpack --max-bytes` allows more" in text
 

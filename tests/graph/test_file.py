@@ -366,7 +366,7 @@ def test_readers_see_a_model_and_its_own_data_while_two_write_both(tmp_path):
 
 
 def test_what_killed_writers_leave_is_the_old_model_or_the_new_one(tmp_path):
-    for case in kill_writes.kills(16, rows=300):
+    for case in kill_writes.kills(8, rows=300):
         assert not kill_writes.bad(case.found), case.found
         assert len(case.found) > 1, case.found
 

@@ -99,7 +99,7 @@ def outcome(verb: str, folder: Path, more: list[str]) -> tuple[str, str]:
     growth = _status("VmHWM") - before
     error = result.exception
     if isinstance(error, MemoryError):
-        return "memory", traceback.format_exc()
+        return "memory", "".join(traceback.format_exception(error))
     if error is not None and not isinstance(error, SystemExit):
         return "crashed", "".join(traceback.format_exception(error))
     if growth > MOST_GROWTH.get(verb, ADDRESS_SPACE):

@@ -127,6 +127,8 @@ def from_sparse(model: ModelProto, max_bytes: int = MAX_NBYTES) -> ModelProto:
             left = within(left, sparse)
             fill_dense(graph.initializer.add(), sparse)
         graph.ClearField("sparse_initializer")
+    if model.graph.sparse_initializer and result.ir_version < _OPTIONAL_IR:
+        result.ir_version = _OPTIONAL_IR  # older ones want each initializer among the inputs
     for nodes in (*(graph.node for graph in graphs), *(f.node for f in result.functions)):
         for node in nodes:
             for attribute in node.attribute:

@@ -1,5 +1,6 @@
 """Files made to do harm: one line, in bounded time, and nothing written where it should not be."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 
 import damage
 import damage_fuzz
@@ -23,6 +25,7 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.file import load
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
+from prune2onnx.shrinking.shrink import shrink as shrunk
 
 
 def invoked(*arguments: object) -> tuple[int, str]:
@@ -279,6 +282,47 @@ def test_a_doc_string_that_is_not_text_is_kept(tmp_path):
     invoked("pack", tmp_path / "m.onnx", tmp_path / "p.onnx", "--external", "p.data")
     code, text = invoked("unpack", tmp_path / "p.onnx", tmp_path / "o.onnx", "--external", "o.data")
     assert code == 0 and load(tmp_path / "o.onnx").graph.node == given.graph.node
+
+
+@pytest.mark.parametrize("way", ["group", "flatten", "pad"])
+def test_channels_that_a_file_only_states_take_no_memory(way, tmp_path):
+    """A group of 2^60 was allocated; so are channels by shapes and pads."""
+    kernel = np.zeros((4, 2, 1, 1), np.float32)
+    nodes = [helper.make_node("Conv", ["x", "w"], ["h"])]
+    weights = {"w": kernel, "w2": kernel[:, :1], "p": np.int64([0, 1 << 36, 0, 0, 0, 0, 0, 0])}
+    if way == "group":
+        nodes.append(helper.make_node("Conv", ["h", "w2"], ["y"], group=1 << 60))
+    elif way == "flatten":
+        nodes.append(helper.make_node("Flatten", ["h"], ["y"]))
+    else:
+        nodes.append(helper.make_node("Pad", ["h", "p"], ["y"]))
+    made = model(nodes, weights, {"x": [1, 2, 1 << 20, 1 << 20]}, {"y": None})
+    with limited(4 << 30):
+        assert shrunk(made).model.graph.node
+
+
+@contextlib.contextmanager
+def limited(nbytes: int) -> Iterator[None]:
+    """At most so much address space; what is allocated beyond is an error."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_sparse_initializer_of_an_old_file_is_unpacked_to_a_valid_one(tmp_path):
+    made = model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": [1]}, {"y": [1]}, opset=8)
+    made.ir_version = 3
+    sparse = made.graph.sparse_initializer.add(dims=[3])
+    sparse.values.CopyFrom(TensorProto(name="s", data_type=1, dims=[0]))
+    sparse.indices.CopyFrom(TensorProto(data_type=7, dims=[0]))
+    onnx.save(made, tmp_path / "m.onnx")
+    code, text = invoked("unpack", tmp_path / "m.onnx", tmp_path / "o.onnx")
+    assert code == 0, text
+    onnx.checker.check_model(tmp_path / "o.onnx")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits, and /proc")

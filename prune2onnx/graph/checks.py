@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.tensors import check
-from prune2onnx.graph.walk import bodies, in_model, nodes_in
+from prune2onnx.graph.walk import DEFAULT_DOMAINS, bodies, in_model, nodes_in, opset
 
 _MOST_NODES = 10**6  # a transformer of 10^9 weights has some 10^4
 
@@ -34,6 +35,7 @@ def check_parts(model: ModelProto, path: Path) -> None:
     try:
         _check_names(model)
         _check_unique(model.graph)
+        _check_operands(model)
         for tensor in in_model(model):
             check(tensor)
     except Prune2OnnxError as error:
@@ -75,6 +77,31 @@ def _check_unique(graph: GraphProto) -> None:
     for node in graph.node:
         for body in bodies(node):
             _check_unique(body)
+
+
+def _check_operands(model: ModelProto) -> None:
+    """Checks that no operand is left out but an optional one; onnxruntime crashes where one is."""
+    parts = [(model.graph.node, model.opset_import)]
+    parts += [(function.node, function.opset_import) for function in model.functions]
+    for nodes, imports in parts:
+        version = opset(imports) or 0
+        for node in nodes_in(nodes):
+            if "" in node.input and node.domain in DEFAULT_DOMAINS:
+                _check_left_out(node, version)
+
+
+def _check_left_out(node: NodeProto, version: int) -> None:
+    try:
+        formal = onnx.defs.get_schema(node.op_type, version).inputs
+    except (onnx.defs.SchemaError, OverflowError, TypeError):
+        return  # left to onnx's checker
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    for index, name in enumerate(node.input):
+        if not name and formal and formal[min(index, len(formal) - 1)].option != optional:
+            raise Prune2OnnxError(
+                f"{node.op_type} {', '.join(node.output)!r}: its input {index} is left out, which "
+                "it needs; the file is damaged, export it again"
+            )
 
 
 def check_expansion(model: ModelProto, path: Path) -> None:

@@ -313,6 +313,26 @@ def limited(nbytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_operand_that_is_left_out_is_refused(inside, tmp_path):
+    """onnxruntime crashes (SIGSEGV) when it runs this, and onnx's checker takes it."""
+    lacking = helper.make_node("Max", ["x", ""], ["y"])
+    made = model([lacking], {}, {"x": [1]}, {"y": [1]})
+    if inside:
+        opset = [helper.make_opsetid("", 18)]
+        made.functions.append(helper.make_function("f", "f", ["x"], ["y"], [lacking], opset))
+        made.graph.node[0].CopyFrom(helper.make_node("f", ["x"], ["y"], domain="f"))
+        made.opset_import.append(helper.make_opsetid("f", 1))
+    onnx.save(made, tmp_path / "m.onnx")
+    for verb, *out in (("validate",), ("pack", "o"), ("benchmark",)):
+        code, text = invoked(verb, tmp_path / "m.onnx", *(tmp_path / name for name in out))
+        assert code == 1 and "Max 'y': its input 1 is left out, which it needs" in text
+    made = model([helper.make_node("Clip", ["x", "", "m"], ["y"])], {}, {"x": [1]}, {"y": [1]})
+    made.graph.initializer.append(numpy_helper.from_array(np.float32(1), "m"))
+    onnx.save(made, tmp_path / "m.onnx")
+    assert invoked("pack", tmp_path / "m.onnx", tmp_path / "o")[0] == 0
+
+
 def test_a_sparse_initializer_of_an_old_file_is_unpacked_to_a_valid_one(tmp_path):
     made = model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": [1]}, {"y": [1]}, opset=8)
     made.ir_version = 3

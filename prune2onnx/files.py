@@ -131,6 +131,25 @@ def _lock(stream: BinaryIO) -> None:
         fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other process that asks for this writes into a folder; nothing is left there.
+
+    Where the system has no such locks (Windows, some network file systems), it does not wait.
+    """
+    held = None
+    try:
+        with contextlib.suppress(OSError):  # where it cannot be made, to write there is an error
+            folder.mkdir(parents=True, exist_ok=True)
+            if fcntl is not None:
+                held = os.open(folder, os.O_RDONLY)
+                fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
+
+
 def keep_inputs(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     """Makes sure that no output is a file that is read, by whatever name or link.
 

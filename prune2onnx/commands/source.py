@@ -13,7 +13,7 @@ from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.walk import opset
 from prune2onnx.packing.inline import is_packed
-from prune2onnx.packing.unpack import unpack
+from prune2onnx.packing.unpack import MAX_BYTES, unpack
 from prune2onnx.runtime.session import load_runnable
 
 
@@ -47,7 +47,7 @@ class Source:
     @cached_property
     def normal(self) -> Rewritten:
         """The normalized model, and what normalizing changed."""
-        return normalize(self.unpacked)
+        return normalize(self.unpacked, MAX_BYTES)
 
     @property
     def is_upgraded(self) -> bool:

@@ -7,29 +7,34 @@ all. Operators are the other modules' task; how weights are coded is that of `pa
 
 from __future__ import annotations
 
-import itertools
 import shutil
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
 import onnx
 from google.protobuf.message import DecodeError, EncodeError
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto, numpy_helper
 
 from prune2onnx.errors import Prune2OnnxError, one_line
-from prune2onnx.files import keep_inputs, replacing, write_whole
+from prune2onnx.files import alone_in, keep_inputs, replacing, write_whole
+from prune2onnx.graph.checks import check_expansion, check_parts
 from prune2onnx.graph.domain import DOMAIN
-from prune2onnx.graph.protobuf import MAX_NBYTES, TYPED_FIELDS, copy_but, nbytes
+from prune2onnx.graph.protobuf import MAX_NBYTES, TYPED_FIELDS, copy_but, nbytes, serialized
 from prune2onnx.graph.shapes import without_weights
-from prune2onnx.graph.tensors import check, check_loaded, declared_nbytes, external
-from prune2onnx.graph.walk import in_model, nodes_in
+from prune2onnx.graph.tensors import (
+    MORE_BYTES,
+    check,
+    check_loaded,
+    declared_nbytes,
+    external,
+)
+from prune2onnx.graph.walk import in_model
 
 EXTERNAL_NBYTES = 1024
 """A smaller tensor stays in the model when a data file is written, as it does in onnx's own."""
 
-_MOST_NODES = 10**6  # a transformer of 10^9 weights has some 10^4
+_MOST_READS = 100  # of a file that others keep replacing
 
 _PAGE = 4096  # onnxruntime maps a large tensor into memory where it starts on a page
 _PAGED_NBYTES = 2**20
@@ -66,22 +71,9 @@ def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
             short, outside the file's folder, or more than `max_bytes`.
     """
     path = Path(path)
-    model = _parsed(path)
-    if not model.graph.ByteSize() or not (
-        model.graph.node or model.graph.initializer or model.graph.sparse_initializer
-    ):
-        raise Prune2OnnxError(f"{path}: no graph in it; not an ONNX model, or cut short")
-    if not model.opset_import:
-        raise Prune2OnnxError(f"{path}: no operator set is imported; not ONNX, or cut short")
-    try:
-        _check_names(model)
-        for tensor in in_model(model):
-            check(tensor)
-    except Prune2OnnxError as error:
-        raise Prune2OnnxError(f"{path}: {error}") from error
-    _read_external(model, path, max_bytes)
+    model = _whole(path, max_bytes)
     _drop_repeated_keys(model)
-    _check_expansion(model, path)
+    check_expansion(model, path)
     defined = {function.name for function in model.functions if function.domain == DOMAIN}
     for node in model.graph.node:
         if node.domain == DOMAIN and node.op_type not in defined:
@@ -98,6 +90,42 @@ def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
             f"{path}: not a valid ONNX model: {one_line(error)[:1000]}", model
         ) from error
     return model
+
+
+def _whole(path: Path, max_bytes: int | None) -> ModelProto:
+    """The model in a file with its data, which belong together also while others replace both.
+
+    As long as a writer (`_write_pair`) leaves the model, the data file has what the model refers
+    to. So it is read again if another model is there after the data were read.
+    """
+    for _ in range(_MOST_READS):
+        before = _identity(path)
+        try:
+            model = _parsed(path)
+            check_parts(model, path)
+            tensors = [tensor for tensor in in_model(model) if external(tensor)]
+            if not tensors:
+                return model
+            _read_external(tensors, path, max_bytes)
+        except Prune2OnnxError:
+            if _identity(path) == before:
+                raise
+        else:
+            if _identity(path) == before:
+                return model
+    raise Prune2OnnxError(
+        f"{path}: another process replaced it {_MOST_READS} times while it was read; "
+        "try again when that is done"
+    )
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from another that takes its place."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _parsed(path: Path) -> ModelProto:
@@ -125,29 +153,6 @@ def _parsed(path: Path) -> ModelProto:
         ) from error
 
 
-def _check_names(model: ModelProto) -> None:
-    """Checks that names are text: protobuf returns bytes where they are not UTF-8."""
-    nodes = [model.graph.node, *(function.node for function in model.functions)]
-    names: set[str | bytes] = {v.name for v in (*model.graph.input, *model.graph.output)}
-    names.update(tensor.name for tensor in in_model(model))
-    names.update(entry.domain for entry in model.opset_import)
-    for function in model.functions:
-        names.update((function.domain, function.name, *function.input, *function.output))
-    for node in itertools.chain.from_iterable(map(nodes_in, nodes)):
-        names.update((node.domain, node.op_type, node.name, *node.input, *node.output))
-        names.update(attribute.name for attribute in node.attribute)
-    messages: list[ModelProto | TensorProto] = [model, *in_model(model)]
-    for message in messages:
-        names.add(message.doc_string)
-        for entry in message.metadata_props:
-            names.update((entry.key, entry.value))
-    for name in names:
-        if not isinstance(name, str):
-            raise Prune2OnnxError(
-                f"{name[:40]!r}: a name or a note that is not UTF-8; the file is damaged"
-            )
-
-
 def _drop_repeated_keys(model: ModelProto) -> None:
     """Leaves one of metadata with the same key, of this project's own; others are refused."""
     seen: set[str] = set()
@@ -157,51 +162,15 @@ def _drop_repeated_keys(model: ModelProto) -> None:
         seen.add(entry.key)
 
 
-def _check_expansion(model: ModelProto, path: Path) -> None:
-    """Checks how many nodes a model has once its functions are inlined, which tools do.
-
-    Raises:
-        Prune2OnnxError: more than `_MOST_NODES`, or a function calls itself.
-    """
-    functions = {(each.domain, each.name): each for each in model.functions}
-    counts: dict[tuple[str, str], int] = {}
-
-    def count(nodes: Iterable[NodeProto]) -> int:
-        called = Counter((node.domain, node.op_type) for node in nodes_in(nodes))
-        return sum(times * counts.get(key, 1) for key, times in called.items())
-
-    waiting = [(key, False) for key in functions]
-    open_calls: set[tuple[str, str]] = set()
-    while waiting:
-        key, ready = waiting.pop()
-        if ready:
-            counts[key] = count(functions[key].node)
-            open_calls.discard(key)
-        elif key not in counts:
-            if key in open_calls:
-                raise Prune2OnnxError(f"{path}: function {key[1]!r} calls itself; not valid ONNX")
-            open_calls.add(key)
-            waiting.append((key, True))
-            inner = {(node.domain, node.op_type) for node in nodes_in(functions[key].node)}
-            waiting += [(each, False) for each in inner if each in functions]
-    total = count(model.graph.node)
-    if total > _MOST_NODES:
-        raise Prune2OnnxError(
-            f"{path}: {total:,} nodes once its functions are inlined, expected at most "
-            f"{_MOST_NODES:,}; the file is damaged, or made to do harm"
-        )
-
-
-def _read_external(model: ModelProto, path: Path, max_bytes: int | None) -> None:
+def _read_external(tensors: Sequence[TensorProto], path: Path, max_bytes: int | None) -> None:
     """Loads external data in place; every size is known and checked before the first is read."""
-    tensors = [tensor for tensor in in_model(model) if external(tensor)]
     try:
         places = [_place(tensor, path) for tensor in tensors]
         total = sum(nbytes for _, _, nbytes in places)
         if max_bytes is not None and total > max_bytes:
             raise Prune2OnnxError(
                 f"{path}: its external data take {total:,} bytes, at most {max_bytes:,} are "
-                "allowed; raise the limit, or shrink the model first"
+                f"allowed; {MORE_BYTES}"
             )
         for tensor, (file, offset, nbytes) in zip(tensors, places, strict=True):
             with file.open("rb") as stream:
@@ -299,7 +268,8 @@ def save(
     if external is None and total <= MAX_NBYTES:
         if source is not None:
             _keep(source, path)
-        write_whole(path, model.SerializeToString())
+        with replacing(path, total) as stream:
+            stream.writelines(serialized(model))
         return (path,)
     name = f"{path.name}.data" if external is None else external
     if name in ("", ".", "..", path.name) or {"/", "\\", "\0"} & set(name):
@@ -366,8 +336,16 @@ def _write_pair(
     Two files cannot be replaced in one step. Where there is a data file, it first becomes one with
     the old bytes and, behind them, the new ones; then the model that refers to these takes its
     place; then both are replaced by what they shall be, in the same way. So at any moment the two
-    that are there belong together, whoever reads them and whenever the process is killed.
+    that are there belong together, whoever reads them and whenever the process is killed. A second
+    writer waits: it would replace the data file between these steps.
     """
+    with alone_in(data.parent):
+        _replace_pair(path, shell, data, outside)
+
+
+def _replace_pair(
+    path: Path, shell: ModelProto, data: Path, outside: list[tuple[TensorProto, int]]
+) -> None:
     size = max((offset + (declared_nbytes(tensor) or 0) for tensor, offset in outside), default=0)
     if data.is_file():
         old = data.stat().st_size

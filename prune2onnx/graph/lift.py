@@ -31,7 +31,7 @@ from onnx import (
 from prune2onnx.graph.domain import DOMAIN
 from prune2onnx.graph.names import Names, rename
 from prune2onnx.graph.rewritten import Changes
-from prune2onnx.graph.tensors import WEIGHT_NBYTES, densified, fingerprint, is_weight
+from prune2onnx.graph.tensors import WEIGHT_NBYTES, fill_dense, fingerprint, is_weight
 from prune2onnx.graph.walk import DEFAULT_DOMAINS, bodies, in_graph, is_constant
 
 _SEE_OUTSIDE = ("If", "Loop", "Scan")
@@ -293,7 +293,7 @@ def _weight_of(node: NodeProto) -> TensorProto | None:
                 named = type(sparse)()
                 named.CopyFrom(sparse)
                 named.values.name = node.output[0]  # for errors
-                tensor = densified(named)
+                fill_dense(tensor, named)
     if not tensor.data_type:
         return None
     tensor.name = node.output[0]

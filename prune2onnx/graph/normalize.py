@@ -2,11 +2,12 @@
 
 All other modules work on this form. No weight is an input of the graph. In this order:
 
-1. `densify`: sparse initializers become dense ones;
-2. `drop_inputs`: inputs of the graph that have an initializer go, so that it is constant;
-3. `upgrade`: operators of opset 6 to 12 are rewritten for 13;
-4. `lift`: weights in Constant nodes, subgraphs and functions move to the main graph;
-5. `declare`: the model imports ONNX's own operators, and its IR version allows what it now uses.
+1. `sort_nodes`: each node stands behind those whose results it reads;
+2. `densify`: sparse initializers become dense ones;
+3. `drop_inputs`: inputs of the graph that have an initializer go, so that it is constant;
+4. `upgrade`: operators of opset 6 to 12 are rewritten for 13;
+5. `lift`: weights in Constant nodes, subgraphs and functions move to the main graph;
+6. `declare`: the model imports ONNX's own operators, and its IR version allows what it now uses.
 
 The values of weights stay as they are, bit for bit. `runtime.compare` checks in onnxruntime that
 the outputs are equal.
@@ -21,9 +22,10 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.lift import lift
+from prune2onnx.graph.order import sort_nodes
 from prune2onnx.graph.protobuf import keep
 from prune2onnx.graph.rewritten import Changes, Rewritten, rewritten
-from prune2onnx.graph.tensors import check_loaded, declared_nbytes, densified, element_type
+from prune2onnx.graph.tensors import check_loaded, declared_nbytes, element_type, fill_dense, within
 from prune2onnx.graph.upgrade import TARGET, upgrade
 from prune2onnx.graph.walk import bodies, in_model, opset
 
@@ -58,7 +60,7 @@ def normalize(model: ModelProto, max_bytes: int | None = None) -> Rewritten:
             f"export it with opset {TARGET} or newer"
         )
     dense = partial(densify, max_bytes=max_bytes)
-    return rewritten(model, dense, drop_inputs, upgrade, lift, declare)
+    return rewritten(model, sort_nodes, dense, drop_inputs, upgrade, lift, declare)
 
 
 def densify(model: ModelProto, changes: Changes, *, max_bytes: int | None) -> None:
@@ -90,15 +92,10 @@ class _Dense:
                 self._changes.stays(sparse.values.name, reason)
                 kept.append(sparse)
                 continue
-            if self._left is not None and (left := self._left - nbytes) < 0:
-                raise Prune2OnnxError(
-                    f"{sparse.values.name}: dense it takes {nbytes:,} bytes, {-left:,} more than "
-                    "are allowed; raise the limit, or shrink the model first"
-                )
-            graph.initializer.append(densified(sparse))
-            self.count += 1
             if self._left is not None:
-                self._left -= nbytes
+                self._left = within(self._left, sparse)
+            fill_dense(graph.initializer.add(), sparse)
+            self.count += 1
         if len(kept) < len(graph.sparse_initializer):
             del graph.sparse_initializer[:]
             graph.sparse_initializer.extend(kept)

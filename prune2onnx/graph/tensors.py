@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import (
     SparseTensorProto,
     TensorProto,
+    helper,
     numpy_helper,
 )
 
@@ -23,6 +24,9 @@ from prune2onnx.graph.protobuf import MAX_NBYTES, TYPED_FIELDS
 
 WEIGHT_NBYTES = 64
 """A tensor of fewer bytes is not worth coding, so it may stand anywhere."""
+
+MORE_BYTES = "if the file is to be trusted, `prune2onnx unpack --max-bytes` allows more"
+"""Advice for a file that would expand to more than is allowed, in any verb."""
 
 MAX_RANK = 64
 """Most axes of a tensor: numpy's."""
@@ -183,8 +187,26 @@ def fingerprint(tensor: TensorProto) -> bytes:
     return digest.digest()
 
 
-def densified(sparse: SparseTensorProto) -> TensorProto:
-    """The dense tensor of a sparse one; it keeps the name and the notes of the values.
+def fill_dense(dense: TensorProto, sparse: SparseTensorProto) -> None:
+    """Fills an empty tensor with a sparse one's values; their name and notes are kept.
+
+    Raises:
+        Prune2OnnxError: as for `dense_array`.
+    """
+    array = dense_array(sparse)
+    dense.name = sparse.values.name
+    dense.data_type = sparse.values.data_type
+    dense.dims.extend(sparse.dims)
+    if sparse.values.doc_string:
+        dense.doc_string = sparse.values.doc_string
+    dense.metadata_props.extend(sparse.values.metadata_props)
+    data = raw_of(array)
+    del array  # memory: it, the bytes and their copy in the message would be there at once
+    dense.raw_data = data
+
+
+def dense_array(sparse: SparseTensorProto) -> NDArray[Any]:
+    """The values of a sparse tensor, dense.
 
     Indices are [nnz] (row-major positions) or [nnz, rank] (coordinates), int64, each at most once.
 
@@ -199,8 +221,7 @@ def densified(sparse: SparseTensorProto) -> TensorProto:
 
     if any(extent < 0 for extent in shape):
         raise refused(f"its shape {shape} has a negative extent")
-    dense = TensorProto(name=values.name, dims=shape, data_type=values.data_type)
-    nbytes = declared_nbytes(dense)
+    nbytes = declared_nbytes(TensorProto(name=name, dims=shape, data_type=values.data_type))
     if nbytes is None:
         raise Prune2OnnxError(
             f"{name}: a sparse tensor of {element_type(values)} cannot be made dense"
@@ -230,12 +251,39 @@ def densified(sparse: SparseTensorProto) -> TensorProto:
         raise refused("an index occurs twice")
     flat = np.zeros(size, data.dtype)
     flat[where] = data
-    dense.raw_data = numpy_helper.from_array(flat).raw_data
-    dense.doc_string = values.doc_string
-    if not values.doc_string:
-        dense.ClearField("doc_string")
-    dense.metadata_props.extend(values.metadata_props)
-    return dense
+    try:
+        return flat.reshape(shape)
+    except ValueError as error:  # no elements, and yet too large
+        raise refused(f"its shape {shape} is none that an array has") from error
+
+
+def within(left: int, sparse: SparseTensorProto) -> int:
+    """Bytes that are still allowed once a tensor is dense; to be called before it is made dense.
+
+    Args:
+        left: bytes that are still allowed before.
+        sparse: the tensor.
+
+    Raises:
+        Prune2OnnxError: it takes more than are left.
+    """
+    shape, dtype = list(sparse.dims), sparse.values.data_type
+    name = name_of(sparse.values)
+    nbytes = declared_nbytes(TensorProto(name=name, dims=shape, data_type=dtype)) or 0
+    if nbytes > left:
+        raise Prune2OnnxError(
+            f"{name}: a sparse tensor of shape {shape} takes {nbytes:,} bytes dense, {left:,} are "
+            f"still allowed; {MORE_BYTES}"
+        )
+    return left - nbytes
+
+
+def raw_of(array: NDArray[Any]) -> bytes:
+    """The data of a tensor with these values: little-endian, row-major, two of 4 bits to a byte."""
+    number = helper.np_dtype_to_tensor_dtype(array.dtype)
+    if _BITS[number] < 8 or array.dtype.byteorder == ">":
+        return bytes(numpy_helper.from_array(np.ascontiguousarray(array)).raw_data)
+    return array.tobytes()
 
 
 def replace(tensor: TensorProto, values: NDArray[Any]) -> None:

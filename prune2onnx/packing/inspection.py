@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from prune2onnx.graph.domain import DOMAIN, MARK
-from prune2onnx.graph.protobuf import framed
-from prune2onnx.graph.tensors import array_of, densified
+from prune2onnx.graph.protobuf import framed, tensor_nbytes
+from prune2onnx.graph.tensors import array_of, dense_array, within
 from prune2onnx.packing.codecs import entropy_nbytes
 from prune2onnx.packing.inline import is_packed, outlined
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.sparse import CODEC as SPARSE
-from prune2onnx.packing.sparse import sparse_nbytes, within
+from prune2onnx.packing.sparse import sparse_nbytes
 from prune2onnx.packing.unpack import MAX_BYTES, Coded, coded
 
 # Fitted to what `prune2onnx validate` measures with onnxruntime 1.32 on a server's core: the time
@@ -70,10 +70,10 @@ def inspect(
         Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
     """
     left_over = inflated(model)
-    model = outlined(model)
     found = coded(model, max_bytes) if known is None else known
+    model = outlined(model)
     streams = {name for node in model.graph.node if node.domain == DOMAIN for name in node.input}
-    left = _FREE_NBYTES + _NBYTES_PER_BYTE * sum(t.ByteSize() for t in model.graph.initializer)
+    left = _FREE_NBYTES + _NBYTES_PER_BYTE * sum(tensor_nbytes(t) for t in model.graph.initializer)
     rows = []
 
     def add(name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str = "") -> None:
@@ -85,12 +85,12 @@ def inspect(
         add(name, array, *found.how[name])
     for tensor in model.graph.initializer:
         if tensor.name not in streams:
-            nbytes = framed(tensor.ByteSize())
+            nbytes = framed(tensor_nbytes(tensor))
             add(tensor.name, array_of(tensor), "dense", nbytes, "stored dense in the file")
     allowed = max_bytes
     for sparse in model.graph.sparse_initializer:
         allowed = within(allowed, sparse)
-        array = array_of(densified(sparse))
+        array = dense_array(sparse)
         add(sparse.values.name, array, SPARSE, framed(sparse.ByteSize()))
     return Inspection(
         tuple(rows),

@@ -33,11 +33,10 @@ from onnx import (
 )
 from scipy.sparse import coo_array
 
-from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.normalize import drop_inputs
 from prune2onnx.graph.protobuf import MAX_NBYTES, framed
 from prune2onnx.graph.rewritten import Changes
-from prune2onnx.graph.tensors import array_of, declared_nbytes, densified, name_of
+from prune2onnx.graph.tensors import array_of, fill_dense, within
 from prune2onnx.graph.walk import bodies
 from prune2onnx.packing.codecs import bits_of
 from prune2onnx.packing.rows import WeightRow
@@ -126,8 +125,10 @@ def from_sparse(model: ModelProto, max_bytes: int = MAX_NBYTES) -> ModelProto:
     for graph in graphs:
         for sparse in graph.sparse_initializer:
             left = within(left, sparse)
-            graph.initializer.append(densified(sparse))
+            fill_dense(graph.initializer.add(), sparse)
         graph.ClearField("sparse_initializer")
+    if model.graph.sparse_initializer and result.ir_version < _OPTIONAL_IR:
+        result.ir_version = _OPTIONAL_IR  # older ones want each initializer among the inputs
     for nodes in (*(graph.node for graph in graphs), *(f.node for f in result.functions)):
         for node in nodes:
             for attribute in node.attribute:
@@ -135,7 +136,9 @@ def from_sparse(model: ModelProto, max_bytes: int = MAX_NBYTES) -> ModelProto:
                     sparse = attribute.sparse_tensor
                     sparse.values.name = sparse.values.name or node.output[0]
                     left = within(left, sparse)
-                    attribute.CopyFrom(helper.make_attribute("value", densified(sparse)))
+                    made = AttributeProto(name="value", type=AttributeProto.TENSOR)
+                    fill_dense(made.t, sparse)
+                    attribute.CopyFrom(made)
     return result
 
 
@@ -168,27 +171,6 @@ def sparse_nbytes(array: NDArray[Any], name: str = "") -> int | None:
     frame.ClearField("values")
     frame.ClearField("indices")
     return framed(frame.ByteSize() + inside)
-
-
-def within(left: int, sparse: SparseTensorProto) -> int:
-    """Bytes that are still allowed once a tensor is dense; to be called before it is made dense.
-
-    Args:
-        left: bytes that are still allowed before.
-        sparse: the tensor.
-
-    Raises:
-        Prune2OnnxError: it takes more than are left.
-    """
-    shape, dtype = list(sparse.dims), sparse.values.data_type
-    dense = TensorProto(name=name_of(sparse.values), dims=shape, data_type=dtype)
-    nbytes = declared_nbytes(dense) or 0
-    if nbytes > left:
-        raise Prune2OnnxError(
-            f"{sparse.values.name}: a sparse tensor of shape {shape} takes {nbytes:,} bytes dense, "
-            f"{left:,} are still allowed; raise the limit if the file is to be trusted"
-        )
-    return left - nbytes
 
 
 def _written(tensor: TensorProto) -> tuple[SparseTensorProto | None, WeightRow]:

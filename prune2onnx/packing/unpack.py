@@ -11,14 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 from numpy.typing import NDArray
-from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.graph.domain import DOMAIN, MARK, OP
-from prune2onnx.graph.protobuf import copy_but, framed, keep
-from prune2onnx.graph.tensors import element_type
+from prune2onnx.graph.protobuf import copy_but, framed, keep, tensor_nbytes
+from prune2onnx.graph.tensors import element_type, raw_of
+from prune2onnx.graph.walk import used_in
 from prune2onnx.packing.codecs import decode, described, entropy_nbytes
 from prune2onnx.packing.codecs.evaluator import weights_of
 from prune2onnx.packing.codecs.limits import Budget
@@ -30,6 +30,8 @@ FUNCTIONS_IR = 8
 
 MAX_BYTES = 1 << 31
 """Largest array that decoding a file may make, by default."""
+
+_MEASURED_NBYTES = 1 << 26  # a file of some bytes may decode to gigabytes
 
 IR_KEY = "prune2onnx.ir_version"
 
@@ -56,7 +58,7 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
         Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
     """
     result = ModelProto()
-    model = outlined(model)
+    given, model = model, outlined(model)
     calls = _calls(model)
     if not calls and not any(entry.domain == DOMAIN for entry in model.opset_import):
         result.CopyFrom(model)
@@ -66,7 +68,9 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
         copy_but(result.graph, model.graph, "initializer", "node")
     except UnicodeDecodeError as error:
         raise Prune2OnnxError("a name that is not UTF-8; the file is damaged") from error
+    others = [node for node in model.graph.node if node.domain != DOMAIN]
     streams = {source for node in calls for source in node.input}
+    streams -= used_in(others) | {value.name for value in model.graph.output}
     result.graph.initializer.extend(
         tensor for tensor in model.graph.initializer if tensor.name not in streams
     )
@@ -75,7 +79,8 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
     declared = _declared_types(model)
     place = 0
     budget = _budget(model, max_bytes)
-    for node, decoded in _decodings(model, budget) if known is None else known.of(calls):
+    decodings = _decodings(given, budget) if known is None else known.of(calls)
+    for node, decoded in decodings:
         for name, facts in zip(list(decoded), described(node), strict=True):
             place = min(place + max(facts.skip, 0), len(result.graph.initializer))
             result.graph.initializer.insert(place, TensorProto())
@@ -87,7 +92,7 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
                 else:
                     tensor.metadata_props.add(key=key.removeprefix("."), value=value)
             place += 1
-    result.graph.node.extend(node for node in model.graph.node if node.domain != DOMAIN)
+    result.graph.node.extend(others)
     keep(result.functions, lambda function: function.domain != DOMAIN)
     keep(result.opset_import, lambda entry: entry.domain != DOMAIN)
     if IR_KEY in props:
@@ -130,18 +135,26 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
     Raises:
         Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
     """
-    model = outlined(model)
+    given, model = model, outlined(model)
     arrays: dict[str, NDArray[Any]] = {}
     how: dict[str, tuple[str, int]] = {}
-    sizes = {tensor.name: framed(tensor.ByteSize()) for tensor in model.graph.initializer}
+    sizes = {tensor.name: framed(tensor_nbytes(tensor)) for tensor in model.graph.initializer}
     budget = _budget(model, max_bytes)
-    for node, decoded in _decodings(model, budget):
+    for node, decoded in _decodings(given, budget):
         if twice := arrays.keys() & decoded.keys():
             raise Prune2OnnxError(f"{min(twice)}: decoded twice; the file is damaged")
         arrays |= decoded
+        found = described(node)
+        if all(facts.method is not None for facts in found):
+            bounds = dict.fromkeys(decoded, 0.0)
+        else:  # the file does not say how its bytes divide; far larger weights are all alike
+            small = sum(array.nbytes for array in decoded.values()) <= _MEASURED_NBYTES
+            bounds = {
+                name: 1 + (entropy_nbytes(array) if small else array.nbytes)
+                for name, array in decoded.items()
+            }
         nbytes = framed(node.ByteSize()) + sum(sizes[source] for source in node.input)
-        bounds = {name: 1 + entropy_nbytes(array) for name, array in decoded.items()}
-        for name, facts in zip(decoded, described(node), strict=True):
+        for name, facts in zip(decoded, found, strict=True):
             if facts.method is not None:
                 how[name] = (facts.method.name, facts.nbytes)
             else:
@@ -157,13 +170,14 @@ def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = 
         model: a packed model.
         arrays: its decoded weights (`coded`), if they are at hand.
     """
+    arrays = coded(model).arrays if arrays is None else arrays
     model = outlined(model)
     calls = _calls(model)
     streams = {source for node in calls for source in node.input}
     graph = GraphProto(name="decode", node=calls)
     graph.initializer.extend(t for t in model.graph.initializer if t.name in streams)
     declared = _declared_types(model)
-    for name, array in (coded(model).arrays if arrays is None else arrays).items():
+    for name, array in arrays.items():
         number = declared.get(name) or helper.np_dtype_to_tensor_dtype(array.dtype)
         graph.output.append(helper.make_tensor_value_info(name, number, array.shape))
     result = ModelProto(ir_version=model.ir_version, graph=graph)
@@ -190,12 +204,14 @@ def _budget(model: ModelProto, max_bytes: int) -> Budget:
     """What the decoding of a model may use."""
     wanted = {source for node in _calls(model) for source in node.input}
     streams = (t for t in model.graph.initializer if t.name in wanted)
-    return Budget(max_bytes, sum(tensor.ByteSize() for tensor in streams))
+    return Budget(max_bytes, sum(tensor_nbytes(tensor) for tensor in streams))
 
 
 def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
     """Each decode call and its outputs."""
+    given, model = model, outlined(model)
     stored_as = {tensor.name: tensor for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input}
     functions: dict[str, FunctionProto] = {}
     for function in model.functions:
         if function.domain == DOMAIN and function.name in functions:
@@ -212,6 +228,11 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
         for name in node.input:
             if name in arrays:
                 continue
+            if name in inputs:
+                raise Prune2OnnxError(
+                    f"{weights_of(node)}: the stream {name!r} is an input of the graph, too; the "
+                    "file is damaged, pack it again"
+                )
             if name not in stored_as:
                 raise Prune2OnnxError(
                     f"{weights_of(node)}: the stream {name!r} is missing; the file is damaged"
@@ -222,7 +243,16 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
                 raise Prune2OnnxError(
                     f"{weights_of(node)}: the stream {name!r} is damaged: {one_line(error)[:300]}"
                 ) from error
-        yield node, decode(node, [arrays[name] for name in node.input], functions, budget)
+        yield (
+            node,
+            decode(
+                node,
+                [arrays[name] for name in node.input],
+                functions,
+                budget,
+                written_out=model is not given,
+            ),
+        )
 
 
 def _notes(props: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -258,10 +288,14 @@ def _fill(
     except Prune2OnnxError as error:
         raise Prune2OnnxError(f"{name}: unpacking needs {error}") from error
     budget.keep(array.nbytes)
+    tensor.name = name
+    tensor.dims.extend(array.shape)
     tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
     if declared and declared != tensor.data_type:
         raise Prune2OnnxError(
             f"{name}: decodes to {element_type(tensor)}, the model declares element type "
             f"{declared}; the file is damaged"
         )
-    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    data = raw_of(array)
+    del array  # memory: it, the bytes and their copy in the message would be there at once
+    tensor.raw_data = data

@@ -45,7 +45,7 @@ _MOST_ROUNDS = 20_000
 
 @dataclass(frozen=True)
 class Load:
-    """Opening a file in a fresh process; medians of seven processes.
+    """Opening a file in a fresh process; medians of up to seven processes.
 
     Attributes:
         file: its path.

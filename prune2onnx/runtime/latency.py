@@ -22,10 +22,11 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.file import file_nbytes
 from prune2onnx.runs.defaults import BenchmarkOptions
 from prune2onnx.runs.report import Measured
-from prune2onnx.runtime.session import call, run_once, session
+from prune2onnx.runtime.session import call, run_once
 
 _LOADS = 7  # fresh processes per file
 
+_LOADS_SECONDS = 10.0  # after these, no further round of them: a graph of 50,000 nodes takes 7 each
 
 _FEWEST = 5  # timed inferences per file, however long they take
 
@@ -76,8 +77,11 @@ def load_in_fresh_process(path: Path) -> tuple[float, int]:
 
 
 def loads(files: Sequence[Path]) -> list[tuple[float, int]]:
-    """`load_in_fresh_process` for each file: medians of seven processes each, interleaved."""
-    taken = [[load_in_fresh_process(path) for path in files] for _ in range(_LOADS)]
+    """`load_in_fresh_process` for each file: medians of up to seven processes each, interleaved."""
+    began = time.perf_counter()
+    taken: list[list[tuple[float, int]]] = []
+    while len(taken) < _LOADS and (not taken or time.perf_counter() - began < _LOADS_SECONDS):
+        taken.append([load_in_fresh_process(path) for path in files])
     return [
         (float(np.median([ms for ms, _ in runs])), int(np.median([peak for _, peak in runs])))
         for runs in zip(*taken, strict=True)
@@ -134,21 +138,24 @@ def timed(
 
 
 def measure(
-    files: Sequence[Path], inputs: dict[str, NDArray[Any]], errors: Sequence[float | None]
+    files: Sequence[Path],
+    opened: Sequence[ort.InferenceSession],
+    inputs: dict[str, NDArray[Any]],
+    errors: Sequence[float | None],
 ) -> list[Measured]:
     """Load time, peak memory and latency of several files, interleaved.
 
     Args:
         files: ONNX files that take the same inputs.
+        opened: a session for each file.
         inputs: one example.
         errors: of each file, passed through.
 
     Returns:
-        One `Measured` per file: medians of 7 loads in fresh processes, percentiles of up to 300
-        runs after 20 to warm up, with onnxruntime's default number of threads.
+        One `Measured` per file: medians of up to 7 loads in fresh processes, percentiles of up
+        to 300 runs after 20 to warm up, with onnxruntime's default number of threads.
     """
     taken = loads(files)
-    opened = [session(path) for path in files]
     times = timed(files, opened, [inputs] * len(files), seconds=_MOST_SECONDS, rounds=_RUNS)
     return [
         Measured(

@@ -175,12 +175,12 @@ def validate(
             difference, (dense, compressed), pairs = _run_and_measured(
                 file, (dense_file, opened), other_file, taken, expected, given, unpacked
             )
-    if opened is not None:
+    if not is_packed(packed):
+        folded = True  # there is nothing to fold
+    elif opened is not None:
         folded = folds(packed, unpacked)
-    elif is_packed(packed):
+    else:
         folded = folds(decode_graph(packed))
-    else:  # nothing to fold
-        folded = True
     return Report(
         version=importlib.metadata.version("prune2onnx"),
         seed=seed,
@@ -261,4 +261,5 @@ def _run_and_measured(
             "give a --reference with the same inputs"
         )
     run_once(against, inputs, other_file)
-    return difference, measure([other_file, file], inputs, [reference_error, error]), examples
+    measured = measure([other_file, file], [against, opened], inputs, [reference_error, error])
+    return difference, measured, examples

@@ -44,6 +44,9 @@ Extent = int | Ids | None
 """An element of a computed shape: a number, the number of these channels, or None: neither."""
 
 
+_MOST_CHANNELS = 1 << 25  # 16 bytes for each
+
+
 class Opaque(Exception):  # noqa: N818 - no error: the node counts as reading everything
     """Why a node's channels cannot be followed; continues "read by Softmax 'y' ..."."""
 
@@ -276,7 +279,12 @@ class Flow:
         return channels
 
     def fresh(self, count: int) -> Ids:
-        """Numbers of new channels."""
+        """Numbers of new channels.
+
+        Raises:
+            Opaque: there are too many.
+        """
+        followed(self.count + count)
         self.count += count
         return np.arange(self.count - count, self.count)
 
@@ -365,6 +373,17 @@ def product(extents: Sequence[int | None]) -> int | None:
             return None
         result *= extent
     return result
+
+
+def followed(count: int) -> int:
+    """A number of channels, which a damaged file may state as it likes.
+
+    Raises:
+        Opaque: it is too large.
+    """
+    if count > _MOST_CHANNELS:
+        raise Opaque(f"of {count:,} channels, more than are followed")
+    return count
 
 
 def unknown(count: int) -> NDArray[np.float64]:

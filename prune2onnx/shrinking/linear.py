@@ -32,7 +32,7 @@ from prune2onnx.shrinking.flow import (
 def conv(flow: Flow, node: NodeProto) -> None:
     """Weight [out, in / groups, *kernel]; a constant input is one in the output unless padded."""
     weight = flow.weight(node.input[1])
-    groups = int(attribute(node, "group", 1))
+    groups = _groups(node, weight.shape[0])
     summed = weight.reshape(*weight.shape[:2], -1)
     exact = not padded(node, weight.shape[2:])
     _convolution(flow, node, _Sum(summed, groups, exact), (0, 1))
@@ -41,11 +41,18 @@ def conv(flow: Flow, node: NodeProto) -> None:
 def conv_transpose(flow: Flow, node: NodeProto) -> None:
     """Weight [in, out / groups, *kernel]; output positions see different parts of the kernel."""
     weight = flow.weight(node.input[1])
-    groups = int(attribute(node, "group", 1))
+    groups = _groups(node, weight.shape[0])
     inputs, outputs = weight.shape[:2]
     parts = weight.reshape(groups, inputs // groups, outputs, -1).swapaxes(1, 2)
     summed = parts.reshape(groups * outputs, inputs // groups, -1)
     _convolution(flow, node, _Sum(summed, groups, exact=False), (1, 0))
+
+
+def _groups(node: NodeProto, channels: int) -> int:
+    groups = int(attribute(node, "group", 1))
+    if not 0 < groups <= channels or channels % groups:
+        raise Opaque(f"of {groups} groups, and {channels} channels in its weight")
+    return groups
 
 
 def gemm(flow: Flow, node: NodeProto) -> None:

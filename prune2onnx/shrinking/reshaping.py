@@ -20,6 +20,7 @@ from prune2onnx.shrinking.flow import (
     Ids,
     Kept,
     Opaque,
+    followed,
     label,
     numbers,
     product,
@@ -91,6 +92,7 @@ def _merge(
     """Each channel becomes `after` rows side by side, and all of them `before` times."""
     if before is None or after is None:
         raise Opaque("with axes whose extent is unknown")
+    followed(len(channels.ids) * before * after)
     ids = np.tile(np.repeat(channels.ids, after), before)
     constants = np.tile(np.repeat(channels.constants, after), before)
     _set(flow, node, axis, ids, constants)

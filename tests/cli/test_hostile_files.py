@@ -1,25 +1,31 @@
 """Files made to do harm: one line, in bounded time, and nothing written where it should not be."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+import zlib
+from collections.abc import Iterator
 
+import damage
+import damage_fuzz
 import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
 from finished import made_run, made_sweep
 from networks import mlp, model
-from onnx import ModelProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from prune2onnx.cli.main import main
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.file import load
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
+from prune2onnx.shrinking.shrink import shrink as shrunk
 
 
 def invoked(*arguments: object) -> tuple[int, str]:
@@ -118,6 +124,253 @@ def test_many_initializers_and_nodes_take_time_in_proportion(tmp_path):
 
     seconds(10)  # imports
     assert seconds(4000) < 10 * seconds(1000) + 1
+
+
+EXPANDED = 1 << 27
+
+
+def bomb(kind: str) -> ModelProto:
+    """A file of about 500 bytes whose weights take 128 MiB."""
+    call = helper.make_node("w", ["s"], ["w0"], domain="prune2onnx")
+    read = helper.make_node("Gather", ["w0", "i"], ["y"])
+    made = model([read], {"i": np.int64([3])}, {}, {"y": [1]})
+    if kind == "sparse":
+        sparse = made.graph.sparse_initializer.add(dims=[EXPANDED // 4])
+        one = TensorProto(name="w0", data_type=1, dims=[1], float_data=[1])
+        sparse.values.CopyFrom(one)
+        sparse.indices.CopyFrom(TensorProto(data_type=7, dims=[1], int64_data=[5]))
+        return made
+    made.graph.output[0].type.tensor_type.elem_type = TensorProto.INT8
+    weight = np.ones(EXPANDED, np.int8)
+    checksum = zlib.crc32(weight.data, zlib.crc32(f"w0 3 [{EXPANDED}] ".encode()))
+    facts = TensorProto(dims=[4], data_type=7, int64_data=[checksum, 0, 0, 9])
+    call.attribute.add(name="i", type=onnx.AttributeProto.TENSOR).t.CopyFrom(facts)
+    made.graph.node.insert(0, call)
+    made.graph.initializer.append(numpy_helper.from_array(np.int64([EXPANDED]), "s"))
+    fill = numpy_helper.from_array(np.ones(1, np.int8))
+    nodes = [helper.make_node("ConstantOfShape", ["s"], ["w"], value=fill)]
+    opset = [helper.make_opsetid("", 18)]
+    made.functions.append(helper.make_function("prune2onnx", "w", ["s"], ["w"], nodes, opset))
+    made.opset_import.append(helper.make_opsetid("prune2onnx", 1))
+    made.metadata_props.add(key="prune2onnx")
+    return made
+
+
+_PEAK = """
+import sys
+from prune2onnx.cli.main import main
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+main([*sys.argv[1:3], *sys.argv[4:]], standalone_mode=False)  # everything is imported
+before = status("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+main([sys.argv[1], *sys.argv[3:]], standalone_mode=False)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+@pytest.mark.parametrize("kind", ["packed", "sparse"])
+@pytest.mark.parametrize("verb", ["unpack", "inspect"])
+def test_a_file_of_some_bytes_takes_no_more_memory_than_twice_its_weights(verb, kind, tmp_path):
+    onnx.save(mlp(), tmp_path / "small.onnx")
+    onnx.save(bomb(kind), tmp_path / "m.onnx")
+    assert (tmp_path / "m.onnx").stat().st_size < 1000
+    out = [tmp_path / "o.onnx"] if verb == "unpack" else []
+    command = [sys.executable, "-c", _PEAK, verb, tmp_path / "small.onnx", tmp_path / "m.onnx"]
+    done = subprocess.run([*command, *out], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[-1]) < 2.1 * EXPANDED
+    code, text = invoked(verb, tmp_path / "m.onnx", *out, "--max-bytes", EXPANDED - 1)
+    assert code == 1 and "--max-bytes" in text
+
+
+def test_what_pack_writes_of_a_file_that_onnx_refuses_is_unpacked_again(tmp_path):
+    """`pack` took what onnxruntime opens; `unpack` and `inspect` refused the result."""
+    given = mlp()
+    given.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx.checker.check_model(given)
+    onnx.save(given, tmp_path / "m.onnx")
+    for verb, *files in (
+        ("pack", "m.onnx", "p.onnx"),
+        ("inspect", "p.onnx"),
+        ("unpack", "p.onnx", "u.onnx"),
+    ):
+        code, text = invoked(verb, *(tmp_path / name for name in files))
+        assert code == 0, text
+    assert onnx.load(tmp_path / "u.onnx").graph == given.graph
+
+
+def test_nodes_in_any_order_that_onnxruntime_runs_are_sorted_first(tmp_path):
+    """`shrink` misread them, and refused its own result."""
+    dead = np.ones((4, 4), np.float32)
+    dead[:, 1:3] = 0
+    given = model(
+        [
+            helper.make_node("MatMul", ["r", "b"], ["y"]),
+            helper.make_node("Relu", ["h"], ["r"]),
+            helper.make_node("MatMul", ["x", "a"], ["h"]),
+        ],
+        {"a": dead, "b": np.ones((4, 2), np.float32)},
+        {"x": [1, 4]},
+        {"y": [1, 2]},
+    )
+    onnx.save(given, tmp_path / "m.onnx")
+    for verb, more in (("shrink", ["--multiple", "1"]), ("pack", ["--shrink"])):
+        code, text = invoked(verb, tmp_path / "m.onnx", tmp_path / "o.onnx", *more)
+        assert code == 0 and "sorted its nodes" in text, text
+        onnx.checker.check_model(tmp_path / "o.onnx")
+    assert [n.op_type for n in onnx.load(tmp_path / "o.onnx").graph.node[-3:]] == [
+        *("MatMul", "Relu", "MatMul")
+    ]
+    circle = model([helper.make_node("Add", ["x", "y"], ["y"])], {}, {"x": [1]}, {"y": [1]})
+    circle.graph.node.append(helper.make_node("Relu", ["y"], ["x"]))
+    onnx.save(circle, tmp_path / "m.onnx")
+    assert invoked("pack", tmp_path / "m.onnx", tmp_path / "o.onnx")[0] == 1
+
+
+def test_a_stream_is_neither_lost_to_others_nor_fed(tmp_path):
+    packed = pack(mlp()).model
+    stream = next(n for n in packed.graph.node if n.domain == "prune2onnx").input[0]
+    tensor = next(t for t in packed.graph.initializer if t.name == stream)
+    shared = ModelProto.FromString(packed.SerializeToString())
+    shared.graph.node.append(helper.make_node("Identity", [stream], ["also"]))
+    shared.graph.output.append(helper.make_tensor_value_info("also", tensor.data_type, tensor.dims))
+    dense = unpack(shared)
+    onnx.checker.check_model(dense)
+    assert tensor in dense.graph.initializer
+    value = helper.make_tensor_value_info(stream, tensor.data_type, tensor.dims)
+    packed.graph.input.append(value)
+    onnx.save(packed, tmp_path / "m.onnx")
+    for verb, *out in (("unpack", "o"), ("pack", "o"), ("shrink", "o"), ("inspect",)):
+        code, text = invoked(verb, tmp_path / "m.onnx", *(tmp_path / name for name in out))
+        assert code == 1 and "is an input of the graph, too" in text
+
+
+def test_two_initializers_of_one_name_are_refused_in_every_graph(tmp_path):
+    """onnxruntime opens them; `pack` crashed, `shrink` wrote what no other tool opens."""
+    given = mlp()
+    given.graph.initializer.add().CopyFrom(given.graph.initializer[0])
+    body = model(
+        [helper.make_node("Add", ["x", "c"], ["z"])], {"c": np.ones(1, np.float32)}, {}, {}
+    )
+    body.graph.output.append(helper.make_tensor_value_info("z", 1, [1]))
+    body.graph.initializer.add().CopyFrom(body.graph.initializer[0])
+    branch = {"then_branch": body.graph, "else_branch": body.graph}
+    inside = model([helper.make_node("If", ["x"], ["y"], **branch)], {}, {"x": [1]}, {"y": [1]})
+    for made, name in ((given, "fc1.weight"), (inside, "c")):
+        onnx.save(made, tmp_path / "m.onnx")
+        for verb, *out in (("unpack", "o"), ("pack", "o"), ("shrink", "o"), ("inspect",)):
+            code, text = invoked(verb, tmp_path / "m.onnx", *(tmp_path / name for name in out))
+            assert code == 1 and f"{name}: 2 initializers have this name" in text
+
+
+def test_a_doc_string_that_is_not_text_is_kept(tmp_path):
+    given = mlp()
+    given.graph.doc_string, given.producer_name = "a long doc string", "the producer"
+    content = given.SerializeToString()
+    content = content.replace(b"a long", b"\xc3 long").replace(b"the pro", b"\xff\xfe. pro")
+    (tmp_path / "m.onnx").write_bytes(content)
+    for verb in ("pack", "unpack", "shrink"):
+        code, text = invoked(verb, tmp_path / "m.onnx", tmp_path / "o.onnx")
+        assert code == 0, text
+        written = (tmp_path / "o.onnx").read_bytes()
+        assert b"\xc3 long" in written and b"\xff\xfe. pro" in written
+    invoked("pack", tmp_path / "m.onnx", tmp_path / "p.onnx", "--external", "p.data")
+    code, text = invoked("unpack", tmp_path / "p.onnx", tmp_path / "o.onnx", "--external", "o.data")
+    assert code == 0 and load(tmp_path / "o.onnx").graph.node == given.graph.node
+
+
+@pytest.mark.parametrize("way", ["group", "flatten", "pad"])
+def test_channels_that_a_file_only_states_take_no_memory(way, tmp_path):
+    """A group of 2^60 was allocated; so are channels by shapes and pads."""
+    kernel = np.zeros((4, 2, 1, 1), np.float32)
+    nodes = [helper.make_node("Conv", ["x", "w"], ["h"])]
+    weights = {"w": kernel, "w2": kernel[:, :1], "p": np.int64([0, 1 << 36, 0, 0, 0, 0, 0, 0])}
+    if way == "group":
+        nodes.append(helper.make_node("Conv", ["h", "w2"], ["y"], group=1 << 60))
+    elif way == "flatten":
+        nodes.append(helper.make_node("Flatten", ["h"], ["y"]))
+    else:
+        nodes.append(helper.make_node("Pad", ["h", "p"], ["y"]))
+    made = model(nodes, weights, {"x": [1, 2, 1 << 20, 1 << 20]}, {"y": None})
+    with limited(4 << 30):
+        assert shrunk(made).model.graph.node
+
+
+@contextlib.contextmanager
+def limited(nbytes: int) -> Iterator[None]:
+    """At most so much address space; what is allocated beyond is an error."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (nbytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_operand_that_is_left_out_is_refused(inside, tmp_path):
+    """onnxruntime crashes (SIGSEGV) when it runs this, and onnx's checker takes it."""
+    lacking = helper.make_node("Max", ["x", ""], ["y"])
+    made = model([lacking], {}, {"x": [1]}, {"y": [1]})
+    if inside:
+        opset = [helper.make_opsetid("", 18)]
+        made.functions.append(helper.make_function("f", "f", ["x"], ["y"], [lacking], opset))
+        made.graph.node[0].CopyFrom(helper.make_node("f", ["x"], ["y"], domain="f"))
+        made.opset_import.append(helper.make_opsetid("f", 1))
+    onnx.save(made, tmp_path / "m.onnx")
+    for verb, *out in (("validate",), ("pack", "o"), ("benchmark",)):
+        code, text = invoked(verb, tmp_path / "m.onnx", *(tmp_path / name for name in out))
+        assert code == 1 and "Max 'y': its input 1 is left out, which it needs" in text
+    made = model([helper.make_node("Clip", ["x", "", "m"], ["y"])], {}, {"x": [1]}, {"y": [1]})
+    made.graph.initializer.append(numpy_helper.from_array(np.float32(1), "m"))
+    onnx.save(made, tmp_path / "m.onnx")
+    assert invoked("pack", tmp_path / "m.onnx", tmp_path / "o")[0] == 0
+
+
+def test_a_sparse_initializer_of_an_old_file_is_unpacked_to_a_valid_one(tmp_path):
+    made = model([helper.make_node("Relu", ["x"], ["y"])], {}, {"x": [1]}, {"y": [1]}, opset=8)
+    made.ir_version = 3
+    sparse = made.graph.sparse_initializer.add(dims=[3])
+    sparse.values.CopyFrom(TensorProto(name="s", data_type=1, dims=[0]))
+    sparse.indices.CopyFrom(TensorProto(data_type=7, dims=[0]))
+    onnx.save(made, tmp_path / "m.onnx")
+    code, text = invoked("unpack", tmp_path / "m.onnx", tmp_path / "o.onnx")
+    assert code == 0, text
+    onnx.checker.check_model(tmp_path / "o.onnx")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits, and /proc")
+def test_damaged_files_are_refused_in_a_line_or_done_right(tmp_path):
+    """More of them by hand: tools/damage_fuzz.py."""
+    given = list(damage.originals(random_graphs=6, every=40))
+    tally = damage_fuzz.fuzz(50, 0, 1, tmp_path, given, damage_fuzz.VERBS)
+    assert not tally.bad, tally.kinds
+    for ends in tally.ends.values():
+        assert ends["refused"] > 5 and ends.total() - ends["refused"] > 5
+
+
+def test_sparse_tensors_are_limited_in_all_verbs_and_the_advice_holds(tmp_path, monkeypatch):
+    made = bomb("sparse")
+    for number in range(1, 3):
+        made.graph.sparse_initializer.add().CopyFrom(made.graph.sparse_initializer[0])
+        made.graph.sparse_initializer[number].values.name = f"w{number}"
+    for sparse in made.graph.sparse_initializer:
+        sparse.dims[:] = [1 << 20]
+    onnx.save(made, tmp_path / "m.onnx")
+    monkeypatch.setattr("prune2onnx.commands.source.MAX_BYTES", 3 << 22)
+    for verb, *more in (("pack",), ("shrink",), ("unpack", "--max-bytes", 3 << 22)):
+        assert invoked(verb, tmp_path / "m.onnx", tmp_path / "o.onnx", *more)[0] == 0
+    monkeypatch.setattr("prune2onnx.commands.source.MAX_BYTES", (3 << 22) - 1)
+    for verb, *more in (("pack",), ("shrink",), ("unpack", "--max-bytes", (3 << 22) - 1)):
+        code, text = invoked(verb, tmp_path / "m.onnx", tmp_path / "o.onnx", *more)
+        assert code == 1 and "w2: a sparse tensor" in text, text
+        assert "`prune2onnx unpack --max-bytes` allows more" in text
 
 
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root gives away")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import kill_writes
 import numpy as np
 import onnx
 import onnxruntime
@@ -355,6 +356,34 @@ def test_where_writing_fails_there_is_a_whole_pair_or_none(exists, fails, tmp_pa
     assert files(tmp_path) == before
     if exists:  # the old pair until the new model is in its place
         assert arrays(load(path)) == arrays(dense() if fails < 2 else other)
+
+
+def test_readers_see_a_model_and_its_own_data_while_two_write_both(tmp_path):
+    """Half of the reads were broken, or had the weights of both models."""
+    found = kill_writes.readers(tmp_path, 1.5, kill_writes.DATA)
+    assert found.pop("whole") > 3 and found.pop("writes") > 3
+    assert not found
+
+
+def test_what_killed_writers_leave_is_the_old_model_or_the_new_one(tmp_path):
+    for case in kill_writes.kills(8, rows=300):
+        assert not kill_writes.bad(case.found), case.found
+        assert len(case.found) > 1, case.found
+
+
+def test_a_file_that_never_stays_is_an_error(tmp_path, monkeypatch):
+    path = tmp_path / "m.onnx"
+    save(dense(), path, "m.data")
+    read = onnxfile._read_external
+
+    def replaced(*given):
+        read(*given)
+        os.utime(path, ns=(0, next(times)))
+
+    times = iter(range(1000))
+    monkeypatch.setattr(onnxfile, "_read_external", replaced)
+    with pytest.raises(Prune2OnnxError, match="another process replaced it 100 times"):
+        load(path)
 
 
 def test_a_writer_killed_at_any_rename_leaves_a_whole_pair(tmp_path):

@@ -287,7 +287,7 @@ def test_a_damaged_sparse_tensor_is_named_before_anything_is_allocated(held, mes
 def test_sparse_tensors_may_be_bounded():
     held = sparse("w", [8, 8], [0])
     assert normalize(sparse_model(held), max_bytes=256).notes
-    with pytest.raises(Prune2OnnxError, match="w: dense it takes 256 bytes, 1 more"):
+    with pytest.raises(Prune2OnnxError, match=r"w: .* takes 256 bytes dense, 255 are still"):
         normalize(sparse_model(held), max_bytes=255)
 
 

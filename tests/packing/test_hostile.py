@@ -5,6 +5,7 @@ part; then what the fuzzer found (tools/fuzz.py), reduced as far as possible.
 """
 
 import contextlib
+import copy
 import itertools
 import resource
 import time
@@ -94,7 +95,7 @@ def program(
     width = len(outputs.split())
     graph = helper.make_graph(
         [
-            node(".w", " ".join(streams), " ".join(named[width * call : width * (call + 1)]))
+            node(".c", " ".join(streams), " ".join(named[width * call : width * (call + 1)]))
             for call in range(calls)
         ],
         "g",
@@ -103,7 +104,7 @@ def program(
         initializers,
     )
     imports = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
-    made = [helper.make_function(DOMAIN, "w", list(streams), outputs.split(), nodes, imports)]
+    made = [helper.make_function(DOMAIN, "c", list(streams), outputs.split(), nodes, imports)]
     for name, inside in (functions or {}).items():
         made.append(helper.make_function(DOMAIN, name, ["a"], ["y"], inside, imports))
     return helper.make_model(graph, functions=made, opset_imports=imports, ir_version=8)
@@ -114,7 +115,7 @@ def first(model: ModelProto) -> np.ndarray:
     return next(iter(coded(model, MAX_BYTES).arrays.values()))
 
 
-TOO_LARGE = r"y0: (decoding needs .*raise --max-bytes|cannot be decoded: .* 2\^64 bytes or more)"
+TOO_LARGE = r"y0: (decoding needs .*--max-bytes|cannot be decoded: .* 2\^64 bytes or more)"
 ONE = array("one", np.ones(1, np.float32))
 SCALAR = array("zero", np.int64(0))
 F16 = array("half", np.ones((1, 1), np.float16))
@@ -193,7 +194,7 @@ def test_the_size_of_a_result_is_checked_before_it_is_made(name):
 def test_what_is_allowed_is_the_callers_choice():
     model = program(ints("n", 1000), node("ConstantOfShape", "n", "y"))
     assert first(model).shape == (1000,)
-    with pytest.raises(Prune2OnnxError, match=r"4,000 bytes, 3,999 are allowed; raise --max-bytes"):
+    with pytest.raises(Prune2OnnxError, match=r"3,999 are allowed; .*unpack --max-bytes"):
         unpack(model, 3999)
     unpack(model, 4000)
 
@@ -440,7 +441,7 @@ def test_one_constant_many_times_is_work(monkeypatch):
 
 def test_a_budget_is_for_all_calls_of_a_file():
     model = program(ints("n", 1 << 20), node("ConstantOfShape", "n", "y"), calls=50)
-    with bounded(), pytest.raises(Prune2OnnxError, match=r"in all, .* raise --max-bytes"):
+    with bounded(), pytest.raises(Prune2OnnxError, match=r"in all, .* --max-bytes"):
         unpack(model, MAX_BYTES)
 
 
@@ -448,14 +449,34 @@ def test_one_array_under_many_names_is_stored_once_for_each():
     nodes = [ints("n", 1 << 20), node("ConstantOfShape", "n", "y")]
     nodes += [node("Identity", "y", f"y{k}") for k in range(60)]
     model = program(*nodes, outputs=" ".join(f"y{k}" for k in range(60)))
-    with bounded(20), pytest.raises(Prune2OnnxError, match="raise --max-bytes"):
+    with bounded(20), pytest.raises(Prune2OnnxError, match="--max-bytes"):
         unpack(model, MAX_BYTES)
+
+
+def test_a_call_whose_checksum_is_gone_is_refused():
+    """It was decoded without a check."""
+    whole = packed([weight("a", np.float32, (12, 10), 0.1, 5)], METHODS[6])
+    wanted = unpack(whole)
+    facts = whole.graph.node[0].attribute[0]
+    as_raw = np.array(facts.t.int64_data).tobytes()
+    changed = copy.deepcopy(whole)
+    changed.graph.node[0].attribute[0].t.ClearField("int64_data")
+    refused(changed, "a: the decode call has no checksum")
+    changed.graph.node[0].attribute[0].t.raw_data = as_raw  # as other tools write it
+    assert unpack(changed) == wanted
+    damaged = copy.deepcopy(changed)
+    damaged.graph.node[0].attribute[0].t.raw_data = bytes([as_raw[0] ^ 1]) + as_raw[1:]
+    refused(damaged, "do not have the checksum")
+    changed.graph.node[0].attribute[0].name = "j"
+    refused(changed, "a: the decode call has no checksum")
+    del changed.graph.node[0].attribute[:]
+    refused(changed, "a: the decode call has no checksum")
 
 
 def test_two_functions_of_one_name_are_refused():
     model = program(node("Identity", "s", "y"))
     model.functions.add().CopyFrom(model.functions[0])
-    refused(model, "two decode functions are called 'w'")
+    refused(model, "two decode functions are called 'c'")
 
 
 def test_a_weight_that_is_decoded_twice_is_refused():
@@ -470,7 +491,7 @@ def test_a_weight_that_is_decoded_twice_is_refused():
 def test_a_call_with_too_few_streams_is_refused():
     model = program(node("Identity", "s", "y"))
     del model.graph.node[0].input[:]
-    refused(model, "'w' is given 0 streams, it takes 1")
+    refused(model, "'c' is given 0 streams, it takes 1")
     model = program(node("Identity", "s", "y"))
     del model.graph.initializer[:]
     refused(model, "y0: the stream 's' is missing")
@@ -536,11 +557,11 @@ def test_the_size_of_a_million_tables_is_checked_before_they_are_made():
         base=np.zeros((100_000, 1), np.int32),
         data=np.zeros((100_000, 1), np.uint16),
     )
-    refused(model, "raise --max-bytes")
+    refused(model, "--max-bytes")
 
 
 def test_the_size_of_millions_of_lanes_is_checked_before_they_are_decoded():
-    refused(coded_file(starts=np.zeros(1 << 20, np.uint16)), "raise --max-bytes")
+    refused(coded_file(starts=np.zeros(1 << 20, np.uint16)), "--max-bytes")
 
 
 # --- around the decoder ---

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from onnx import ModelProto, SparseTensorProto, TensorProto, helper, numpy_helper
 
 from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.graph.tensors import dense_array
 from prune2onnx.packing.sparse import CODEC, WRITTEN, from_sparse, sparse_nbytes, to_sparse
 
 FLOAT = np.dtype(np.float32)
@@ -330,6 +331,14 @@ def test_sparse_constants_become_dense_in_graphs_bodies_and_functions():
     assert b"sparse" not in str(plain).encode()
     onnx.checker.check_model(plain, full_check=True)
     np.testing.assert_array_equal(run(plain), array)
+
+
+def test_an_empty_sparse_tensor_of_a_huge_shape_is_an_error():
+    sparse = SparseTensorProto(dims=[0, 1 << 62, 1 << 62])
+    sparse.values.CopyFrom(TensorProto(name="s", data_type=1, dims=[0]))
+    sparse.indices.CopyFrom(TensorProto(data_type=7, dims=[0]))
+    with pytest.raises(Prune2OnnxError, match=r"s: its shape .* none that an array has"):
+        dense_array(sparse)
 
 
 def test_a_damaged_sparse_initializer_is_an_error_that_names_it():

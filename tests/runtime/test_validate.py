@@ -19,6 +19,7 @@ from prune2onnx.graph.file import file_nbytes, save
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import coded
 from prune2onnx.runs.report import Measured
+from prune2onnx.runtime import latency
 from prune2onnx.runtime.compare import check_outputs, check_same, error_percent
 from prune2onnx.runtime.inputs import random_inputs
 from prune2onnx.runtime.latency import measure
@@ -99,10 +100,32 @@ def test_error_percent_counts_wrong_labels():
 def test_measured_files_are_loaded_in_processes_of_their_own(dense, tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(dense.SerializeToString())
-    (one,) = measure([path], {"input": np.zeros((1, 1, 6, 6), np.float32)}, [None])
+    given = {"input": np.zeros((1, 1, 6, 6), np.float32)}
+    (one,) = measure([path], [session(path)], given, [None])
     assert one.nbytes == path.stat().st_size
     assert one.load_ms > 0 and one.latency_ms["p95"] >= one.latency_ms["p50"] > 0
     assert 1e7 < one.peak_rss_bytes < 1e9  # an interpreter with onnxruntime, not torch besides
+
+
+def test_slow_loads_are_repeated_less_and_each_session_serves_for_all(dense, tmp_path, monkeypatch):
+    """onnxruntime takes 8 s to open 50,000 nodes; `validate` opened 22 sessions."""
+    path = tmp_path / "m.onnx"
+    path.write_bytes(dense.SerializeToString())
+    opened: list[object] = []
+    real = ort.InferenceSession
+    monkeypatch.setattr(
+        ort, "InferenceSession", lambda *given, **more: opened.append(1) or real(*given, **more)
+    )
+    loads = []
+    load = latency.load_in_fresh_process
+    monkeypatch.setattr(
+        latency, "load_in_fresh_process", lambda path: loads.append(path) or load(path)
+    )
+    validate(path)
+    assert len(opened) == 2 and len(loads) == 14
+    monkeypatch.setattr(latency, "_LOADS_SECONDS", 0.0)
+    assert validate(path).compressed.load_ms > 0
+    assert len(opened) == 4 and len(loads) == 16
 
 
 def test_a_report_has_the_promised_schema(dense, packed, tmp_path):

@@ -8,6 +8,7 @@ it and the coded weight before it, its method, and its bytes.
 from __future__ import annotations
 
 import hashlib
+import struct
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -147,8 +148,17 @@ def decode(
     streams: Sequence[NDArray[Any]],
     functions: Mapping[str, FunctionProto],
     budget: Budget,
+    *,
+    written_out: bool = False,
 ) -> dict[str, NDArray[Any]]:
     """Rebuilds the outputs of a decode call: weight name -> dense array.
+
+    Args:
+        node: the call.
+        streams: its inputs.
+        functions: the decode functions of the model by name.
+        budget: the memory and time that it may use.
+        written_out: whether the file has no call, and so no checksum (`packing.inline`).
 
     Raises:
         Prune2OnnxError: the call, its streams or its functions are damaged, or decoding takes more
@@ -163,6 +173,10 @@ def decode(
             "names differ; the file is damaged, copy or pack it again"
         )
     expected = facts_of(node)
+    if not expected and node.op_type == OP and not written_out:
+        raise Prune2OnnxError(
+            f"{names}: the decode call has no checksum; the file is damaged, copy or pack it again"
+        )
     if expected and expected[0] != _checksum(list(decoded.items())):
         raise Prune2OnnxError(
             f"{names}: the decoded weights do not have the checksum that was stored; the file is "
@@ -175,7 +189,13 @@ def facts_of(node: NodeProto) -> list[int]:
     """The attribute `i`; empty in files of version 1."""
     for attribute in node.attribute:
         if attribute.name == _FACTS and attribute.HasField("t"):
-            return list(attribute.t.int64_data)
+            facts = attribute.t
+            if facts.data_type != TensorProto.INT64 or facts.HasField("data_location"):
+                return []
+            if facts.HasField("raw_data"):  # another tool has written the file
+                count = len(facts.raw_data) // 8
+                return list(struct.unpack(f"<{count}q", facts.raw_data[: 8 * count]))
+            return list(facts.int64_data)
     return []
 
 

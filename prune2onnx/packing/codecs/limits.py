@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prune2onnx.errors import Prune2OnnxError
-from prune2onnx.graph.tensors import MAX_RANK
+from prune2onnx.graph.tensors import MAX_RANK, MORE_BYTES
 
 Array = NDArray[Any]
 
@@ -73,13 +73,12 @@ class Budget:
             raise ValueError("an array of 2^64 bytes or more")
         if nbytes > self._max_bytes:
             raise Prune2OnnxError(
-                f"an array of {nbytes:,} bytes, {self._max_bytes:,} are allowed; raise --max-bytes "
-                "if the file is to be trusted"
+                f"an array of {nbytes:,} bytes, {self._max_bytes:,} are allowed; {MORE_BYTES}"
             )
         if nbytes + self._held > self._max_held:
             raise Prune2OnnxError(
                 f"arrays of {nbytes + self._held:,} bytes in all, {self._max_held:,} are allowed; "
-                "raise --max-bytes if the file is to be trusted"
+                f"{MORE_BYTES}"
             )
         return size
 

@@ -7,9 +7,11 @@ wait for torch.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # as type checkers know it; typing takes longer to import than all of this
 if TYPE_CHECKING:
+    from typing import Any
+
     from prune2onnx.commands.compress import compress
     from prune2onnx.commands.shrink import shrink
     from prune2onnx.commands.sweep import sweep, sweep_of

@@ -1,5 +1,11 @@
 """`prune2onnx`, and `python -m prune2onnx`, which is also what `accelerate launch -m` needs."""
 
+import signal
+
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # until `watch` takes over, the system ends the process, without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 from prune2onnx.cli.interrupts import leave, watch
 
 

@@ -38,7 +38,7 @@ _raised_again = False
 
 def watch() -> None:
     """From now on Ctrl-C ends the process, unless whoever started it has it ignored."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_DFL, signal.default_int_handler):
         return
     signal.signal(signal.SIGINT, _interrupted)
     if os.name != "posix":  # the signal's number is written to a socket there

@@ -74,6 +74,8 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
     result.graph.initializer.extend(
         tensor for tensor in model.graph.initializer if tensor.name not in streams
     )
+    # a tool that lists initializers among the inputs lists streams, too
+    keep(result.graph.input, lambda value: value.name not in streams)
     props = {entry.key: entry.value for entry in model.metadata_props}
     notes = _notes(props)
     declared = _declared_types(model)
@@ -211,7 +213,6 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
     """Each decode call and its outputs."""
     given, model = model, outlined(model)
     stored_as = {tensor.name: tensor for tensor in model.graph.initializer}
-    inputs = {value.name for value in model.graph.input}
     functions: dict[str, FunctionProto] = {}
     for function in model.functions:
         if function.domain == DOMAIN and function.name in functions:
@@ -228,11 +229,6 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
         for name in node.input:
             if name in arrays:
                 continue
-            if name in inputs:
-                raise Prune2OnnxError(
-                    f"{weights_of(node)}: the stream {name!r} is an input of the graph, too; the "
-                    "file is damaged, pack it again"
-                )
             if name not in stored_as:
                 raise Prune2OnnxError(
                     f"{weights_of(node)}: the stream {name!r} is missing; the file is damaged"

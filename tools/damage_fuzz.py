@@ -220,7 +220,8 @@ class Worker:
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         asked = {"verb": verb, "folder": str(folder), "more": more}
-        print(json.dumps(asked), file=process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has died; its end is read below
+            print(json.dumps(asked), file=process.stdin, flush=True)
         ready, _, _ = select.select([process.stdout], [], [], WALL_SECONDS)
         line = process.stdout.readline() if ready else ""
         if line:
@@ -228,8 +229,7 @@ class Worker:
             return end, text
         if not ready:
             process.kill()
-        process.communicate()
-        self._process = None
+        self.close()
         if not ready or process.returncode == -signal.SIGXCPU:
             return "hung", f"more than {CPU_SECONDS} s"
         if process.returncode < 0:
@@ -238,8 +238,14 @@ class Worker:
 
     def close(self) -> None:
         """Ends the process."""
-        if self._process is not None:
-            self._process.communicate()
+        process, self._process = self._process, None
+        if process is None:
+            return
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
+        process.wait()
 
 
 def expected(given: Original, folder: Path) -> dict[str, Any]:

@@ -81,18 +81,14 @@ def session(
         ) from error
 
 
-def load_runnable(path: Path, max_bytes: int | None = None) -> ModelProto:
+def load_runnable(path: Path) -> ModelProto:
     """Reads an ONNX file, also one that onnx's checker refuses, if onnxruntime opens it.
-
-    Args:
-        path: the file.
-        max_bytes: as for `graph.file.load`.
 
     Raises:
         Prune2OnnxError: as for `graph.file.load`.
     """
     try:
-        return load(path, max_bytes)
+        return load(path)
     except InvalidModelError as error:
         try:
             session(path, level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL)

@@ -204,6 +204,34 @@ def test_what_pack_writes_of_a_file_that_onnx_refuses_is_unpacked_again(tmp_path
     assert onnx.load(tmp_path / "u.onnx").graph == given.graph
 
 
+@pytest.mark.parametrize("verb", ["unpack", "inspect"])
+def test_no_session_is_opened_of_a_file_from_a_stranger(verb, tmp_path, monkeypatch):
+    """onnxruntime took a gigabyte for a file of 2 kB that onnx's checker refuses."""
+    monkeypatch.setattr("onnxruntime.InferenceSession", None)
+    given = mlp()
+    given.graph.output[0].type.tensor_type.ClearField("shape")
+    onnx.save(given, tmp_path / "dense.onnx")
+    onnx.save(pack(given).model, tmp_path / "packed.onnx")
+    out = [tmp_path / "o.onnx"] if verb == "unpack" else []
+    assert invoked(verb, tmp_path / "packed.onnx", *out)[0] == 0
+    code, text = invoked(verb, tmp_path / "dense.onnx", *out)
+    assert code == 1 and "not a valid ONNX model" in text
+
+
+@pytest.mark.parametrize("way", ["initializer", "input", "node"])
+def test_a_coded_weight_has_its_name_to_itself(way, tmp_path):
+    packed = pack(mlp()).model
+    name = next(n for n in packed.graph.node if n.domain == "prune2onnx").output[0]
+    if way == "initializer":
+        packed.graph.initializer.append(numpy_helper.from_array(np.float32([1]), name))
+    elif way == "input":
+        packed.graph.input.append(helper.make_tensor_value_info(name, 1, [1]))
+    else:
+        packed.graph.node.append(helper.make_node("Relu", ["x"], [name]))
+    with pytest.raises(Prune2OnnxError, match=f"{name}: a coded weight, and another value has"):
+        unpack(packed)
+
+
 def test_nodes_in_any_order_that_onnxruntime_runs_are_sorted_first(tmp_path):
     """`shrink` misread them, and refused its own result."""
     dead = np.ones((4, 4), np.float32)

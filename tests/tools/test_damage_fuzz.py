@@ -41,7 +41,7 @@ def test_an_error_that_is_not_the_projects_and_a_long_one_are_found(tmp_path, mo
         def failing(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr("prune2onnx.runtime.session.load_runnable", failing)
+        monkeypatch.setattr("prune2onnx.packing.unpack.read", failing)
         return damage_fuzz.outcome("inspect", tmp_path, [])[0]
 
     assert ends(ValueError("x")) == "crashed" and ends(MemoryError()) == "memory"

@@ -127,10 +127,10 @@ def unpack(source: Path, target: Path, external: str | None, max_bytes: int) -> 
     """Unpack IN.onnx into a file with dense weights, equal bit for bit."""
     from prune2onnx.graph.file import save
     from prune2onnx.packing.sparse import from_sparse
+    from prune2onnx.packing.unpack import read
     from prune2onnx.packing.unpack import unpack as run
-    from prune2onnx.runtime.session import load_runnable
 
-    model = run(load_runnable(source, max_bytes), max_bytes)
+    model = run(read(source, max_bytes), max_bytes)
     if model.graph.sparse_initializer:
         model = from_sparse(model, max_bytes)
     written = save(model, target, external, source=source)
@@ -207,9 +207,9 @@ def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
     """Show how each weight of an ONNX file is stored, and its size in other forms."""
     from prune2onnx.graph.file import file_nbytes
     from prune2onnx.packing.inspection import inspect as run
-    from prune2onnx.runtime.session import load_runnable
+    from prune2onnx.packing.unpack import read
 
-    found = run(load_runnable(file, max_bytes), max_bytes)
+    found = run(read(file, max_bytes), max_bytes)
     print_weights(
         found.rows,
         file,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from numpy.typing import NDArray
@@ -16,6 +17,7 @@ from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, 
 
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.graph.domain import DOMAIN, MARK, OP
+from prune2onnx.graph.file import InvalidModelError, load
 from prune2onnx.graph.protobuf import copy_but, framed, keep, tensor_nbytes
 from prune2onnx.graph.tensors import element_type, raw_of
 from prune2onnx.graph.walk import used_in
@@ -23,7 +25,7 @@ from prune2onnx.packing.codecs import decode, described, entropy_nbytes
 from prune2onnx.packing.codecs.evaluator import weights_of
 from prune2onnx.packing.codecs.limits import Budget
 from prune2onnx.packing.codecs.operators import stored
-from prune2onnx.packing.inline import outlined
+from prune2onnx.packing.inline import is_packed, outlined
 
 FUNCTIONS_IR = 8
 """The first IR version with model-local functions; onnxruntime 1.17 reads up to IR 9."""
@@ -42,6 +44,28 @@ KEYS = (MARK, IR_KEY, NOTES_KEY)
 
 Decoding = tuple[NodeProto, dict[str, NDArray[Any]]]
 """A decode call and its outputs by name."""
+
+
+def read(path: Path, max_bytes: int = MAX_BYTES) -> ModelProto:
+    """Reads a file that is to be unpacked, also one that onnx's checker refuses.
+
+    The checker is stricter than runtimes, and so than `pack`, which asks onnxruntime where it
+    refuses a file. To open a session takes memory as the file likes, so that is not done here: the
+    weights have a checksum, and the graph stays as it is.
+
+    Args:
+        path: the file.
+        max_bytes: most bytes of external data to read.
+
+    Raises:
+        Prune2OnnxError: as for `graph.file.load`.
+    """
+    try:
+        return load(path, max_bytes)
+    except InvalidModelError as error:
+        if is_packed(error.model) or error.model.graph.sparse_initializer:
+            return error.model
+        raise
 
 
 def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = None) -> ModelProto:
@@ -74,14 +98,24 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
     result.graph.initializer.extend(
         tensor for tensor in model.graph.initializer if tensor.name not in streams
     )
+    # a tool that lists initializers among the inputs lists streams, too
+    keep(result.graph.input, lambda value: value.name not in streams)
     props = {entry.key: entry.value for entry in model.metadata_props}
     notes = _notes(props)
+    taken = {tensor.name for tensor in result.graph.initializer}
+    taken.update(value.name for value in result.graph.input)
+    taken.update(name for node in others for name in node.output)
     declared = _declared_types(model)
     place = 0
     budget = _budget(model, max_bytes)
     decodings = _decodings(given, budget) if known is None else known.of(calls)
     for node, decoded in decodings:
         for name, facts in zip(list(decoded), described(node), strict=True):
+            if name in taken:
+                raise Prune2OnnxError(
+                    f"{name}: a coded weight, and another value has this name; the file is damaged"
+                )
+            taken.add(name)
             place = min(place + max(facts.skip, 0), len(result.graph.initializer))
             result.graph.initializer.insert(place, TensorProto())
             tensor = result.graph.initializer[place]
@@ -211,7 +245,6 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
     """Each decode call and its outputs."""
     given, model = model, outlined(model)
     stored_as = {tensor.name: tensor for tensor in model.graph.initializer}
-    inputs = {value.name for value in model.graph.input}
     functions: dict[str, FunctionProto] = {}
     for function in model.functions:
         if function.domain == DOMAIN and function.name in functions:
@@ -228,11 +261,6 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
         for name in node.input:
             if name in arrays:
                 continue
-            if name in inputs:
-                raise Prune2OnnxError(
-                    f"{weights_of(node)}: the stream {name!r} is an input of the graph, too; the "
-                    "file is damaged, pack it again"
-                )
             if name not in stored_as:
                 raise Prune2OnnxError(
                     f"{weights_of(node)}: the stream {name!r} is missing; the file is damaged"

@@ -15,6 +15,7 @@ import ast
 import itertools
 import math
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ RANDOM = frozenset(
 _SIZES = (8, 16, 32, 64, 128, 224, 256, 320, 384, 512, 640, 1, 2, 4, 24, 28, 48, 80, 96, 100, 160)
 _EACH = (8, 16, 32, 64, 128, 1)  # where symbols have different numbers
 _MOST_TRIES = 150
+_MOST_SECONDS = 120.0  # of all tries: a damaged Loop may go on for ever
 _MOST_BYTES = 1 << 30
 _MOVES = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _MASK = re.compile(r"mask", re.IGNORECASE)
@@ -152,10 +154,14 @@ class _Graph:
     def sizes(self) -> dict[str, int]:
         """The extent of each symbol with which the model runs."""
         tries, why = 0, ""
+        end = time.monotonic() + _MOST_SECONDS
         for sizes in self._candidates():
             try:
                 given = self.inputs(sizes, 0)
-                outputs = run(self._opened, given)
+                outputs = run(self._opened, given, max(end - time.monotonic(), 0.001))
+            except TimeoutError:
+                why = f"it runs for more than {_MOST_SECONDS:g} s"
+                break
             except _TooLargeError as error:
                 why = why or str(error)
                 continue

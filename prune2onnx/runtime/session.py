@@ -9,6 +9,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,18 +81,14 @@ def session(
         ) from error
 
 
-def load_runnable(path: Path, max_bytes: int | None = None) -> ModelProto:
+def load_runnable(path: Path) -> ModelProto:
     """Reads an ONNX file, also one that onnx's checker refuses, if onnxruntime opens it.
-
-    Args:
-        path: the file.
-        max_bytes: as for `graph.file.load`.
 
     Raises:
         Prune2OnnxError: as for `graph.file.load`.
     """
     try:
-        return load(path, max_bytes)
+        return load(path)
     except InvalidModelError as error:
         try:
             session(path, level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
@@ -115,22 +112,57 @@ def run_once(
         raise Prune2OnnxError(f"{path}: fails on {shapes}: {first_line(error)}") from error
 
 
-def run(opened: ort.InferenceSession, inputs: dict[str, NDArray[Any]]) -> list[Any]:
+def run(
+    opened: ort.InferenceSession, inputs: dict[str, NDArray[Any]], seconds: float | None = None
+) -> list[Any]:
     """One inference; outputs of types that numpy lacks are returned as float32.
 
+    Args:
+        opened: the model.
+        inputs: by name.
+        seconds: the most that it may take; default: no limit.
+
     Raises:
+        TimeoutError: it takes longer.
         Exception: onnxruntime's own, whatever it is.
     """
-    return [_array(o) if isinstance(o, ort.OrtValue) else o for o in call(opened, inputs)()]
+    made = call(opened, inputs)() if seconds is None else _in_time(opened, inputs, seconds)
+    return [_array(o) if isinstance(o, ort.OrtValue) else o for o in made]
+
+
+def _in_time(
+    opened: ort.InferenceSession, inputs: dict[str, NDArray[Any]], seconds: float
+) -> Sequence[Any]:
+    options = ort.RunOptions()
+    options.log_severity_level = 4
+    ended = threading.Event()
+
+    def end() -> None:
+        ended.set()
+        options.terminate = True  # seen between two nodes, also in the body of a Loop
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        return call(opened, inputs, options)()
+    except Exception as error:
+        if ended.is_set():
+            raise TimeoutError(f"it runs for more than {seconds:g} s") from error
+        raise
+    finally:
+        timer.cancel()
 
 
 def call(
-    opened: ort.InferenceSession, inputs: dict[str, NDArray[Any]]
+    opened: ort.InferenceSession,
+    inputs: dict[str, NDArray[Any]],
+    options: ort.RunOptions | None = None,
 ) -> Callable[[], Sequence[Any]]:
     """A function that runs a model on inputs, for many times; also of types that numpy lacks."""
     given, made = opened.get_inputs(), opened.get_outputs()
     if not any(element_type(value.type) in _NOT_NUMPY for value in (*given, *made)):
-        return lambda: opened.run(None, inputs)
+        return lambda: opened.run(None, inputs, options)
     values = {}
     for value in given:
         kind = element_type(value.type)
@@ -140,7 +172,7 @@ def call(
             if kind in _NOT_NUMPY
             else ort.OrtValue.ortvalue_from_numpy(array)
         )
-    return lambda: opened.run_with_ort_values(None, values)
+    return lambda: opened.run_with_ort_values(None, values, options)
 
 
 def _array(value: ort.OrtValue) -> Any:

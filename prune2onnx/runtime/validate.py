@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from prune2onnx.data import batches as batches_of
 from prune2onnx.data import load_data
-from prune2onnx.errors import MismatchError, Prune2OnnxError
+from prune2onnx.errors import MismatchError, Prune2OnnxError, first_line
 from prune2onnx.graph.file import file_nbytes, save
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.inspection import inspect
@@ -71,7 +71,14 @@ def check_weights(packed: onnx.ModelProto, known: Coded | None = None) -> int:
         return 0
     opened = session(decode_graph(packed, expected))
     names = [output.name for output in opened.get_outputs()]
-    for name, value in zip(names, run(opened, {}), strict=True):
+    try:
+        found = run(opened, {})
+    except Exception as error:  # onnxruntime's own exceptions have no common base class
+        raise MismatchError(
+            f"onnxruntime {ort.__version__} cannot decode the weights: {first_line(error)}; do not "
+            "ship this file"
+        ) from error
+    for name, value in zip(names, found, strict=True):
         want = expected[name].astype(value.dtype, copy=False)  # bfloat16 is read as float32
         if value.shape != want.shape or value.tobytes() != want.tobytes():
             raise MismatchError(

@@ -174,8 +174,8 @@ def test_outputs_are_compared_before_an_upgraded_file_is_written(tmp_path, monke
     np.testing.assert_array_equal(run(load(target))[0], run(old())[0])
     target.unlink()
 
-    def wrong(given):
-        made = normalize(given)
+    def wrong(given, max_bytes):
+        made = normalize(given, max_bytes)
         array = numpy_helper.to_array(made.model.graph.initializer[0]) * 2
         made.model.graph.initializer[0].raw_data = array.tobytes()
         return made

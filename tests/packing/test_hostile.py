@@ -453,6 +453,12 @@ def test_one_array_under_many_names_is_stored_once_for_each():
         unpack(model, MAX_BYTES)
 
 
+def test_a_shape_is_a_vector_as_in_onnxruntime():
+    for reshape in ("Reshape", "Expand"):
+        refused(program(array("n", np.int64(8)), node(reshape, "s n", "y")), "a shape in an array")
+    refused(program(array("n", np.int64(8)), node("ConstantOfShape", "n", "y")), "a shape in an")
+
+
 def test_a_call_whose_checksum_is_gone_is_refused():
     """It was decoded without a check."""
     whole = packed([weight("a", np.float32, (12, 10), 0.1, 5)], METHODS[6])

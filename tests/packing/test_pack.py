@@ -184,17 +184,21 @@ def test_typed_weights_come_back_as_raw_ones():
     typed = helper.make_tensor(raw.name, TensorProto.FLOAT, raw.dims, array)
     assert not typed.HasField("raw_data")
     raw.CopyFrom(typed)
-    half = helper.make_tensor("h", TensorProto.FLOAT16, (60, 60), pruned((60, 60), 0.1, 9).ravel())
+    half = helper.make_tensor(
+        "half", TensorProto.FLOAT16, (60, 60), pruned((60, 60), 0.1, 9).ravel()
+    )
     brain = helper.make_tensor(
-        "b", TensorProto.BFLOAT16, (60, 60), pruned((60, 60), 0.1, 9).ravel()
+        "brain", TensorProto.BFLOAT16, (60, 60), pruned((60, 60), 0.1, 9).ravel()
     )
     dense.graph.initializer.extend([half, brain])
-    for name in "hb":
+    for name in ("half", "brain"):
         dense.graph.node.append(
             helper.make_node("Cast", [name], [f"{name}.f"], to=TensorProto.FLOAT)
         )
     packed = pack(dense)
-    assert "dense" not in {row.codec for row in packed.rows if row.name in ("fc1.weight", "h", "b")}
+    assert "dense" not in {
+        row.codec for row in packed.rows if row.name in ("fc1.weight", "half", "brain")
+    }
     back = unpack(packed.model)
     assert weights(back) == weights(dense)
     assert list(weights(back)) == list(weights(dense))

@@ -107,6 +107,32 @@ def test_measured_files_are_loaded_in_processes_of_their_own(dense, tmp_path):
     assert 1e7 < one.peak_rss_bytes < 1e9  # an interpreter with onnxruntime, not torch besides
 
 
+def test_weights_that_onnxruntime_cannot_decode_are_a_mismatch(packed, monkeypatch):
+    module = importlib.import_module("prune2onnx.runtime.validate")
+
+    def failing(*given):
+        raise RuntimeError("Non-zero status code")
+
+    monkeypatch.setattr(module, "run", failing)
+    with pytest.raises(MismatchError, match="cannot decode the weights: Non-zero status"):
+        check_weights(packed)
+
+
+def test_a_reference_that_differs_from_itself_proves_nothing(monkeypatch):
+    compare = importlib.import_module("prune2onnx.runtime.compare")
+    made, changed = mlp(), mlp()
+    bias = changed.graph.initializer[-1]
+    bias.CopyFrom(numpy_helper.from_array(np.ones(list(bias.dims), np.float32), bias.name))
+    with pytest.raises(MismatchError):
+        check_same("m", changed, made)
+    real, drawn = compare.run_once, iter(range(1, 100))
+    monkeypatch.setattr(
+        compare, "run_once", lambda *given: [next(drawn) * each for each in real(*given)]
+    )
+    with pytest.raises(UnrunnableError, match="other outputs each time"):
+        check_same("m", made, made)
+
+
 def test_slow_loads_are_repeated_less_and_each_session_serves_for_all(dense, tmp_path, monkeypatch):
     """onnxruntime takes 8 s to open 50,000 nodes; `validate` opened 22 sessions."""
     path = tmp_path / "m.onnx"

@@ -136,6 +136,12 @@ def _integers(x: Array) -> list[int]:
     return [int(entry) for entry in x.reshape(-1)]
 
 
+def _shape(x: Array) -> list[int]:
+    if x.ndim != 1:  # onnxruntime takes nothing else
+        raise ValueError(f"a shape in an array of {x.ndim} axes")
+    return _integers(x)
+
+
 def _axis(axis: int, x: Array) -> int:
     if not -x.ndim <= axis < x.ndim:
         raise ValueError(f"axis {axis} of an array of {x.ndim} axes")
@@ -143,7 +149,7 @@ def _axis(axis: int, x: Array) -> int:
 
 
 def _reshape(budget: Budget, x: Array, shape: Array, allowzero: int = 0) -> Array:
-    wanted = _integers(shape)
+    wanted = _shape(shape)
     if not allowzero:
         wanted = [x.shape[i] if extent == 0 else extent for i, extent in enumerate(wanted)]
     if not x.flags.c_contiguous:
@@ -282,7 +288,7 @@ def _transpose(budget: Budget, x: Array, perm: Sequence[int] | None = None) -> A
 
 
 def _expand(budget: Budget, x: Array, shape: Array) -> Array:
-    wanted = np.broadcast_shapes(x.shape, tuple(_integers(shape)))
+    wanted = np.broadcast_shapes(x.shape, tuple(_shape(shape)))
     budget.take(wanted, x.dtype)
     return np.broadcast_to(x, wanted).copy()
 
@@ -300,7 +306,7 @@ def _split(budget: Budget, x: Array, sizes: Array, *, count: int, axis: int = 0)
 def _filled(budget: Budget, shape: Array, value: TensorProto | None = None) -> Array:
     fill = np.zeros(1, np.float32) if value is None else stored(value, budget)
     (entry,) = fill.reshape(-1)
-    wanted = _integers(shape)
+    wanted = _shape(shape)
     budget.take(wanted, fill.dtype, 2)
     return np.full(wanted, entry, fill.dtype)
 

@@ -36,8 +36,8 @@ _external = click.option(
     type=choice_of(PackOptions, "load"),
     default=PackOptions.load,
     show_default=True,
-    help="optimise for size or load time: small has the fewest bytes; fast has no entropy code, "
-    "so that sessions open quickly",
+    help="small: the fewest bytes; balanced: the same up to a million elements, beyond at most 2 % "
+    "more, and a session opens in a fraction of the time and memory; fast: no entropy code",
 )
 @click.option(
     "--format",

@@ -27,6 +27,7 @@ from prune2onnx.packing.unpack import MAX_BYTES, Coded, coded
 # to fold an operator and to make a byte of its result, and the memory held for each such byte.
 _NODE_MS = 0.07
 _NBYTE_MS = 1.0e-6
+_STAGED_NBYTE_MS = 0.75e-6  # what is freed in between is used again
 _HELD = 1.6
 
 # Other forms are measured for this many dense bytes only, at 10 to 100 MB/s: a small file may
@@ -94,8 +95,9 @@ def inspect(
         add(sparse.values.name, array, SPARSE, framed(sparse.ByteSize()))
     return Inspection(
         tuple(rows),
-        _NODE_MS * found.nodes + _NBYTE_MS * found.work_nbytes,
-        int(_HELD * found.work_nbytes),
+        _NODE_MS * found.nodes
+        + (_STAGED_NBYTE_MS if found.stages else _NBYTE_MS) * found.work_nbytes,
+        int(_HELD * found.work_nbytes / max(found.stages, 1)),
         left_over,
     )
 

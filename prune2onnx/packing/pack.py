@@ -10,11 +10,14 @@ Lossless: `approximation` runs before where precision may be lost. `unpack` is t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
 
 import numpy as np
 from onnx import (
+    FunctionProto,
     ModelProto,
     TensorProto,
     numpy_helper,
@@ -31,11 +34,22 @@ from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.tensors import array_of, declared_nbytes, element_type
 from prune2onnx.graph.walk import opset as opset_of
 from prune2onnx.graph.walk import used_in
-from prune2onnx.packing.codecs import WORKING, Plan, Weight, described, plan
+from prune2onnx.packing.codecs import (
+    WORKING,
+    Method,
+    Plan,
+    Weight,
+    described,
+    plan,
+    staged,
+)
 from prune2onnx.packing.inline import inlined
 from prune2onnx.packing.quantized import Quantized, step_of
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
+
+Load = Literal["small", "balanced", "fast"]
+"""What a file is made for: few bytes, or a session that opens in little time and memory."""
 
 LEAST_NBYTES = 16
 """Smaller tensors stay dense: their entry in the decode call would take as many bytes."""
@@ -59,16 +73,17 @@ class Packed:
 def pack(
     model: ModelProto,
     *,
-    load: str = "small",
+    load: Load = "balanced",
     quantized: Mapping[str, Quantized] | None = None,
     anonymize: bool = False,
 ) -> Packed:
-    """Writes each weight in the fewest bytes that decode to it, bit for bit.
+    """Writes each weight in few bytes that decode to it, bit for bit.
 
     Args:
         model: any ONNX model, not modified; external data must be loaded. A packed one is unpacked
             first.
-        load: "small", the fewest bytes; "fast", no entropy code, so that sessions open quickly.
+        load: "small", the fewest bytes; "balanced", the same, except that large weights are coded
+            so that a session opens in little time and memory; "fast", no entropy code.
         quantized: codes, codebook and scale of the weights for which they are known; they rebuild
             the model's weights bit for bit.
         anonymize: whether weights get the shortest names, in the file and in what is unpacked from
@@ -87,7 +102,7 @@ def pack(
 def pack_normalized(
     normal: Rewritten,
     *,
-    load: str = "small",
+    load: Load = "balanced",
     quantized: Mapping[str, Quantized] | None = None,
     anonymize: bool = False,
     check: bool = True,
@@ -122,25 +137,33 @@ def pack_normalized(
     )
     dense = {tensor.name: framed(tensor.ByteSize()) for tensor in tensors}
     gained = {tensor.name: dense[tensor.name] - _notes_nbytes(tensor) for tensor in tensors}
-    made = plan(weights, gained, opset, load=load)
-    result, nbytes = _written(model, made)
+    methods: dict[str, Method] = {}
+    if load == "balanced":
+        methods, stay = staged.chosen(weights, gained, opset)
+        reasons |= stay
+    others = [weight for weight in weights if weight.name not in {*methods, *reasons}]
+    made = plan(
+        others, gained, opset, load="fast" if load == "fast" else "small", absolute=bool(methods)
+    )
+    large = [weight for weight in weights if weight.name in methods]
+    result, nbytes = _written(model, made, large, methods)
     if check:
         verify(result)
     if anonymize:
         result = min(inlined(result), result, key=nbytes_of)
-    if made.bundle is not None and nbytes_of(result) >= nbytes_of(model):
-        why = dict.fromkeys(made.methods, "the file would not be smaller")
-        made = Plan(None, {}, {**made.reasons, **why})
-        result = model
     reasons |= made.reasons
+    methods = {**made.methods, **methods}
+    if methods and nbytes_of(result) >= nbytes_of(model):
+        reasons |= dict.fromkeys(methods, "the file would not be smaller")
+        methods, result = {}, model
     arrays = {weight.name: weight.array for weight in weights}
     rows = []
     for tensor in tensors:
         name = tensor.name
         known_as = own_name.get(name, name)
         array = arrays[name] if name in arrays else array_of(tensor)
-        if name in made.methods:
-            rows.append(WeightRow.of(known_as, array, made.methods[name].name, nbytes[name]))
+        if name in methods:
+            rows.append(WeightRow.of(known_as, array, methods[name].name, nbytes[name]))
         else:
             rows.append(WeightRow.of(known_as, array, "dense", dense[name], reasons[name]))
     return Packed(result, tuple(rows), normal.notes)
@@ -220,25 +243,43 @@ def _obstacles(model: ModelProto) -> dict[str, str]:
     return reasons
 
 
-def _written(model: ModelProto, made: Plan) -> tuple[ModelProto, dict[str, int]]:
+def _written(
+    model: ModelProto,
+    made: Plan,
+    large: Sequence[Weight] = (),
+    methods: Mapping[str, Method] = MappingProxyType({}),
+) -> tuple[ModelProto, dict[str, int]]:
     """The packed model, and the bytes of each coded weight."""
     result = ModelProto()
-    if made.bundle is None:
+    if made.bundle is None and not large:
         result.CopyFrom(model)
         return result, {}
     copy_but(result, model, "graph")
     copy_but(result.graph, model.graph, "initializer", "node")
     names = Names(model)
-    node = result.graph.node.add()
-    node.CopyFrom(made.bundle.node)
-    for stream in made.bundle.streams:
-        stored = result.graph.initializer.add()
-        stored.CopyFrom(stream)
-        stored.name = names.shortest()
-        node.input.append(stored.name)
+    functions: list[FunctionProto] = []
+    if made.bundle is not None:
+        node = result.graph.node.add()
+        node.CopyFrom(made.bundle.node)
+        for stream in made.bundle.streams:
+            stored = result.graph.initializer.add()
+            stored.CopyFrom(stream)
+            stored.name = names.shortest()
+            node.input.append(stored.name)
+        functions += made.bundle.functions
+    if large:
+        places = {tensor.name: place for place, tensor in enumerate(model.graph.initializer)}
+        opset = opset_of(model.opset_import)
+        assert opset is not None
+        written = staged.encode(large, methods, places, opset, names.shortest)
+        result.graph.node.extend(written.nodes)
+        result.graph.initializer.extend(written.streams)
+        result.graph.value_info.extend(written.places)
+        functions += written.functions.values()
+    calls = list(result.graph.node)
     notes: dict[str, dict[str, str]] = {}
     for tensor in model.graph.initializer:
-        if tensor.name not in made.methods:
+        if tensor.name not in made.methods and tensor.name not in methods:
             result.graph.initializer.append(tensor)
             continue
         fields = {f".{entry.key}": entry.value for entry in tensor.metadata_props}
@@ -248,7 +289,7 @@ def _written(model: ModelProto, made: Plan) -> tuple[ModelProto, dict[str, int]]
             notes[tensor.name] = fields
     result.graph.node.extend(model.graph.node)
     result.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
-    result.functions.extend(made.bundle.functions)
+    result.functions.extend(functions)
     keep(result.metadata_props, lambda entry: entry.key not in KEYS)
     result.metadata_props.add(key=MARK)
     if model.ir_version < FUNCTIONS_IR:
@@ -257,5 +298,7 @@ def _written(model: ModelProto, made: Plan) -> tuple[ModelProto, dict[str, int]]
     if notes:
         result.metadata_props.add(key=NOTES_KEY, value=json.dumps(notes, ensure_ascii=False))
     return result, {
-        name: facts.nbytes for name, facts in zip(node.output, described(node), strict=True)
+        name: facts.nbytes
+        for node in calls
+        for name, facts in zip(node.output, described(node), strict=True)
     }

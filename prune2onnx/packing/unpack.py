@@ -6,8 +6,9 @@ are checked before anything is allocated, and time and memory are bounded (`code
 
 from __future__ import annotations
 
+import bisect
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,9 +23,11 @@ from prune2onnx.graph.protobuf import copy_but, framed, keep, tensor_nbytes
 from prune2onnx.graph.tensors import element_type, raw_of
 from prune2onnx.graph.walk import used_in
 from prune2onnx.packing.codecs import decode, described, entropy_nbytes
+from prune2onnx.packing.codecs.bundle import facts_of
 from prune2onnx.packing.codecs.evaluator import weights_of
 from prune2onnx.packing.codecs.limits import Budget
 from prune2onnx.packing.codecs.operators import stored
+from prune2onnx.packing.codecs.staged import GATES
 from prune2onnx.packing.inline import is_packed, outlined
 
 FUNCTIONS_IR = 8
@@ -98,6 +101,8 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
     result.graph.initializer.extend(
         tensor for tensor in model.graph.initializer if tensor.name not in streams
     )
+    between = _between(calls)
+    keep(result.graph.value_info, lambda value: value.name not in between)
     # a tool that lists initializers among the inputs lists streams, too
     keep(result.graph.input, lambda value: value.name not in streams)
     props = {entry.key: entry.value for entry in model.metadata_props}
@@ -106,26 +111,29 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
     taken.update(value.name for value in result.graph.input)
     taken.update(name for node in others for name in node.output)
     declared = _declared_types(model)
-    place = 0
+    places = _places(calls, between)
+    every, inserted = sorted(places.values()), list[int]()
     budget = _budget(model, max_bytes)
     decodings = _decodings(given, budget) if known is None else known.of(calls)
-    for node, decoded in decodings:
-        for name, facts in zip(list(decoded), described(node), strict=True):
+    for _, decoded in decodings:
+        for name in list(decoded):
             if name in taken:
                 raise Prune2OnnxError(
                     f"{name}: a coded weight, and another value has this name; the file is damaged"
                 )
             taken.add(name)
-            place = min(place + max(facts.skip, 0), len(result.graph.initializer))
-            result.graph.initializer.insert(place, TensorProto())
-            tensor = result.graph.initializer[place]
+            place = places[name]
+            stay = place - bisect.bisect_left(every, place)
+            at = min(stay + bisect.bisect(inserted, place), len(result.graph.initializer))
+            bisect.insort(inserted, place)
+            result.graph.initializer.insert(at, TensorProto())
+            tensor = result.graph.initializer[at]
             _fill(tensor, name, decoded.pop(name), declared.get(name), budget)
             for key, value in notes.get(name, {}).items():
                 if key == "doc_string":
                     tensor.doc_string = value
                 else:
                     tensor.metadata_props.add(key=key.removeprefix("."), value=value)
-            place += 1
     result.graph.node.extend(others)
     keep(result.functions, lambda function: function.domain != DOMAIN)
     keep(result.opset_import, lambda entry: entry.domain != DOMAIN)
@@ -150,17 +158,21 @@ class Coded:
         how: weight name -> (codec, its bytes in the file).
         nodes: operators that a runtime folds to decode them.
         work_nbytes: bytes of those operators' results.
+        stages: between which a runtime frees them; 0 for files without stages.
     """
 
     arrays: Mapping[str, NDArray[Any]]
     how: Mapping[str, tuple[str, int]]
     nodes: int
     work_nbytes: int
+    stages: int
 
     def of(self, calls: Iterable[NodeProto]) -> Iterator[Decoding]:
         """The outputs of each decode call."""
         for node in calls:
-            yield node, {name: self.arrays[name] for name in node.output}
+            own = {name: self.arrays[name] for name in node.output if name in self.arrays}
+            if own:
+                yield node, own
 
 
 def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
@@ -187,14 +199,17 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
                 name: 1 + (entropy_nbytes(array) if small else array.nbytes)
                 for name, array in decoded.items()
             }
-        nbytes = framed(node.ByteSize()) + sum(sizes[source] for source in node.input)
-        for name, facts in zip(decoded, found, strict=True):
+        nbytes = framed(node.ByteSize()) + sum(sizes.get(source, 0) for source in node.input)
+        for name, facts in zip(node.output, found, strict=True):
+            if name not in decoded:
+                continue
             if facts.method is not None:
                 how[name] = (facts.method.name, facts.nbytes)
             else:
                 codec = "written out" if node.op_type == OP else f"version 1: {node.op_type}"
                 how[name] = (codec, round(nbytes * bounds[name] / sum(bounds.values())))
-    return Coded(arrays, how, budget.nodes, budget.nbytes)
+    stages = sum(len(node.output) for node in _calls(model) if node.op_type == GATES)
+    return Coded(arrays, how, budget.nodes, budget.nbytes, stages)
 
 
 def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = None) -> ModelProto:
@@ -209,6 +224,8 @@ def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = 
     calls = _calls(model)
     streams = {source for node in calls for source in node.input}
     graph = GraphProto(name="decode", node=calls)
+    between = _between(calls)
+    graph.value_info.extend(v for v in model.graph.value_info if v.name in between)
     graph.initializer.extend(t for t in model.graph.initializer if t.name in streams)
     declared = _declared_types(model)
     for name, array in arrays.items():
@@ -234,6 +251,36 @@ def _calls(model: ModelProto) -> list[NodeProto]:
     return [node for node in model.graph.node if node.domain == DOMAIN]
 
 
+def _between(calls: Sequence[NodeProto]) -> set[str]:
+    """Values of staged calls that are no weights: those that have no place."""
+    if not _is_staged(calls):
+        return set()
+    return {
+        name
+        for node in calls
+        for name, facts in zip(node.output, described(node), strict=True)
+        if facts.skip < 0 or not facts_of(node)
+    }
+
+
+def _is_staged(calls: Sequence[NodeProto]) -> bool:
+    """Whether calls take values of other calls; their weights then have absolute places."""
+    return any(node.op_type == GATES for node in calls)
+
+
+def _places(calls: Sequence[NodeProto], between: Collection[str]) -> dict[str, int]:
+    """Where each weight stood among all initializers."""
+    absolute = _is_staged(calls)
+    places: dict[str, int] = {}
+    at = -1
+    for node in calls:
+        for name, facts in zip(node.output, described(node), strict=True):
+            if name not in between:
+                at = max(facts.skip, 0) + (0 if absolute else at + 1)
+                places[name] = at
+    return places
+
+
 def _budget(model: ModelProto, max_bytes: int) -> Budget:
     """What the decoding of a model may use."""
     wanted = {source for node in _calls(model) for source in node.input}
@@ -254,10 +301,13 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
         if function.domain == DOMAIN:
             functions[function.name] = function
     arrays: dict[str, NDArray[Any]] = {}
-    for node in _calls(model):
-        for name in (*node.input, *node.output):
-            if not isinstance(name, str):
-                raise Prune2OnnxError(f"{name!r}: a name that is not UTF-8; the file is damaged")
+    calls = _calls(model)
+    for name in (name for node in calls for name in (*node.input, *node.output)):
+        if not isinstance(name, str):
+            raise Prune2OnnxError(f"{name!r}: a name that is not UTF-8; the file is damaged")
+    between = _between(calls)
+    last = {name: at for at, node in enumerate(calls) for name in node.input}
+    for at, node in enumerate(calls):
         for name in node.input:
             if name in arrays:
                 continue
@@ -271,16 +321,21 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
                 raise Prune2OnnxError(
                     f"{weights_of(node)}: the stream {name!r} is damaged: {one_line(error)[:300]}"
                 ) from error
-        yield (
+        decoded = decode(
             node,
-            decode(
-                node,
-                [arrays[name] for name in node.input],
-                functions,
-                budget,
-                written_out=model is not given,
-            ),
+            [arrays[name] for name in node.input],
+            functions,
+            budget,
+            written_out=model is not given,
         )
+        for name in node.input:  # memory: a value is dropped after its last reader
+            if last[name] == at:
+                arrays.pop(name, None)
+        arrays |= {name: array for name, array in decoded.items() if name in last}
+        for name in between.intersection(decoded):
+            del decoded[name]
+        if decoded:
+            yield node, decoded
 
 
 def _notes(props: Mapping[str, str]) -> dict[str, dict[str, str]]:

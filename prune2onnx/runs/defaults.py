@@ -32,7 +32,7 @@ class PackOptions:
     """Options of a packed file.
 
     Attributes:
-        load: "small" or "fast", as for `packing.pack`.
+        load: "small", "balanced" or "fast", as for `packing.pack`.
         form: "packed", or "sparse-initializer".
         strip: whether everything that inference does not need is left out (`graph.strip`).
         shrink: whether dead channels and neurons are removed first (`shrinking`).
@@ -44,7 +44,7 @@ class PackOptions:
         anonymize: as for `packing.pack`.
     """
 
-    load: Literal["small", "fast"] = "small"
+    load: Literal["small", "balanced", "fast"] = "balanced"
     form: Literal["packed", "sparse-initializer"] = "packed"
     strip: bool = False
     shrink: bool = False

@@ -17,7 +17,7 @@ from prune2onnx.data import batches
 from prune2onnx.errors import MismatchError, Prune2OnnxError
 from prune2onnx.graph.file import file_nbytes, save
 from prune2onnx.packing.pack import pack
-from prune2onnx.packing.unpack import coded
+from prune2onnx.packing.unpack import coded, unpack
 from prune2onnx.runs.report import Measured
 from prune2onnx.runtime import latency
 from prune2onnx.runtime.compare import check_outputs, check_same, error_percent
@@ -78,7 +78,7 @@ def test_a_decoder_that_stays_in_the_graph_is_found(packed):
     kept.graph.input.append(
         helper.make_tensor_value_info(stream.name, stream.data_type, stream.dims)
     )
-    assert not folds(kept)
+    assert not folds(kept, unpack(packed))
 
 
 def test_outputs_within_rounding_pass_and_others_do_not():
@@ -147,6 +147,7 @@ def test_slow_loads_are_repeated_less_and_each_session_serves_for_all(dense, tmp
     monkeypatch.setattr(
         latency, "load_in_fresh_process", lambda path: loads.append(path) or load(path)
     )
+    monkeypatch.setattr(latency, "_LOADS_SECONDS", 1e9)
     validate(path)
     assert len(opened) == 2 and len(loads) == 14
     monkeypatch.setattr(latency, "_LOADS_SECONDS", 0.0)
@@ -161,8 +162,8 @@ def test_a_report_has_the_promised_schema(dense, packed, tmp_path):
     report = validate(paths[1], paths[0], batches=batches(blobs(90, 3)))
     content = json.loads(report.to_json())
     assert " ".join(content) == (
-        "schema version seed environment dense compressed ratio drop paired density folded "
-        "max_abs_diff skipped budget validation notes weights"
+        "schema version seed environment dense compressed ratio drop paired density parameters "
+        "folded max_abs_diff skipped budget validation notes weights"
     )
     assert " ".join(content["dense"]) == "nbytes error load_ms peak_rss_bytes latency_ms macs"
     assert list(content["compressed"]) == list(content["dense"])

@@ -27,6 +27,7 @@ from places import FIXTURES
 from prune2onnx.graph.domain import DOMAIN
 from prune2onnx.graph.walk import in_nodes
 from prune2onnx.packing.codecs import METHODS, Method, Plan, Weight, encode, huffman
+from prune2onnx.packing.codecs.methods import method as by_name
 from prune2onnx.packing.codecs.plan import estimates
 from prune2onnx.packing.pack import _written
 
@@ -42,7 +43,7 @@ _OPERATORS = (
     *("Add", "Cast", "Clip", "Concat", "Constant", "ConstantOfShape", "CumSum", "Div", "Expand"),
     *("Gather", "GatherElements", "Identity", "Less", "Mod", "Mul", "Neg", "Pow", "Range"),
     *("ReduceSum", "Reshape", "ScatterElements", "ScatterND", "Slice", "Split", "Sub", "Transpose"),
-    *("Where", "If", "MatMul"),
+    *("Where", "If", "MatMul", "Abs", "BitShift", "BitwiseOr", "NonZero", "Not", "Scan", "Shape"),
 )
 
 _ELEMENT_TYPES = (*range(30), 99, -1)
@@ -66,16 +67,24 @@ def weight(name: str, dtype: Any, shape: tuple[int, ...], density: float, levels
 
 def packed(weights: list[Weight], method: Method, coder: str = "huffman") -> ModelProto:
     """A model of nothing but these weights, written by one method, even if the file gets larger."""
+    methods = {one.name: method for one in weights}
+    bundle = encode(weights, methods, 17, coder=coder)
+    return _written(_model(weights, 17), Plan(bundle, methods, {}))[0]
+
+
+def in_stages(weights: list[Weight], methods: dict[str, Method], opset: int) -> ModelProto:
+    """The same, written as large weights are."""
+    return _written(_model(weights, opset), Plan(None, {}, {}), weights, methods)[0]
+
+
+def _model(weights: list[Weight], opset: int) -> ModelProto:
     graph = helper.make_graph([], "g", [], [])
     for one in weights:
         graph.initializer.append(_dense(one))
         graph.node.append(helper.make_node("Identity", [one.name], [f"{one.name}_out"]))
         value = helper.make_tensor_value_info(f"{one.name}_out", one.element_type, one.shape)
         graph.output.append(value)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    methods = {one.name: method for one in weights}
-    bundle = encode(weights, methods, 17, coder=coder)
-    return _written(model, Plan(bundle, methods, {}))[0]
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
 
 
 def _dense(one: Weight) -> TensorProto:
@@ -98,6 +107,17 @@ def seeds() -> Iterator[tuple[str, ModelProto]]:
         for method in fitting[0].keys() & fitting[1].keys():
             name = f"{np.dtype(dtype).name}-{density}-{levels}-{method.name}-{coder}"
             yield name, packed(weights, method, coder)
+    for opset in (13, 18):
+        large = {
+            "planes": weight("floats", np.float32, (12, 10), 1.0, 0),
+            "codebook": weight("codes", np.float32, (12, 10), 1.0, 12),
+            "gap-codebook": weight("gaps", np.float32, (12, 10), 0.1, 5),
+            "levels": weight("bytes", np.int8, (12, 10), 1.0, 12),
+        }
+        methods = {one.name: by_name(name) for name, one in large.items()}
+        yield f"in stages-{opset}", in_stages(list(large.values()), methods, opset)
+        half = weight("half", np.float16, (12, 10), 1.0, 0)
+        yield f"half in stages-{opset}", in_stages([half], {"half": by_name("planes")}, opset)
     jump_bits, huffman.JUMP_BITS = huffman.JUMP_BITS, 0  # the coder for long streams
     try:
         weights = [weight("a", np.float32, (12, 10), 0.2, 9)]

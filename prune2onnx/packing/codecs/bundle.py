@@ -33,7 +33,8 @@ from prune2onnx.packing.codecs.weight import Weight
 GROUP_LIMIT = 1 << 29
 """Most bytes of a group's vector, unless one weight is larger; onnxruntime folds up to 1 GB."""
 
-_FACTS = "i"
+FACTS = "i"
+"""The attribute of a call that holds what decoding does not need."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def encode(
         coder: the entropy code of the streams.
         skips: for each weight, the initializers between it and the coded weight before it.
     """
-    body = Body(OP, attributes=_FACTS, once=True)
+    body = Body(OP, attributes=FACTS, once=True)
     streams = Streams(body, coder)
     found: dict[str, tuple[str, float]] = {}
     first, repeated = _without_repetition(weights)
@@ -88,12 +89,12 @@ def encode(
         found[name] = (body.copy(found[original][0], working), 0.0)
     functions = streams.finish(opset)
     outputs = [found[weight.name][0] for weight in weights]
-    facts = [_checksum([(weight.name, weight.array) for weight in weights])]
+    facts = [checksum([(weight.name, weight.array) for weight in weights])]
     for weight, skip in zip(weights, skips or [0] * len(weights), strict=True):
         facts += [skip, METHODS.index(methods[weight.name]), round(found[weight.name][1])]
     node = helper.make_node(OP, [], [weight.name for weight in weights], domain=DOMAIN)
     packed = TensorProto(dims=[len(facts)], data_type=TensorProto.INT64, int64_data=facts)
-    node.attribute.append(AttributeProto(name=_FACTS, type=AttributeProto.TENSOR, t=packed))
+    node.attribute.append(AttributeProto(name=FACTS, type=AttributeProto.TENSOR, t=packed))
     function = body.function(*outputs, opset=opset)
     return Bundle(node, (*functions, function), tuple(body.given))
 
@@ -177,7 +178,7 @@ def decode(
         raise Prune2OnnxError(
             f"{names}: the decode call has no checksum; the file is damaged, copy or pack it again"
         )
-    if expected and expected[0] != _checksum(list(decoded.items())):
+    if expected and expected[0] != checksum(list(decoded.items())):
         raise Prune2OnnxError(
             f"{names}: the decoded weights do not have the checksum that was stored; the file is "
             "damaged, copy or pack it again"
@@ -188,7 +189,7 @@ def decode(
 def facts_of(node: NodeProto) -> list[int]:
     """The attribute `i`; empty in files of version 1."""
     for attribute in node.attribute:
-        if attribute.name == _FACTS and attribute.HasField("t"):
+        if attribute.name == FACTS and attribute.HasField("t"):
             facts = attribute.t
             if facts.data_type != TensorProto.INT64 or facts.HasField("data_location"):
                 return []
@@ -226,7 +227,7 @@ def described(node: NodeProto) -> list[Described]:
     return found
 
 
-def _checksum(arrays: list[tuple[str, NDArray[Any]]]) -> int:
+def checksum(arrays: Sequence[tuple[str, NDArray[Any]]]) -> int:
     """CRC-32 of names, ONNX's numbers of the element types, shapes and little-endian bytes."""
     total = 0
     for name, array in arrays:

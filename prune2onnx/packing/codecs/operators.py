@@ -11,7 +11,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from onnx import TensorProto, numpy_helper
+from onnx import GraphProto, TensorProto, numpy_helper
 
 from prune2onnx.graph.tensors import MAX_RANK
 from prune2onnx.packing.codecs.limits import Array, Budget
@@ -328,8 +328,55 @@ def _where(budget: Budget, condition: Array, a: Array, b: Array) -> Array:
     return np.where(condition, a, b)
 
 
+def _shifted(budget: Budget, x: Array, by: Array, direction: str | bytes) -> Array:
+    dtype = _same_type(x, by)
+    if dtype.kind != "u":
+        raise ValueError(f"a shift of {dtype}")
+    budget.take(np.broadcast_shapes(x.shape, by.shape), dtype)
+    if by.size and int(by.max()) >= 8 * dtype.itemsize:
+        raise ValueError(f"a shift of {dtype} by {int(by.max())}")
+    way = direction.decode() if isinstance(direction, bytes) else direction
+    return np.asarray(np.left_shift(x, by) if way == "LEFT" else np.right_shift(x, by))
+
+
+def _nonzero(budget: Budget, x: Array) -> Array:
+    count = int(np.count_nonzero(x))
+    budget.take((x.ndim, count), np.dtype(np.int64))
+    budget.spend(4 * x.size)
+    return np.stack(np.nonzero(x)) if x.ndim else np.zeros((0, count), np.int64)
+
+
+def _negated(budget: Budget, x: Array) -> Array:
+    if x.dtype != bool:
+        raise ValueError(f"not of {x.dtype}")
+    budget.take(x.shape, x.dtype)
+    return ~x
+
+
+def _either(budget: Budget, a: Array, b: Array) -> Array:
+    if _same_type(a, b).kind not in "iu":
+        raise ValueError(f"bits of {a.dtype}")
+    return _elementwise(np.bitwise_or)(budget, a, b)
+
+
+def _extents(budget: Budget, x: Array) -> Array:
+    return np.array(x.shape, np.int64)
+
+
+def _copied(budget: Budget, x: Array, body: GraphProto, num_scan_inputs: int) -> Array:
+    """A Scan that copies: the only one in decode functions."""
+    nodes = list(body.node)
+    known = len(nodes) == len(body.input) == len(body.output) == num_scan_inputs == 1
+    if not known or nodes[0].op_type != "Identity" or nodes[0].domain:
+        raise ValueError("its body is not a single Identity")
+    return x
+
+
 OPERATORS: Mapping[str, Callable[..., Array | list[Array]]] = {
+    "Abs": _elementwise(np.abs, 1),
     "Add": _elementwise(np.add),
+    "BitShift": _shifted,
+    "BitwiseOr": _either,
     "Cast": _cast,
     "Clip": _elementwise(np.clip, 3),
     "Concat": _concat,
@@ -347,12 +394,16 @@ OPERATORS: Mapping[str, Callable[..., Array | list[Array]]] = {
     "Mod": _elementwise(_remainder, steps=8),
     "Mul": _elementwise(np.multiply),
     "Neg": _elementwise(np.negative, 1),
+    "NonZero": _nonzero,
+    "Not": _negated,
     "Pow": _elementwise(_power, steps=100),
     "Range": _range,
     "ReduceSum": _reduce_sum,
     "Reshape": _reshape,
+    "Scan": _copied,
     "ScatterElements": _scatter_elements,
     "ScatterND": _scatter_nd,
+    "Shape": _extents,
     "Slice": _slice,
     "Split": _split,
     "Sub": _elementwise(np.subtract),

@@ -117,7 +117,12 @@ def estimates(weight: Weight, coder: Coder = "huffman") -> dict[Method, float]:
 
 
 def plan(
-    weights: Sequence[Weight], dense: Mapping[str, int], opset: int, *, load: str = "small"
+    weights: Sequence[Weight],
+    dense: Mapping[str, int],
+    opset: int,
+    *,
+    load: str = "small",
+    absolute: bool = False,
 ) -> Plan:
     """Chooses a method for each weight, or none.
 
@@ -126,20 +131,28 @@ def plan(
         dense: name -> bytes it takes, for all initializers of the model, in their order.
         opset: of the model.
         load: "small", the fewest bytes; "fast", no entropy code, so that loading is quick.
+        absolute: whether the call keeps each weight's place among all initializers, or how many
+            stand between it and the coded one before it.
     """
     if load == "fast":
-        return _planned(weights, dense, opset, "none")
-    best = _planned(weights, dense, opset, "huffman")
+        return _planned(weights, dense, opset, "none", absolute)
+    best = _planned(weights, dense, opset, "huffman", absolute)
     if best.bundle is None or best.bundle.nbytes < SMALL_NBYTES:
         # In a small file the nodes of a coder may take more than it saves.
         few = sum(weight.array.size for weight in weights) <= RICE_SIZE
-        others = [_planned(weights, dense, opset, "rice")] if few else []
-        others.append(_planned(weights, dense, opset, "none"))
+        others = [_planned(weights, dense, opset, "rice", absolute)] if few else []
+        others.append(_planned(weights, dense, opset, "none", absolute))
         best = min([best, *others], key=lambda made: _total(made, dense))
     return best
 
 
-def _planned(weights: Sequence[Weight], dense: Mapping[str, int], opset: int, coder: Coder) -> Plan:
+def _planned(
+    weights: Sequence[Weight],
+    dense: Mapping[str, int],
+    opset: int,
+    coder: Coder,
+    absolute: bool,
+) -> Plan:
     """The plan with this entropy code."""
     reasons: dict[str, str] = {}
     costs: dict[str, dict[Method, float]] = {}
@@ -160,6 +173,8 @@ def _planned(weights: Sequence[Weight], dense: Mapping[str, int], opset: int, co
     chosen = [weight for weight in weights if weight.name in best]
     places = [place for place, name in enumerate(dense) if name in best]
     skips = [at - before - 1 for before, at in itertools.pairwise([-1, *places])]
+    if absolute:
+        skips = places
     bundle = encode(chosen, best, opset, coder=coder, skips=skips) if chosen else None
     if coder == "rice" and len(chosen) <= _MOST_APART:
         thin = {n: GAP_LEVELS if GAP_LEVELS in costs[n] else method for n, method in best.items()}

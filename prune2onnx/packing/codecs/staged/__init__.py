@@ -1,0 +1,20 @@
+"""Staged decoding of large weights: cut into pieces, which a runtime decodes a few at a time.
+
+A **piece** is a large weight or some of its rows. All pieces together are cut into as many stages
+as there are gates (`functions`), each with about as many elements as the others, so that the memory
+of one stage is free again when the next one begins. Pieces of a stage that are stored alike are
+decoded together, as one vector, and split at the end: onnxruntime looks at every node that is left
+in each of its passes, so that a node costs more than a thousand elements.
+
+Small weights are not worth a call of their own; `bundle` writes them all in one.
+
+`choice` says which weights are decoded so, and `encode` writes them.
+"""
+
+from __future__ import annotations
+
+from prune2onnx.packing.codecs.staged.choice import chosen
+from prune2onnx.packing.codecs.staged.encode import encode
+from prune2onnx.packing.codecs.staged.functions import GATES
+
+__all__ = ["GATES", "chosen", "encode"]

@@ -47,6 +47,8 @@ class Integers(click.ParamType[tuple[int, ...]]):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int, ...]:
         """Reads the numbers."""
+        if isinstance(value, tuple):  # a default
+            return value
         try:
             return tuple(int(part) for part in value.split(","))
         except ValueError:

@@ -68,6 +68,10 @@ class _Context:
         return helper.tensor_dtype_to_np_dtype(declared if other else TensorProto.FLOAT)
 
 
+# what a rewrite runs into where a node contradicts itself; onnxruntime refuses most such files
+_CONTRADICTIONS = (ValueError, LookupError, TypeError, OverflowError)
+
+
 def upgrade(model: ModelProto, changes: Changes) -> None:
     """Rewrites a model in place for opset 13; one of opset 13 or newer is left alone.
 
@@ -143,7 +147,13 @@ def _replace(nodes: Any, context: _Context) -> None:
     for node in nodes:
         for body in bodies(node):
             _replace(body.node, context)
-        result += _node(node, context)
+        try:
+            result += _node(node, context)
+        except _CONTRADICTIONS as error:
+            raise Prune2OnnxError(
+                f"{', '.join(node.output)}: {node.op_type} of opset {context.version} cannot be "
+                f"converted to {TARGET}: its attributes do not fit its inputs; the file is damaged"
+            ) from error
     context.constants = around
     if len(result) != len(nodes):
         del nodes[:]

@@ -23,6 +23,7 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from prune2onnx.cli.main import main
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.file import load
+from prune2onnx.graph.normalize import normalize
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
 from prune2onnx.shrinking.shrink import shrink as shrunk
@@ -230,6 +231,20 @@ def test_a_coded_weight_has_its_name_to_itself(way, tmp_path):
         packed.graph.node.append(helper.make_node("Relu", ["x"], [name]))
     with pytest.raises(Prune2OnnxError, match=f"{name}: a coded weight, and another value has"):
         unpack(packed)
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes"),
+    [("LogSoftmax", {"axis": -(2**63)}), ("Pad", {"pads": [1]}), ("Clip", {"min": "text"})],
+)
+def test_old_operators_that_contradict_themselves_are_named(op, attributes, tmp_path):
+    node = helper.make_node(op, ["x"], ["y"], **attributes)
+    made = model([node], {}, {"x": [2, 3]}, {"y": [2, 3]}, opset=6)
+    with contextlib.suppress(Prune2OnnxError):
+        normalize(made)
+    if op == "LogSoftmax":
+        with pytest.raises(Prune2OnnxError, match="y: LogSoftmax of opset 6 cannot be converted"):
+            normalize(made)
 
 
 def test_nodes_in_any_order_that_onnxruntime_runs_are_sorted_first(tmp_path):

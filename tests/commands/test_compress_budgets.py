@@ -53,7 +53,7 @@ def measured(ratio: float) -> Timing:
 
 
 def test_int8_is_taken_where_it_is_faster_and_within_the_budgets(tmp_path, monkeypatch):
-    monkeypatch.setattr("prune2onnx.runtime.int8_choice.timed", lambda before, after: measured(0.5))
+    monkeypatch.setattr("prune2onnx.runtime.int8_choice.timed", lambda *_: measured(0.5))
     recipe = resolve({**QUICK, "int8": True, "target_size": "15KB", "max_drop": 40.0})
     report = compress(recipe, tmp_path / "run", cpu=True)
     note, speed = report.notes
@@ -72,7 +72,7 @@ def test_int8_is_taken_where_it_is_faster_and_within_the_budgets(tmp_path, monke
 
 
 def test_the_fewest_multiply_adds_within_a_loss_are_searched_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("prune2onnx.runtime.int8_choice.timed", lambda before, after: measured(0.5))
+    monkeypatch.setattr("prune2onnx.runtime.int8_choice.timed", lambda *_: measured(0.5))
     fast = {"goal": "latency", "channels": {"epochs": 3}, "max_drop": 60.0, "trials": 2}
     recipe = resolve({**QUICK, **fast, "prune": {"epochs": 3}})
     trials = []
@@ -95,7 +95,7 @@ def test_the_fewest_multiply_adds_within_a_loss_are_searched_for(tmp_path, monke
 
 
 def test_int8_that_is_slower_is_not_taken(tmp_path, monkeypatch):
-    monkeypatch.setattr("prune2onnx.runtime.int8_choice.timed", lambda before, after: measured(1.2))
+    monkeypatch.setattr("prune2onnx.runtime.int8_choice.timed", lambda *_: measured(1.2))
     report = compress(resolve({**QUICK, "int8": True}), tmp_path / "run", cpu=True)
     assert report.notes[0] == (
         "computes in float32: int8 takes 1.20 times as long as float32 on this machine"

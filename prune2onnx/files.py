@@ -12,6 +12,7 @@ import errno
 import os
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -65,6 +66,29 @@ def replacing(path: str | Path, nbytes: int) -> Iterator[BinaryIO]:
             if target.exists():
                 partial.chmod(stat.S_IMODE(target.stat().st_mode))
             partial.replace(target)
+    except OSError as error:
+        raise unwritten(path, nbytes, error) from error
+
+
+@contextlib.contextmanager
+def scratch(path: Path, nbytes: int) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file for what does not fit into memory, gone afterwards: in the folder of `path`.
+
+    Args:
+        path: what is written in the end; for a device or a FIFO, the system's folder is used.
+        nbytes: about how many bytes will be in it, for the error.
+
+    Raises:
+        Prune2OnnxError: it cannot be made or written.
+    """
+    target = _destination(path)
+    if target.exists() and not target.is_file():
+        target = Path(tempfile.gettempdir()) / target.name
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(target)
+        with _temporary(target) as made:
+            yield made
     except OSError as error:
         raise unwritten(path, nbytes, error) from error
 

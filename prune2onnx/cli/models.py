@@ -15,7 +15,7 @@ from prune2onnx.cli.options import (
     input_shape_option,
     max_bytes_option,
 )
-from prune2onnx.cli.output import console, print_json, print_weights, say
+from prune2onnx.cli.output import console, print_json, print_weights, say, weights_progress
 from prune2onnx.cli.tables import layers_table, shrink_table
 from prune2onnx.runs.defaults import MAX_DROP, MAX_REL_ERROR, Int8Options, PackOptions
 from prune2onnx.shrinking.structure import BLOCK
@@ -105,7 +105,8 @@ def pack(
         external,
         anonymize,
     )
-    result = pack_file(source, target, options)
+    with weights_progress() as progress:
+        result = pack_file(source, target, options, progress=progress)
     for note in result.notes:
         say(note)
     print_weights(

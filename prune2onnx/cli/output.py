@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prune2onnx.cli.tables import weights_table
 from prune2onnx.errors import MismatchError
@@ -21,6 +22,9 @@ from prune2onnx.runs.report import Report
 console = Console(stderr=True)
 if not console.is_terminal:  # a log has no width: wide enough that no column is cut
     console = Console(stderr=True, width=160)
+
+
+_LINE_SECONDS = 10.0
 
 
 def say(text: str) -> None:
@@ -109,6 +113,35 @@ def progress() -> Iterator[Callbacks]:
 
     with shown:
         yield Callbacks(on_step, on_epoch, on_trial)
+
+
+@contextmanager
+def weights_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the weight, bytes and time left; a line every 10 s if stderr is no terminal."""
+    columns = (
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    shown = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+    task = shown.add_task("", total=None)
+    began = said = time.monotonic()
+
+    def tell(name: str, done: int, total: int) -> None:
+        nonlocal said
+        shown.update(task, description=name, completed=done, total=total)
+        now = time.monotonic()
+        if not console.is_terminal and now - said >= _LINE_SECONDS:
+            said = now
+            left = (now - began) * (total - done) / done
+            say(
+                f"{done / total:4.0%}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, "
+                f"about {left:,.0f} s left  {name}"
+            )
+
+    with shown:
+        yield tell
 
 
 def _milestones(epochs: int) -> set[int]:

@@ -5,7 +5,8 @@ The order of the steps, and what is reported about them; each step lives in a mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from onnx import ModelProto
 
 from prune2onnx.commands.source import read
 from prune2onnx.errors import RecipeError
+from prune2onnx.files import scratch
 from prune2onnx.graph.file import save
+from prune2onnx.graph.outside import Spill
 from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.approximation.approximate import Approximation, approximate, search
 from prune2onnx.packing.inline import is_packed
-from prune2onnx.packing.pack import pack_normalized
+from prune2onnx.packing.pack import Progress, pack_normalized
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runtime.compare import compared, output_error
@@ -31,6 +34,8 @@ _EXAMPLES = 256
 """Examples for a search for the fewest bits: the first ones of the validation split."""
 
 _MUCH_GRAPH = 0.2
+
+_SPILLED_NBYTES = 1 << 28
 _BATCH = 64  # of them at a time
 
 
@@ -56,6 +61,7 @@ def pack_file(
     target: Path,
     options: PackOptions | None = None,
     evaluate: Callable[[ModelProto], float] | None = None,
+    progress: Progress = lambda name, done, total: None,
 ) -> PackResult:
     """Packs a file.
 
@@ -67,6 +73,7 @@ def pack_file(
         target: the file to write.
         options: by default, lossless packing.
         evaluate: a model -> its error, for `max_rel_error`, in place of the outputs' error.
+        progress: is told how far large weights have come.
 
     Raises:
         RecipeError: options that exclude each other, or one out of range.
@@ -74,7 +81,7 @@ def pack_file(
         Prune2OnnxError: the file cannot be read, normalized, or written.
     """
     options = options or PackOptions()
-    given = read(source)
+    given = read(source, lazily=True)
     normal, changed = given.normal, given.is_upgraded
     notes = list(normal.notes)
     if options.shrink:
@@ -93,20 +100,36 @@ def pack_file(
         made = _approximated(normal.model, options, evaluate)
         normal, quantized = replace(normal, model=made.model), made.quantized
         notes += made.notes
-    if options.form == "sparse-initializer":
-        from prune2onnx.packing.sparse import to_sparse
+    with _spill(target, nbytes(normal.model)) as spill:
+        if options.form == "sparse-initializer":
+            from prune2onnx.packing.sparse import to_sparse
 
-        result, rows = to_sparse(normal.model)
-    else:
-        packed = pack_normalized(
-            normal, load=options.load, quantized=quantized, anonymize=options.anonymize
-        )
-        result, rows = packed.model, packed.rows
-        if not is_packed(result):
-            notes.append("packing would not make the file smaller; its weights stay dense")
-    notes += _size_notes(result, rows, given.nbytes, options.strip)
-    files = save(result, target, options.external, source=source)
+            result, rows = to_sparse(normal.model)
+        else:
+            packed = pack_normalized(
+                normal,
+                load=options.load,
+                quantized=quantized,
+                anonymize=options.anonymize,
+                progress=progress,
+                spill=spill,
+            )
+            result, rows = packed.model, packed.rows
+            if not is_packed(result):
+                notes.append("packing would not make the file smaller; its weights stay dense")
+        notes += _size_notes(result, rows, given.nbytes, options.strip)
+        files = save(result, target, options.external, source=source)
     return PackResult(rows, tuple(notes), given.nbytes, files)
+
+
+@contextmanager
+def _spill(target: Path, size: int) -> Iterator[Spill | None]:
+    """A place for the streams of a model of so many bytes; none for one that fits into memory."""
+    if size < _SPILLED_NBYTES:
+        yield None
+        return
+    with scratch(target, size) as (stream, path):
+        yield Spill(stream, path)
 
 
 def _size_notes(

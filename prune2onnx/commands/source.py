@@ -55,10 +55,14 @@ class Source:
         return opset(self.model.opset_import) != opset(self.normal.model.opset_import)
 
 
-def read(path: Path) -> Source:
+def read(path: Path, *, lazily: bool = False) -> Source:
     """Reads a file.
+
+    Args:
+        path: the file.
+        lazily: whether large weights stay in the file, which must then stay as it is.
 
     Raises:
         Prune2OnnxError: it cannot be read, or is damaged.
     """
-    return Source(path, load_runnable(path))
+    return Source(path, load_runnable(path, lazily=lazily))

@@ -8,7 +8,7 @@ all. Operators are the other modules' task; how weights are coded is that of `pa
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import BinaryIO
 
@@ -20,6 +20,14 @@ from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.files import alone_in, keep_inputs, replacing, write_whole
 from prune2onnx.graph.checks import check_expansion, check_parts
 from prune2onnx.graph.domain import DOMAIN
+from prune2onnx.graph.outside import (
+    LEAST_NBYTES,
+    is_outside,
+    nbytes_outside,
+    read,
+    refer,
+    without_data,
+)
 from prune2onnx.graph.protobuf import MAX_NBYTES, TYPED_FIELDS, copy_but, nbytes, serialized
 from prune2onnx.graph.shapes import without_weights
 from prune2onnx.graph.tensors import (
@@ -39,6 +47,8 @@ _MOST_READS = 100  # of a file that others keep replacing
 _PAGE = 4096  # onnxruntime maps a large tensor into memory where it starts on a page
 _PAGED_NBYTES = 2**20
 
+_PIECE = 2**24  # bytes that are copied at a time
+
 
 class InvalidModelError(Prune2OnnxError):
     """A whole file that onnx's checker refuses, which is stricter than runtimes are.
@@ -52,7 +62,7 @@ class InvalidModelError(Prune2OnnxError):
         self.model = model
 
 
-def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
+def load(path: str | Path, max_bytes: int | None = None, *, lazily: bool = False) -> ModelProto:
     """Reads an ONNX file, with external data beside it.
 
     A truncated file may still parse, so the model is checked, too.
@@ -60,9 +70,11 @@ def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
     Args:
         path: the .onnx file.
         max_bytes: most bytes of external data to read; default: no limit.
+        lazily: whether large tensors stay in their files (`graph.outside`), which must then stay
+            as they are.
 
     Returns:
-        The model; all its tensors hold their data.
+        The model; all its tensors hold their data, or can read them.
 
     Raises:
         InvalidModelError: onnx's checker refuses the model.
@@ -71,7 +83,7 @@ def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
             short, outside the file's folder, or more than `max_bytes`.
     """
     path = Path(path)
-    model = _whole(path, max_bytes)
+    model = _whole(path, max_bytes, lazily)
     _drop_repeated_keys(model)
     check_expansion(model, path)
     defined = {function.name for function in model.functions if function.domain == DOMAIN}
@@ -92,7 +104,7 @@ def load(path: str | Path, max_bytes: int | None = None) -> ModelProto:
     return model
 
 
-def _whole(path: Path, max_bytes: int | None) -> ModelProto:
+def _whole(path: Path, max_bytes: int | None, lazily: bool) -> ModelProto:
     """The model in a file with its data, which belong together also while others replace both.
 
     As long as a writer (`_write_pair`) leaves the model, the data file has what the model refers
@@ -101,12 +113,10 @@ def _whole(path: Path, max_bytes: int | None) -> ModelProto:
     for _ in range(_MOST_READS):
         before = _identity(path)
         try:
-            model = _parsed(path)
+            model = _parsed(path, lazily)
             check_parts(model, path)
             tensors = [tensor for tensor in in_model(model) if external(tensor)]
-            if not tensors:
-                return model
-            _read_external(tensors, path, max_bytes)
+            _read_external(tensors, path, max_bytes, lazily)
         except Prune2OnnxError:
             if _identity(path) == before:
                 raise
@@ -128,7 +138,7 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
     return found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _parsed(path: Path) -> ModelProto:
+def _parsed(path: Path, lazily: bool) -> ModelProto:
     try:
         if path.is_dir():
             raise Prune2OnnxError(f"{path}: a folder; give the .onnx file in it")
@@ -142,7 +152,8 @@ def _parsed(path: Path) -> ModelProto:
                 f"{path}: {nbytes:,} bytes, an ONNX file has at most {MAX_NBYTES:,}; "
                 "export it with external data"
             )
-        return onnx.load(path, format="protobuf", load_external_data=False)
+        model = without_data(path) if lazily else None
+        return model or onnx.load(path, format="protobuf", load_external_data=False)
     except FileNotFoundError as error:
         raise Prune2OnnxError(f"{path}: no such file; check the path") from error
     except OSError as error:
@@ -162,7 +173,9 @@ def _drop_repeated_keys(model: ModelProto) -> None:
         seen.add(entry.key)
 
 
-def _read_external(tensors: Sequence[TensorProto], path: Path, max_bytes: int | None) -> None:
+def _read_external(
+    tensors: Sequence[TensorProto], path: Path, max_bytes: int | None, lazily: bool
+) -> None:
     """Loads external data in place; every size is known and checked before the first is read."""
     try:
         places = [_place(tensor, path) for tensor in tensors]
@@ -173,6 +186,9 @@ def _read_external(tensors: Sequence[TensorProto], path: Path, max_bytes: int | 
                 f"allowed; {MORE_BYTES}"
             )
         for tensor, (file, offset, nbytes) in zip(tensors, places, strict=True):
+            if lazily and nbytes >= LEAST_NBYTES:
+                refer(tensor, file, offset, nbytes)
+                continue
             with file.open("rb") as stream:
                 stream.seek(offset)
                 tensor.raw_data = stream.read(nbytes)
@@ -320,7 +336,7 @@ def _split(
         offset = -(-end // _PAGE) * _PAGE if size >= _PAGED_NBYTES else end
         end = offset + size
         stub = shell.graph.initializer.add()
-        copy_but(stub, tensor, "raw_data", *TYPED_FIELDS)
+        copy_but(stub, tensor, "raw_data", "external_data", *TYPED_FIELDS)
         stub.data_location = TensorProto.EXTERNAL
         for key, value in (("location", name), ("offset", offset), ("length", size)):
             stub.external_data.add(key=key, value=str(value))
@@ -354,10 +370,12 @@ def _replace_pair(
             with data.open("rb") as before:
                 shutil.copyfileobj(before, stream, 1 << 24)
             _write_at(stream, outside, base)
+        outside = _now_in(outside, data, base)
         write_whole(path, _moved(shell, base).SerializeToString())
         with replacing(data, base + size) as stream:
             _write_at(stream, outside, 0)
             _write_at(stream, outside, base)
+        outside = _now_in(outside, data, 0)
         write_whole(path, shell.SerializeToString())
         with replacing(data, size) as stream:
             _write_at(stream, outside, 0)
@@ -371,10 +389,25 @@ def _replace_pair(
         raise
 
 
+def _now_in(
+    outside: list[tuple[TensorProto, int]], data: Path, base: int
+) -> list[tuple[TensorProto, int]]:
+    """The same tensors, read from where they were written: their own files may be replaced now."""
+    found = []
+    for tensor, offset in outside:
+        if is_outside(tensor):
+            size, original = nbytes_outside(tensor), tensor
+            tensor = TensorProto()
+            copy_but(tensor, original, "external_data", "data_location")
+            refer(tensor, data, base + offset, size)
+        found.append((tensor, offset))
+    return found
+
+
 def _write_at(stream: BinaryIO, outside: list[tuple[TensorProto, int]], base: int) -> None:
     for tensor, offset in outside:
         stream.seek(base + offset)
-        stream.write(_raw(tensor))
+        stream.writelines(_raw(tensor))
 
 
 def _moved(shell: ModelProto, base: int) -> ModelProto:
@@ -388,10 +421,15 @@ def _moved(shell: ModelProto, base: int) -> ModelProto:
     return result
 
 
-def _raw(tensor: TensorProto) -> bytes:
-    if tensor.HasField("raw_data"):
-        return bytes(tensor.raw_data)
-    return bytes(numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data)
+def _raw(tensor: TensorProto) -> Iterator[bytes | memoryview]:
+    if is_outside(tensor):
+        size = nbytes_outside(tensor)
+        for begin in range(0, size, _PIECE):
+            yield read(tensor, begin, min(begin + _PIECE, size)).data
+    elif tensor.HasField("raw_data"):
+        yield tensor.raw_data
+    else:
+        yield bytes(numpy_helper.from_array(numpy_helper.to_array(tensor)).raw_data)
 
 
 def files_of(path: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto
 
 from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.graph.outside import is_outside, nbytes_outside, prefix, read
 
 MAX_NBYTES = 2**31 - 1
 """Largest message that protobuf writes or reads, and so the largest tensor inside a model."""
@@ -26,6 +27,9 @@ _TENSORS = GraphProto.INITIALIZER_FIELD_NUMBER
 _DATA = TensorProto.RAW_DATA_FIELD_NUMBER
 _LARGE = 1 << 20  # elements
 _FEW_AXES = 64
+
+_PLACE = ("external_data", "data_location")  # of a tensor whose data are outside
+_PIECE = 1 << 24
 
 TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 """Fields in which a tensor may hold its elements, where it has no `raw_data`."""
@@ -75,7 +79,7 @@ def _set(target: Any, field: FieldDescriptor, value: Any) -> None:
     try:
         setattr(target, field.name, value)
     except UnicodeDecodeError:  # text that is not UTF-8 is read as bytes
-        target.MergeFromString(_prefix(field.number, len(value)) + value)
+        target.MergeFromString(prefix(field.number, len(value)) + value)
 
 
 def serialized(model: ModelProto) -> Iterator[bytes]:
@@ -93,22 +97,30 @@ def serialized(model: ModelProto) -> Iterator[bytes]:
     if model.HasField("graph"):
         before, after = (_part(graph, GraphProto(), _TENSORS, above=a) for a in (False, True))
         inside = sum(framed(tensor_nbytes(tensor)) for tensor in graph.initializer)
-        yield _prefix(_GRAPH, len(before) + inside + len(after))
+        yield prefix(_GRAPH, len(before) + inside + len(after))
         yield before
         for tensor in graph.initializer:
-            yield _prefix(_TENSORS, tensor_nbytes(tensor))
+            yield prefix(_TENSORS, tensor_nbytes(tensor))
             yield from _tensor_pieces(tensor)
         yield after
     yield _part(model, ModelProto(), _GRAPH, above=True)
 
 
 def _tensor_pieces(tensor: TensorProto) -> Iterator[bytes]:
+    if is_outside(tensor):
+        yield _part(tensor, TensorProto(), _DATA, above=False)
+        nbytes = nbytes_outside(tensor)
+        yield prefix(_DATA, nbytes)
+        for begin in range(0, nbytes, _PIECE):
+            yield read(tensor, begin, min(begin + _PIECE, nbytes)).tobytes()
+        yield _part(tensor, TensorProto(), _DATA, above=True, but=_PLACE)
+        return
     if not _is_large(tensor) or len(UnknownFieldSet(tensor)):
         yield tensor.SerializeToString()
         return
     yield _part(tensor, TensorProto(), _DATA, above=False)
     data = tensor.raw_data
-    yield _prefix(_DATA, len(data))
+    yield prefix(_DATA, len(data))
     yield data
     yield _part(tensor, TensorProto(), _DATA, above=True)
 
@@ -118,29 +130,23 @@ def _is_large(tensor: TensorProto) -> bool:
     return few_axes and math.prod(tensor.dims) >= _LARGE and tensor.HasField("raw_data")
 
 
-def _part(source: Any, empty: Any, number: int, *, above: bool) -> bytes:
+def _part(source: Any, empty: Any, number: int, *, above: bool, but: tuple[str, ...] = ()) -> bytes:
     """A message's fields with lower or higher numbers than one has; they are written in order."""
     fields = source.DESCRIPTOR.fields
     others = [f.name for f in fields if f.number == number or (f.number > number) != above]
-    copy_but(empty, source, *others)
+    copy_but(empty, source, *others, *but)
     return bytes(empty.SerializeToString())
 
 
-def _prefix(number: int, nbytes: int) -> bytes:
-    """The tag of a field that holds bytes or a message, and its length as a varint."""
-    return _varint(number << 3 | 2) + _varint(nbytes)
-
-
-def _varint(number: int) -> bytes:
-    found = bytearray()
-    while number > 0x7F:
-        found.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*found, number])
-
-
 def tensor_nbytes(tensor: TensorProto) -> int:
-    """`tensor.ByteSize()`; to answer that, protobuf serializes the message, which is large here."""
+    """`tensor.ByteSize()`; to answer that, protobuf serializes the message, which is large here.
+
+    Data outside of the message count as if they were inside.
+    """
+    if is_outside(tensor):
+        inside = TensorProto()
+        copy_but(inside, tensor, *_PLACE)
+        return int(inside.ByteSize()) + framed(nbytes_outside(tensor))
     if not _is_large(tensor) or len(UnknownFieldSet(tensor)):
         return int(tensor.ByteSize())
     rest = TensorProto()

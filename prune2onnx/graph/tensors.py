@@ -20,6 +20,7 @@ from onnx import (
 )
 
 from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.graph.outside import is_outside, nbytes_outside, read
 from prune2onnx.graph.protobuf import MAX_NBYTES, TYPED_FIELDS
 
 WEIGHT_NBYTES = 64
@@ -56,8 +57,8 @@ _BITS = {
 
 
 def external(tensor: TensorProto) -> bool:
-    """Whether the data lie in a file beside the model."""
-    return bool(tensor.data_location == TensorProto.EXTERNAL)
+    """Whether the data lie in a file beside the model, and nobody has looked for them yet."""
+    return tensor.data_location == TensorProto.EXTERNAL and not is_outside(tensor)
 
 
 def check_loaded(tensor: TensorProto) -> None:
@@ -139,6 +140,8 @@ def check(tensor: TensorProto) -> None:
         unit = "strings"
     elif nbytes is None:
         return  # a type of a newer onnx: left to its checker and to onnxruntime
+    elif is_outside(tensor):
+        got, wanted, unit = nbytes_outside(tensor), {nbytes}, "bytes"
     elif tensor.HasField("raw_data"):
         got, wanted, unit = len(tensor.raw_data), {nbytes}, "bytes"
     else:
@@ -169,17 +172,47 @@ def array_of(tensor: TensorProto) -> NDArray[Any]:
         strings[:] = list(tensor.string_data)
         return strings.reshape(tuple(tensor.dims))
     try:
-        return np.asarray(numpy_helper.to_array(tensor))
+        return rows_of(tensor) if is_outside(tensor) else np.asarray(numpy_helper.to_array(tensor))
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise Prune2OnnxError(
             f"{tensor.name}: a damaged initializer: {one_line(error)[:300]}"
         ) from error
 
 
+def rows_of(tensor: TensorProto, begin: int = 0, end: int | None = None) -> NDArray[Any]:
+    """Some rows of a tensor whose data are outside, as of `array_of`.
+
+    Args:
+        tensor: of one axis at least, unless all of it is wanted.
+        begin: the first row.
+        end: behind the last one; default: all.
+
+    Raises:
+        Prune2OnnxError: the data cannot be read.
+    """
+    shape = tuple(tensor.dims)
+    if end is not None:
+        shape = (end - begin, *shape[1:])
+    row = math.prod(tensor.dims[1:])
+    part = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=shape)
+    bits = _BITS[tensor.data_type]
+    if begin * row * bits % 8 or (end is not None and math.prod(shape) * bits % 8):
+        return rows_of(tensor)[begin:end]  # rows that share a byte
+    first = begin * row * bits // 8
+    data = read(tensor, first, first + (declared_nbytes(part) or 0))
+    if bits >= 8:
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        return data.view(dtype).reshape(shape)
+    part.raw_data = data.tobytes()
+    return np.asarray(numpy_helper.to_array(part))
+
+
 def fingerprint(tensor: TensorProto) -> bytes:
     """A digest of element type, shape and stored data; names and notes do not count."""
     digest = hashlib.sha256(repr((tensor.data_type, list(tensor.dims))).encode())
-    if tensor.HasField("raw_data"):
+    if is_outside(tensor):
+        digest.update(read(tensor).data)
+    elif tensor.HasField("raw_data"):
         digest.update(tensor.raw_data)
     else:
         for field in TYPED_FIELDS:
@@ -289,7 +322,7 @@ def raw_of(array: NDArray[Any]) -> bytes:
 def replace(tensor: TensorProto, values: NDArray[Any]) -> None:
     """Replaces shape and values of a tensor, of the same element type; name and notes stay."""
     new = numpy_helper.from_array(np.ascontiguousarray(values))
-    for name in TYPED_FIELDS:
+    for name in (*TYPED_FIELDS, "external_data", "data_location"):
         tensor.ClearField(name)
     tensor.raw_data = new.raw_data
     tensor.dims[:] = new.dims

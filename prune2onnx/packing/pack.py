@@ -10,7 +10,7 @@ Lossless: `approximation` runs before where precision may be lost. `unpack` is t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -20,7 +20,6 @@ from onnx import (
     FunctionProto,
     ModelProto,
     TensorProto,
-    numpy_helper,
 )
 
 from prune2onnx.errors import Prune2OnnxError
@@ -28,8 +27,11 @@ from prune2onnx.graph.domain import DOMAIN, DOMAIN_VERSION, MARK
 from prune2onnx.graph.names import Names
 from prune2onnx.graph.names import anonymize as anonymized
 from prune2onnx.graph.normalize import normalize
-from prune2onnx.graph.protobuf import copy_but, framed, keep
+from prune2onnx.graph.outside import Spill
+from prune2onnx.graph.protobuf import copy_but, framed, tensor_nbytes
+from prune2onnx.graph.protobuf import keep as keep_those
 from prune2onnx.graph.protobuf import nbytes as nbytes_of
+from prune2onnx.graph.protobuf import tensor as stored
 from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.tensors import array_of, declared_nbytes, element_type
 from prune2onnx.graph.walk import opset as opset_of
@@ -43,7 +45,9 @@ from prune2onnx.packing.codecs import (
     plan,
     staged,
 )
+from prune2onnx.packing.codecs.staged import Done, Known
 from prune2onnx.packing.inline import inlined
+from prune2onnx.packing.large import are_many, step_in, surveyed, with_scale
 from prune2onnx.packing.quantized import Quantized, step_of
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
@@ -53,6 +57,22 @@ Load = Literal["small", "balanced", "fast"]
 
 LEAST_NBYTES = 16
 """Smaller tensors stay dense: their entry in the decode call would take as many bytes."""
+
+
+Progress = Callable[[str, int, int], None]
+"""Is told the name of a weight, and how many bytes of how many are done."""
+
+
+class _Progress:
+    """Counts bytes: each large weight is read, written and checked."""
+
+    def __init__(self, progress: Progress, nbytes: int) -> None:
+        self._progress, self._total, self._done = progress, 3 * nbytes, 0
+
+    def __call__(self, name: str, nbytes: int) -> None:
+        self._done += nbytes
+        if self._total:
+            self._progress(name, min(self._done, self._total), self._total)
 
 
 @dataclass(frozen=True)
@@ -106,6 +126,8 @@ def pack_normalized(
     quantized: Mapping[str, Quantized] | None = None,
     anonymize: bool = False,
     check: bool = True,
+    progress: Progress = lambda name, done, total: None,
+    spill: Spill | None = None,
 ) -> Packed:
     """As `pack`, for a model that is unpacked and normalized.
 
@@ -115,6 +137,8 @@ def pack_normalized(
         quantized: as for `pack`.
         anonymize: as for `pack`.
         check: whether to decode the result and compare its checksum.
+        progress: is told how far large weights have come: each is read, written and checked.
+        spill: takes the streams of large weights, so that they do not stay in memory.
     """
     model, reasons, quantized = normal.model, dict(normal.reasons), quantized or {}
     own_name: dict[str, str] = {}
@@ -128,27 +152,33 @@ def pack_normalized(
     assert opset is not None  # normalize() sees to it
     reasons = _obstacles(model) | reasons
     tensors = model.graph.initializer
-    weights = _with_scales(
-        [
-            _weight(tensor, quantized.get(tensor.name))
-            for tensor in tensors
-            if tensor.name not in reasons
-        ]
-    )
-    dense = {tensor.name: framed(tensor.ByteSize()) for tensor in tensors}
+    free = [tensor for tensor in tensors if tensor.name not in reasons]
+    large: list[Known] = []
+    if load == "balanced" and are_many(free):
+        done = _Progress(progress, sum(declared_nbytes(tensor) or 0 for tensor in free))
+        large = surveyed(free, quantized, done)
+    else:
+        done = _Progress(progress, 0)
+    apart = {one.weight.name for one in large}
+    weights = [_weight(t, quantized.get(t.name)) for t in free if t.name not in apart]
+    weights, large = _with_scales(weights, large)
+    dense = {tensor.name: framed(tensor_nbytes(tensor)) for tensor in tensors}
     gained = {tensor.name: dense[tensor.name] - _notes_nbytes(tensor) for tensor in tensors}
-    methods: dict[str, Method] = {}
-    if load == "balanced":
-        methods, stay = staged.chosen(weights, gained, opset)
-        reasons |= stay
-    others = [weight for weight in weights if weight.name not in {*methods, *reasons}]
+    methods, stay = staged.chosen(large, gained, opset)
+    reasons |= stay
+    known = {one.weight.name: one for one in large}
+    others = {weight.name: weight for weight in weights}
+    for tensor in free:  # large ones that no method fits
+        if tensor.name in known and tensor.name not in {*methods, *reasons}:
+            others[tensor.name] = _weight(tensor, quantized.get(tensor.name))
+    ordered = [others[tensor.name] for tensor in free if tensor.name in others]
     made = plan(
-        others, gained, opset, load="fast" if load == "fast" else "small", absolute=bool(methods)
+        ordered, gained, opset, load="fast" if load == "fast" else "small", absolute=bool(methods)
     )
-    large = [weight for weight in weights if weight.name in methods]
-    result, nbytes = _written(model, made, large, methods)
+    large = [one for one in large if one.weight.name in methods]
+    result, nbytes = _written(model, made, large, methods, done, spill)
     if check:
-        verify(result)
+        verify(result, done)
     if anonymize:
         result = min(inlined(result), result, key=nbytes_of)
     reasons |= made.reasons
@@ -156,21 +186,23 @@ def pack_normalized(
     if methods and nbytes_of(result) >= nbytes_of(model):
         reasons |= dict.fromkeys(methods, "the file would not be smaller")
         methods, result = {}, model
-    arrays = {weight.name: weight.array for weight in weights}
     rows = []
     for tensor in tensors:
         name = tensor.name
         known_as = own_name.get(name, name)
-        array = arrays[name] if name in arrays else array_of(tensor)
-        if name in methods:
-            rows.append(WeightRow.of(known_as, array, methods[name].name, nbytes[name]))
+        how = (methods[name].name, nbytes[name], "") if name in methods else None
+        how = how or ("dense", dense[name], reasons[name])
+        if name in known:
+            row = WeightRow.of_large(known_as, known[name].weight, known[name].survey.nonzero, *how)
         else:
-            rows.append(WeightRow.of(known_as, array, "dense", dense[name], reasons[name]))
+            array = others[name].array if name in others else array_of(tensor)
+            row = WeightRow.of(known_as, array, *how)
+        rows.append(row)
     return Packed(result, tuple(rows), normal.notes)
 
 
 def _weight(tensor: TensorProto, known: Quantized | None) -> Weight:
-    array = numpy_helper.to_array(tensor)
+    array = array_of(tensor)
     if known is None or known.scale is None:
         return Weight(tensor.name, array, tensor.data_type)
     if known.dense().tobytes() != array.tobytes() or known.codes.shape != array.shape:
@@ -182,17 +214,21 @@ def _weight(tensor: TensorProto, known: Quantized | None) -> Weight:
     return Weight(tensor.name, array, tensor.data_type, known.scale, levels)
 
 
-def _with_scales(weights: list[Weight]) -> list[Weight]:
+def _with_scales(weights: list[Weight], large: list[Known]) -> tuple[list[Weight], list[Known]]:
     """The same weights; those that are multiples of a step have it as their scale.
 
     Whole numbers need no scale, unless other weights have one: with a scale, like them, they can
     be written in the same group.
     """
     steps = [_step(weight) for weight in weights]
-    if all(step is None or step % 1 == 0 for step in steps):
-        return weights
-    common = next(step for step in steps if step is not None)
-    return [_with_scale(weight, step, common) for weight, step in zip(weights, steps, strict=True)]
+    more = [step_in(one) for one in large]
+    if all(step is None or step % 1 == 0 for step in (*steps, *more)):
+        return weights, large
+    common = next(step for step in (*steps, *more) if step is not None)
+    return (
+        [_with_scale(weight, step, common) for weight, step in zip(weights, steps, strict=True)],
+        [with_scale(one, step, common) for one, step in zip(large, more, strict=True)],
+    )
 
 
 def _step(weight: Weight) -> np.float32 | None:
@@ -246,8 +282,10 @@ def _obstacles(model: ModelProto) -> dict[str, str]:
 def _written(
     model: ModelProto,
     made: Plan,
-    large: Sequence[Weight] = (),
+    large: Sequence[Known] = (),
     methods: Mapping[str, Method] = MappingProxyType({}),
+    done: Done = lambda name, nbytes: None,
+    spill: Spill | None = None,
 ) -> tuple[ModelProto, dict[str, int]]:
     """The packed model, and the bytes of each coded weight."""
     result = ModelProto()
@@ -262,16 +300,21 @@ def _written(
         node = result.graph.node.add()
         node.CopyFrom(made.bundle.node)
         for stream in made.bundle.streams:
-            stored = result.graph.initializer.add()
-            stored.CopyFrom(stream)
-            stored.name = names.shortest()
-            node.input.append(stored.name)
+            named = result.graph.initializer.add()
+            named.CopyFrom(stream)
+            named.name = names.shortest()
+            node.input.append(named.name)
         functions += made.bundle.functions
     if large:
         places = {tensor.name: place for place, tensor in enumerate(model.graph.initializer)}
         opset = opset_of(model.opset_import)
         assert opset is not None
-        written = staged.encode(large, methods, places, opset, names.shortest)
+        store = stored if spill is None else spill.tensor
+        written = staged.encode(
+            large, methods, places, opset, names.shortest, store=store, done=done
+        )
+        if spill is not None:
+            spill.finish()
         result.graph.node.extend(written.nodes)
         result.graph.initializer.extend(written.streams)
         result.graph.value_info.extend(written.places)
@@ -290,7 +333,7 @@ def _written(
     result.graph.node.extend(model.graph.node)
     result.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
     result.functions.extend(functions)
-    keep(result.metadata_props, lambda entry: entry.key not in KEYS)
+    keep_those(result.metadata_props, lambda entry: entry.key not in KEYS)
     result.metadata_props.add(key=MARK)
     if model.ir_version < FUNCTIONS_IR:
         result.metadata_props.add(key=IR_KEY, value=str(model.ir_version))

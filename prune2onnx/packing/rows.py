@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prune2onnx.packing.codecs.staged import Large
+from prune2onnx.packing.codecs.weight import numpy_type
+
 
 @dataclass(frozen=True)
 class WeightRow:
@@ -47,6 +50,14 @@ class WeightRow:
         """The row of a weight with these values; strings all count as nonzeros."""
         nnz = array.size if array.dtype.kind == "O" else int(np.count_nonzero(array))
         return cls(name, tuple(array.shape), str(array.dtype), nnz, codec, nbytes, reason)
+
+    @classmethod
+    def of_large(
+        cls, name: str, weight: Large, nnz: int, codec: str, nbytes: int, reason: str = ""
+    ) -> WeightRow:
+        """The row of a weight that is not in memory, with so many nonzeros."""
+        dtype = str(numpy_type(weight.element_type))
+        return cls(name, weight.shape, dtype, nnz, codec, nbytes, reason)
 
     @property
     def size(self) -> int:

@@ -34,7 +34,7 @@ from onnx import (
 from scipy.sparse import coo_array
 
 from prune2onnx.graph.normalize import drop_inputs
-from prune2onnx.graph.protobuf import MAX_NBYTES, framed
+from prune2onnx.graph.protobuf import MAX_NBYTES, framed, tensor_nbytes
 from prune2onnx.graph.rewritten import Changes
 from prune2onnx.graph.tensors import array_of, fill_dense, within
 from prune2onnx.graph.walk import bodies
@@ -176,7 +176,7 @@ def sparse_nbytes(array: NDArray[Any], name: str = "") -> int | None:
 def _written(tensor: TensorProto) -> tuple[SparseTensorProto | None, WeightRow]:
     """An initializer as a sparse one, or None where it stays dense, and its row."""
     array = array_of(tensor)
-    dense_nbytes = framed(tensor.ByteSize())
+    dense_nbytes = framed(tensor_nbytes(tensor))
     reason = _refusal(array)
     if not reason:
         frame = _frame(array, 0, tensor.name)

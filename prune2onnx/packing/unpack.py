@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -237,14 +237,19 @@ def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = 
     return result
 
 
-def verify(model: ModelProto) -> None:
+def verify(model: ModelProto, done: Callable[[str, int], None] = lambda name, nbytes: None) -> None:
     """Decodes every coded weight and compares each decode call's checksum.
+
+    Args:
+        model: packed.
+        done: is told the name and the bytes of each weight that was decoded.
 
     Raises:
         Prune2OnnxError: they do not agree.
     """
-    for _ in _decodings(model, _budget(model, MAX_BYTES)):
-        pass
+    for _, decoded in _decodings(model, _budget(model, MAX_BYTES)):
+        for name, array in decoded.items():
+            done(name, array.nbytes)
 
 
 def _calls(model: ModelProto) -> list[NodeProto]:

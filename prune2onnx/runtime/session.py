@@ -22,6 +22,7 @@ from onnx import ModelProto
 
 from prune2onnx.errors import Prune2OnnxError, first_line
 from prune2onnx.graph.file import InvalidModelError, load
+from prune2onnx.graph.protobuf import serialized
 
 # onnxruntime's messages about an operator that it does not have
 _UNKNOWN_OPERATOR = ("is not a registered function/op", "Could not find an implementation")
@@ -70,7 +71,7 @@ def session(
         options.profile_file_prefix = str(profile)
     options.intra_op_num_threads = threads
     in_memory = isinstance(model, ModelProto)
-    source = model.SerializeToString() if isinstance(model, ModelProto) else str(model)
+    source = b"".join(serialized(model)) if isinstance(model, ModelProto) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common base class
@@ -81,14 +82,18 @@ def session(
         ) from error
 
 
-def load_runnable(path: Path) -> ModelProto:
+def load_runnable(path: Path, *, lazily: bool = False) -> ModelProto:
     """Reads an ONNX file, also one that onnx's checker refuses, if onnxruntime opens it.
+
+    Args:
+        path: the file.
+        lazily: as for `graph.file.load`.
 
     Raises:
         Prune2OnnxError: as for `graph.file.load`.
     """
     try:
-        return load(path)
+        return load(path, lazily=lazily)
     except InvalidModelError as error:
         try:
             session(path, level=ort.GraphOptimizationLevel.ORT_DISABLE_ALL)

@@ -10,6 +10,7 @@ from prune2onnx.commands.pack import pack_file
 from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import load, save
 from prune2onnx.graph.normalize import normalize
+from prune2onnx.graph.tensors import array_of, replace
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.pack import pack
@@ -176,8 +177,8 @@ def test_outputs_are_compared_before_an_upgraded_file_is_written(tmp_path, monke
 
     def wrong(given, max_bytes):
         made = normalize(given, max_bytes)
-        array = numpy_helper.to_array(made.model.graph.initializer[0]) * 2
-        made.model.graph.initializer[0].raw_data = array.tobytes()
+        first = made.model.graph.initializer[0]
+        replace(first, array_of(first) * 2)
         return made
 
     monkeypatch.setattr("prune2onnx.commands.source.normalize", wrong)

@@ -29,6 +29,7 @@ from prune2onnx.graph.walk import in_nodes
 from prune2onnx.packing.codecs import METHODS, Method, Plan, Weight, encode, huffman
 from prune2onnx.packing.codecs.methods import method as by_name
 from prune2onnx.packing.codecs.plan import estimates
+from prune2onnx.packing.codecs.staged import Known, Large, survey
 from prune2onnx.packing.pack import _written
 
 _MOST_NBYTES = 8192  # of a seed: many are run a second
@@ -72,9 +73,27 @@ def packed(weights: list[Weight], method: Method, coder: str = "huffman") -> Mod
     return _written(_model(weights, 17), Plan(bundle, methods, {}))[0]
 
 
+def known(weight: Weight) -> Known:
+    """A weight as large ones are looked at."""
+
+    def rows(array):
+        return None if array is None else lambda begin, end: array[begin:end]
+
+    large = Large(
+        weight.name,
+        weight.shape,
+        weight.element_type,
+        rows(weight.array),
+        weight.scale,
+        rows(weight.levels),
+    )
+    return Known(large, survey(large))
+
+
 def in_stages(weights: list[Weight], methods: dict[str, Method], opset: int) -> ModelProto:
     """The same, written as large weights are."""
-    return _written(_model(weights, opset), Plan(None, {}, {}), weights, methods)[0]
+    large = [known(one) for one in weights]
+    return _written(_model(weights, opset), Plan(None, {}, {}), large, methods)[0]
 
 
 def _model(weights: list[Weight], opset: int) -> ModelProto:
@@ -109,14 +128,14 @@ def seeds() -> Iterator[tuple[str, ModelProto]]:
             yield name, packed(weights, method, coder)
     for opset in (13, 18):
         large = {
-            "planes": weight("floats", np.float32, (12, 10), 1.0, 0),
+            "planes": weight("floats", np.float32, (30, 20), 1.0, 0),
             "codebook": weight("codes", np.float32, (12, 10), 1.0, 12),
             "gap-codebook": weight("gaps", np.float32, (12, 10), 0.1, 5),
             "levels": weight("bytes", np.int8, (12, 10), 1.0, 12),
         }
         methods = {one.name: by_name(name) for name, one in large.items()}
         yield f"in stages-{opset}", in_stages(list(large.values()), methods, opset)
-        half = weight("half", np.float16, (12, 10), 1.0, 0)
+        half = weight("half", np.float16, (30, 20), 1.0, 0)
         yield f"half in stages-{opset}", in_stages([half], {"half": by_name("planes")}, opset)
     jump_bits, huffman.JUMP_BITS = huffman.JUMP_BITS, 0  # the coder for long streams
     try:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.graph.protobuf import tensor_nbytes
 from prune2onnx.graph.tensors import array_of
 from prune2onnx.graph.tensors import replace as replace_values
 from prune2onnx.packing.approximation.candidates import CALL_BITS, Candidate, Weight, Written
@@ -391,7 +392,7 @@ class _Subject:
         for tensor in model.graph.initializer:
             name, role = tensor.name, self.roles[tensor.name]
             if not role.kind:
-                nbytes = tensor.ByteSize()
+                nbytes = tensor_nbytes(tensor)
                 shape = tuple(tensor.dims)
                 rows.append(Approximated(name, shape, "kept", role.reason, -1, 0.0, nbytes))
                 continue

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto
 
+from prune2onnx.graph.tensors import array_of
 from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, bodies, nodes_in
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
@@ -270,7 +271,7 @@ class _Reader:
             return (
                 role if role.kind in ("weight", "") else _unchanged(f"{role.kind} that is scaled")
             )
-        points = numpy_helper.to_array(other)
+        points = array_of(other)
         if role.zero_point is not None or not np.array_equal(points, np.round(points)):
             return _unchanged("less a number that is no zero point")
         shape = (1,) * (rank - points.ndim) + points.shape
@@ -302,7 +303,7 @@ class _Reader:
             return Role("integer", layout=layout, zero_point=np.zeros((1,) * rank, np.int64))
         if name not in self._tensors or name in self._inputs:
             return _unchanged(f"its zero point {name!r} is computed")
-        points = numpy_helper.to_array(self._tensors[name]).astype(np.int64)
+        points = array_of(self._tensors[name]).astype(np.int64)
         shape = [1] * rank
         if points.ndim == 2 and rank == 3 and axis == 0:  # of directions and rows of an LSTM
             shape = [points.shape[0], 1, points.shape[1]]

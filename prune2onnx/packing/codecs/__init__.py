@@ -12,12 +12,13 @@ from prune2onnx.graph.protobuf import framed
 from prune2onnx.packing.codecs.bundle import Bundle, Described, decode, described, encode
 from prune2onnx.packing.codecs.limits import Budget
 from prune2onnx.packing.codecs.methods import METHODS, Method
-from prune2onnx.packing.codecs.plan import Plan, entropy_nbytes, plan
+from prune2onnx.packing.codecs.plan import MAX_NBYTES, Plan, entropy_nbytes, plan
 from prune2onnx.packing.codecs.weight import WORKING, Weight, bits_of
 
 __all__ = [
     "DOMAIN",
     "DOMAIN_VERSION",
+    "MAX_NBYTES",
     "METHODS",
     "OP",
     "WORKING",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,9 +231,26 @@ def checksum(arrays: Sequence[tuple[str, NDArray[Any]]]) -> int:
     """CRC-32 of names, ONNX's numbers of the element types, shapes and little-endian bytes."""
     total = 0
     for name, array in arrays:
-        element_type = helper.np_dtype_to_tensor_dtype(array.dtype)
-        total = zlib.crc32(f"{name} {element_type} {list(array.shape)} ".encode(), total)
-        total = zlib.crc32(_bytes(array), total)
+        total = checked(name, array.dtype, array.shape, [array], total)
+    return total
+
+
+def checked(
+    name: str,
+    dtype: np.dtype[Any],
+    shape: Sequence[int],
+    rows: Iterable[NDArray[Any]],
+    total: int = 0,
+) -> int:
+    """The checksum of an array that comes in pieces, continued from that of arrays before it."""
+    number = helper.np_dtype_to_tensor_dtype(dtype)
+    return continued(rows, zlib.crc32(f"{name} {number} {list(shape)} ".encode(), total))
+
+
+def continued(rows: Iterable[NDArray[Any]], total: int) -> int:
+    """A checksum, continued with more rows of the last array."""
+    for part in rows:
+        total = zlib.crc32(_bytes(part), total)
     return total
 
 

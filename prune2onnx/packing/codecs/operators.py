@@ -13,7 +13,8 @@ import ml_dtypes
 import numpy as np
 from onnx import GraphProto, TensorProto, numpy_helper
 
-from prune2onnx.graph.tensors import MAX_RANK
+from prune2onnx.graph.outside import is_outside
+from prune2onnx.graph.tensors import MAX_RANK, rows_of
 from prune2onnx.packing.codecs.limits import Array, Budget
 from prune2onnx.packing.codecs.weight import numpy_type
 
@@ -40,12 +41,13 @@ def stored(tensor: TensorProto, budget: Budget) -> Array:
         ValueError: its data lie in another file, or do not fit its shape and element type.
         Prune2OnnxError: it is too large.
     """
-    if tensor.data_location == TensorProto.EXTERNAL:
+    outside = is_outside(tensor)
+    if tensor.data_location == TensorProto.EXTERNAL and not outside:
         raise ValueError("data outside of the file")
     budget.spend(4 * budget.check(tensor.dims, _type(tensor.data_type)))
-    if not tensor.HasField("raw_data"):
+    if not outside and not tensor.HasField("raw_data"):
         budget.spend(50 * tensor.ByteSize())  # typed fields are read as Python's numbers
-    array = np.asarray(numpy_helper.to_array(tensor))
+    array = rows_of(tensor) if outside else np.asarray(numpy_helper.to_array(tensor))
     budget.hold(array)
     return array
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-Bits = NDArray[np.unsignedinteger[Any]]
+from prune2onnx.packing.codecs.book import Bits, Book, Counter, by_count
 
 WORKING: Mapping[int, int] = {
     TensorProto.FLOAT: TensorProto.FLOAT,
@@ -27,9 +27,6 @@ WORKING: Mapping[int, int] = {
     TensorProto.UINT4: TensorProto.UINT8,
 }
 """Element types that are coded -> the type in which the graph rebuilds them, before a last Cast."""
-
-MAX_LEVELS = 256
-"""Most distinct values of a codebook: a code is one byte."""
 
 _CHUNK = 1 << 20
 
@@ -135,21 +132,16 @@ def indexed(values: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[Any]] | No
     """
     bits = bits_of(values)
     if bits.dtype == np.uint8:
-        codes, found = ranked(bits)
-        return codes, found.view(values.dtype)
-    found = bits[:0]
-    # A weight without a codebook shows it in its first few thousand values.
-    for begin in (0, *range(4096, bits.size, _CHUNK)):
-        found = np.union1d(found, bits[begin : 4096 if not begin else begin + _CHUNK])
-        if found.size > MAX_LEVELS:
-            return None
-    codes = np.empty(bits.size, np.uint8)
-    for begin in range(0, bits.size, _CHUNK):
-        codes[begin : begin + _CHUNK] = np.searchsorted(found, bits[begin : begin + _CHUNK])
-    order = np.argsort(-np.bincount(codes, minlength=found.size), kind="stable")
-    rank = np.empty(found.size, np.uint8)
-    rank[order] = np.arange(found.size)
-    return rank[codes], found[order].view(values.dtype)
+        codes, occur = ranked(bits)
+        return codes, occur.view(values.dtype)
+    found = Counter(bits.dtype)
+    if not found.add(bits):
+        return None
+    order = by_count(found.counts)
+    rank = np.empty(order.size, np.uint8)
+    rank[order] = np.arange(order.size)
+    codes = Book(found.bits).codes(bits)
+    return rank[codes], found.bits[order].view(values.dtype)
 
 
 def ranked(values: Bits) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -35,6 +35,7 @@ from prune2onnx.packing.codecs import (
     streams,
 )
 from prune2onnx.packing.codecs import evaluator as evaluate
+from prune2onnx.packing.codecs.book import MAX_VALUES
 from prune2onnx.packing.codecs.function import Body
 from prune2onnx.packing.codecs.groups import FILLED_GAPS, gaps_of, masks_of
 from prune2onnx.packing.codecs.limits import Budget
@@ -42,7 +43,7 @@ from prune2onnx.packing.codecs.plan import CODER_NBYTES, estimates, refusal
 from prune2onnx.packing.codecs.streams import SEGMENT_NBYTES, partition
 from prune2onnx.packing.codecs.values.levels import BOOK, level_codes
 from prune2onnx.packing.codecs.values.planes import planes_of
-from prune2onnx.packing.codecs.weight import MAX_LEVELS, bits_of, entropy_bits, indexed, narrowest
+from prune2onnx.packing.codecs.weight import bits_of, entropy_bits, indexed, narrowest
 
 TYPES = {
     "float32": (TensorProto.FLOAT, np.float32),
@@ -654,7 +655,7 @@ def test_a_codebook_puts_the_most_frequent_value_first():
     codes, book = indexed(np.float32([7, 9, 9, -0.0, 9, 7]))
     assert codes.tolist() == [1, 0, 0, 2, 0, 1]
     assert book.tolist() == [9, 7, 0] and np.signbit(book[2])
-    assert indexed(np.arange(MAX_LEVELS)) is not None and indexed(np.arange(MAX_LEVELS + 1)) is None
+    assert indexed(np.arange(MAX_VALUES)) is not None and indexed(np.arange(MAX_VALUES + 1)) is None
     assert indexed(np.concatenate([np.zeros(5000, int), np.arange(300)])) is None
 
 

@@ -10,14 +10,18 @@ import onnxruntime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutation import known
 from onnx import TensorProto, helper, numpy_helper
 
+from prune2onnx.commands import pack as commands
+from prune2onnx.commands.pack import pack_file
+from prune2onnx.graph.file import load, save
 from prune2onnx.packing.codecs.evaluator import evaluate
 from prune2onnx.packing.codecs.limits import Budget
 from prune2onnx.packing.codecs.methods import Method
-from prune2onnx.packing.codecs.staged import encode, words
-from prune2onnx.packing.codecs.staged.choice import estimate, fitting
-from prune2onnx.packing.codecs.staged.pieces import LEAST_SIZE, pieces_of
+from prune2onnx.packing.codecs.staged import Known, Large, encode, pieces, words
+from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE, estimate, fitting
+from prune2onnx.packing.codecs.staged.pieces import pieces_of
 from prune2onnx.packing.codecs.weight import Weight
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
@@ -141,20 +145,22 @@ def given_weights() -> list[Weight]:
     return found
 
 
-def methods_of(weights: list[Weight], opset: int) -> dict[str, Method]:
+def methods_of(weights: list[Known], opset: int) -> dict[str, Method]:
     return {
-        one.name: min(fitting(one), key=lambda how: estimate(one, how, opset)) for one in weights
+        one.weight.name: min(fitting(one), key=lambda how: estimate(one, how, opset))
+        for one in weights
     }
 
 
 @pytest.mark.parametrize("opset", [13, 18, 21])
 def test_every_kind_of_weight_is_decoded_bit_for_bit(opset):
     weights = [one for one in given_weights() if opset >= 21 or one.name != "int4"]
-    methods = methods_of(weights, opset)
+    every = [known(weight) for weight in weights]
+    methods = methods_of(every, opset)
     assert {how.name for how in methods.values()} >= {"planes", "levels", "gap-codebook"}
     names = map(str, itertools.count())
     places = {weight.name: place for place, weight in enumerate(weights)}
-    made = encode(weights, methods, places, opset, lambda: next(names))
+    made = encode(every, methods, places, opset, lambda: next(names))
     values = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.streams}
     budget = Budget(1 << 30, made.nbytes)
     for node in made.nodes:
@@ -186,7 +192,7 @@ def test_every_kind_of_weight_is_decoded_bit_for_bit(opset):
 def test_pieces_cover_every_row_in_stages_of_one_size():
     sizes = [(3000, 700), (40, 2000), (5, 100_000), (900_000,), (70_000, 3)]
     weights = [
-        Weight(str(at), np.zeros(shape, np.float32), TensorProto.FLOAT)
+        Large(str(at), shape, TensorProto.FLOAT, lambda begin, end: np.zeros(0))
         for at, shape in enumerate(sizes)
     ]
     pieces = pieces_of(weights)
@@ -258,3 +264,51 @@ def test_what_costs_more_time_than_it_saves_stays_dense():
     assert row.codec == "dense" and "--load small" in row.reason
     row = next(row for row in pack(dense, load="small").rows if row.name == "w")
     assert row.codec != "dense"
+
+
+def test_equal_large_weights_are_stored_once():
+    array = normal(700, 800)
+    others = {"a": normal(700, 700), "b": array, "c": normal(800, 700)}
+    dense = large(**others, d=array)
+    packed = pack(dense)
+    assert packed.model.ByteSize() < pack(large(**others)).model.ByteSize() + 1000
+    assert unpack(packed.model).graph == dense.graph and folds(packed.model)
+    row = next(row for row in packed.rows if row.name == "d")
+    assert (row.codec, row.nbytes) == ("planes", 0)
+
+
+def test_a_bfloat16_nan_keeps_its_payload():
+    """A conversion may lose it, so such a weight is not coded."""
+    array = normal(1100, 1000).astype(ml_dtypes.bfloat16)
+    array.view(np.uint16)[0, 0] = 0x7FA5
+    nodes = [
+        helper.make_node("Cast", ["w"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["x", "f"], ["y"]),
+    ]
+    dense = networks.model(nodes, {"w": array}, {"x": ["N", 1100]}, {"y": ["N", 1000]})
+    assert pack(dense).rows[0].codec == "dense"
+    array.view(np.uint16)[0, 0] = 0x3F80
+    dense.graph.initializer[0].raw_data = array.tobytes()
+    assert pack(dense).rows[0].codec == "planes"
+    assert unpack(pack(dense).model) == dense
+
+
+def test_memory_holds_some_pieces_and_not_the_model(monkeypatch, tmp_path):
+    """Streams are spilled, weights read from the file: what is written is the same."""
+    dense = large(a=normal(900, 1000), b=levels(1000, 900), c=normal(900, 900))
+    save(dense, tmp_path / "dense.onnx")
+    monkeypatch.setattr(pieces, "PIECE_SIZE", 200_000)
+    told = []
+    source, first = tmp_path / "dense.onnx", tmp_path / "a.onnx"
+    pack_file(source, first, progress=lambda *made: told.append(made))
+    monkeypatch.setattr(commands, "_SPILLED_NBYTES", 1)
+    pack_file(source, tmp_path / "b.onnx")
+    assert first.read_bytes() == (tmp_path / "b.onnx").read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"dense.onnx", "a.onnx", "b.onnx"}
+    packed = load(tmp_path / "b.onnx")
+    assert unpack(packed).graph == dense.graph and folds(packed)
+    lower = [t.dims[0] for t in packed.graph.initializer if t.data_type == TensorProto.UINT16]
+    assert sum(lower) == 1_710_000 and max(lower) <= 200_000
+    amounts = [done for _, done, _ in told]
+    assert {name for name, _, _ in told} == {"a", "b", "c"} and amounts == sorted(amounts)
+    assert {total for _, _, total in told} == {amounts[-1]}

@@ -8,13 +8,27 @@ in each of its passes, so that a node costs more than a thousand elements.
 
 Small weights are not worth a call of their own; `bundle` writes them all in one.
 
+A weight is read a few rows at a time (`large`): once to see what is in it, and once to code it.
 `choice` says which weights are decoded so, and `encode` writes them.
 """
 
 from __future__ import annotations
 
-from prune2onnx.packing.codecs.staged.choice import chosen
-from prune2onnx.packing.codecs.staged.encode import encode
+from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE, LEAST_TOTAL, Known, chosen
+from prune2onnx.packing.codecs.staged.encode import Done, encode, in_order
 from prune2onnx.packing.codecs.staged.functions import GATES
+from prune2onnx.packing.codecs.staged.large import Counted, Large, survey
 
-__all__ = ["GATES", "chosen", "encode"]
+__all__ = [
+    "GATES",
+    "LEAST_SIZE",
+    "LEAST_TOTAL",
+    "Counted",
+    "Done",
+    "Known",
+    "Large",
+    "chosen",
+    "encode",
+    "in_order",
+    "survey",
+]

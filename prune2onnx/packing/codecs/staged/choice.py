@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from prune2onnx.packing.codecs.book import MAX_VALUES, by_count
 from prune2onnx.packing.codecs.methods import Method, method
 from prune2onnx.packing.codecs.staged import words
-from prune2onnx.packing.codecs.staged.floats import Planes
-from prune2onnx.packing.codecs.staged.pieces import LEAST_SIZE
+from prune2onnx.packing.codecs.staged.floats import MOST_PATCHES
+from prune2onnx.packing.codecs.staged.large import Large, Survey
 from prune2onnx.packing.codecs.values.levels import level_codes
-from prune2onnx.packing.codecs.values.planes import planes_of
-from prune2onnx.packing.codecs.weight import MAX_LEVELS, Weight
+from prune2onnx.packing.codecs.weight import numpy_type
 
 SIMPLE_BELOW = 18
 """The operator set that has BitwiseOr."""
+
+LEAST_SIZE = 1 << 16
+"""Elements from which on a weight is decoded in stages."""
 
 LEAST_TOTAL = 1 << 20
 """Elements of large weights from which on stages are worth their functions: about 7 kB."""
@@ -34,8 +38,52 @@ _DENSE_NS = 2.4  # of a byte of a dense weight
 _SAVED_NS = 80.0  # of a byte that is saved: fetching it at 100 Mbit/s
 
 
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A large weight, and what is known of it."""
+
+    weight: Large
+    survey: Survey
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it can be cut into an exponent and other bits."""
+        one = self.survey
+        if one.exponents is None:
+            return False
+        if self.weight.working == TensorProto.FLOAT16:
+            return one.finite
+        return one.patches <= MOST_PATCHES * self.weight.size
+
+    @property
+    def is_on_levels(self) -> bool:
+        """Whether its values are small integers, as other weights' are."""
+        if self.weight.working in (TensorProto.INT8, TensorProto.UINT8):
+            return True
+        book = self.survey.book
+        scaled = self.weight.scale is not None and book is not None
+        return bool(scaled and book and level_codes(book.values, False) is not None)
+
+    @property
+    def rest_bits(self) -> int:
+        """Bits of a float besides its symbol."""
+        return 24 if self.survey.lower else 8
+
+    @property
+    def low_bits(self) -> int:
+        """Bits of gaps that are stored as they are, for the fewest bits if gaps are random."""
+        gap = self.weight.size / max(self.survey.entries, 1)
+        return min(max(0, int(np.log2(max(1.0, 0.35 * gap)))), MOST_LOW)
+
+    def steps(self, low: int) -> NDArray[np.int64]:
+        """How often gaps have each symbol, their bits but the `low` ones; int64 [256]."""
+        assert self.survey.gaps is not None
+        symbols = np.minimum(self.survey.gaps.values >> low, 255)
+        return np.bincount(symbols, self.survey.gaps.counts, 256).astype(np.int64)
+
+
 def chosen(
-    weights: Sequence[Weight], dense: Mapping[str, int], opset: int
+    weights: Sequence[Known], dense: Mapping[str, int], opset: int
 ) -> tuple[dict[str, Method], dict[str, str]]:
     """The large weights that are decoded in stages.
 
@@ -43,99 +91,77 @@ def chosen(
     100 Mbit/s, stays dense.
 
     Args:
-        weights: all that may be coded.
+        weights: all large ones that may be coded.
         dense: name -> bytes it takes.
         opset: of the model.
 
     Returns:
-        Name -> method; and name -> why it stays dense. Nothing in a model that is small.
+        Name -> method; and name -> why it stays dense. Those that no method fits are in neither.
     """
     found: dict[str, Method] = {}
     stay: dict[str, str] = {}
-    if sum(one.array.size for one in weights if one.array.size >= LEAST_SIZE) < LEAST_TOTAL:
-        return found, stay
-    for weight in weights:
-        ways = {how: estimate(weight, how, opset) for how in fitting(weight)}
+    for one in weights:
+        ways = {how: estimate(one, how, opset) for how in fitting(one)}
         if not ways:
             continue
+        name = one.weight.name
         best = min(ways, key=lambda how: ways[how])
-        saved = dense[weight.name] - ways[best]
-        allowed = _DENSE_NS * weight.array.nbytes + _SAVED_NS * saved
-        if saved > 0 and decoding_ns(weight, best) <= allowed:
-            found[weight.name] = best
+        saved = dense[name] - ways[best]
+        allowed = _DENSE_NS * one.weight.nbytes + _SAVED_NS * saved
+        if saved > 0 and decoding_ns(one, best) <= allowed:
+            found[name] = best
         else:
-            stay[weight.name] = (
-                f"{best.name} would save {max(saved, 0) / dense[weight.name]:.0%}, and take longer "
+            stay[name] = (
+                f"{best.name} would save {max(saved, 0) / dense[name]:.0%}, and take longer "
                 "at each load than that is worth; --load small codes it"
             )
     return found, stay
 
 
-def decoding_ns(weight: Weight, how: Method) -> float:
+def decoding_ns(one: Known, how: Method) -> float:
     """About how much CPU time decoding takes."""
+    size = one.weight.size
     if how.positions == "gap":
-        own = _NS["gap"] * weight.nonzero.size + 4.0 * weight.array.size
+        own = _NS["gap"] * one.survey.entries + 4.0 * size
     elif how.values.name == "planes":
-        own = _NS["planes"] * weight.array.size
+        own = _NS["planes"] * size
     else:
-        assert weight.indexed is not None
-        own = _NS["few" if weight.indexed[1].size <= _FEW else "many"] * weight.array.size
-    return float(own + weight.values.nbytes)
+        assert one.survey.book is not None
+        own = _NS["few" if one.survey.book.values.size <= _FEW else "many"] * size
+    return float(own + size * numpy_type(one.weight.working).itemsize)
 
 
-def fitting(weight: Weight) -> list[Method]:
+def fitting(one: Known) -> list[Method]:
     """The methods by which a weight can be decoded in stages."""
-    if weight.array.size < LEAST_SIZE or not weight.shape[0]:
-        return []
-    found = []
-    if weight.indexed is not None:
-        found.append(method("levels" if _on_levels(weight) else "codebook"))
-    elif Planes.fit(weight) or _is_half(weight):
+    found: list[Method] = []
+    if one.weight.element_type == TensorProto.BFLOAT16 and not one.survey.finite:
+        return found  # a NaN may lose its payload when it is converted
+    if one.survey.book is not None:
+        found.append(method("levels" if one.is_on_levels else "codebook"))
+    elif one.is_float:
         found.append(method("planes"))
-    if weight.indexed_nonzero is not None and weight.nonzero.size < weight.array.size / 2:
-        name = "gap-levels" if _on_levels(weight) else "gap-codebook"
-        if weight.indexed_nonzero[1].size < MAX_LEVELS:  # and zero
-            found.append(method(name))
+    others = one.survey.others
+    sparse = one.survey.entries < one.weight.size / 2
+    if sparse and others is not None and others.values.size < MAX_VALUES:  # and zero
+        found.append(method("gap-levels" if one.is_on_levels else "gap-codebook"))
     return found
 
 
-def _is_half(weight: Weight) -> bool:
-    return weight.working == TensorProto.FLOAT16 and bool(np.isfinite(weight.values).all())
-
-
-def _on_levels(weight: Weight) -> bool:
-    """Whether its values are small integers, as other weights' are."""
-    if weight.working in (TensorProto.INT8, TensorProto.UINT8):
-        return True
-    return weight.levels is not None and level_codes(weight.values, False) is not None
-
-
-def estimate(weight: Weight, how: Method, opset: int) -> float:
+def estimate(one: Known, how: Method, opset: int) -> float:
     """About how many bytes a weight takes by one of its `fitting` methods."""
     simple = opset < SIMPLE_BELOW
 
     def coded(counts: NDArray[np.integer[Any]]) -> float:
-        return float(words.bits_of(-np.sort(-counts), simple=simple) / 8)
+        ordered = counts[by_count(counts)[: np.count_nonzero(counts)]]
+        return float(words.bits_of(ordered, simple=simple) / 8) if ordered.size else 0.0
 
     if how.positions == "gap":
-        low = low_bits(weight)
-        gaps = np.minimum(np.diff(weight.nonzero, prepend=-1) - 1, (256 << low) - 1)
-        assert weight.indexed_nonzero is not None
-        steps = coded(np.bincount(gaps >> low)) + gaps.size * low / 8
-        codes, book = weight.indexed_nonzero
-        return float(steps + coded(np.bincount(codes)) + 4 * book.size)
-    if how.values.name == "planes" and weight.working == TensorProto.FLOAT16:
-        symbols, _ = planes_of(weight.values, TensorProto.FLOAT16)
-        return coded(np.bincount(symbols)) + weight.array.size
+        low, others = one.low_bits, one.survey.others
+        assert others is not None
+        steps = coded(one.steps(low)) + one.survey.entries * low / 8
+        return float(steps + coded(others.counts) + 4 * others.values.size)
     if how.values.name == "planes":
-        planes = Planes.of(weight)
-        return coded(np.bincount(planes.exponents)) + planes.rest_bits * weight.array.size / 8
-    assert weight.indexed is not None
-    codes, book = weight.indexed
-    return coded(np.bincount(codes)) + 4 * book.size
-
-
-def low_bits(weight: Weight) -> int:
-    """How many bits of gaps are stored as they are, for the fewest bits if gaps are random."""
-    gap = weight.array.size / max(weight.nonzero.size, 1)
-    return min(max(0, int(np.log2(max(1.0, 0.35 * gap)))), MOST_LOW)
+        assert one.survey.exponents is not None
+        return coded(one.survey.exponents) + one.rest_bits * one.weight.size / 8
+    assert one.survey.book is not None
+    return coded(one.survey.book.counts) + 4 * one.survey.book.values.size

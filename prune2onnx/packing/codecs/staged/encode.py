@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from prune2onnx.graph.protobuf import tensor
 from prune2onnx.packing.codecs.methods import Method
-from prune2onnx.packing.codecs.staged.pieces import pieces_of
-from prune2onnx.packing.codecs.staged.storages import Kind, Storage, storage_of
-from prune2onnx.packing.codecs.staged.writer import Staged, Writer
-from prune2onnx.packing.codecs.weight import Weight
+from prune2onnx.packing.codecs.staged.choice import Known
+from prune2onnx.packing.codecs.staged.large import Large
+from prune2onnx.packing.codecs.staged.pieces import Piece, pieces_of, together
+from prune2onnx.packing.codecs.staged.storages import Kind, Ready, Storage, storage_of
+from prune2onnx.packing.codecs.staged.writer import Gated, Staged, Writer
+
+Done = Callable[[str, int], None]
+"""Is told the name of a weight, and how many bytes of it have been read or written."""
+
+_MOST_THREADS = 4  # each holds a few times a piece
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def encode(
-    weights: Sequence[Weight],
+    weights: Sequence[Known],
     methods: Mapping[str, Method],
     places: Mapping[str, int],
     opset: int,
     fresh: Callable[[], str],
+    *,
+    store: Callable[[str, NDArray[Any], int], TensorProto] = tensor,
+    done: Done = lambda name, nbytes: None,
 ) -> Staged:
     """Writes weights in stages.
 
@@ -26,26 +48,91 @@ def encode(
         places: weight name -> its index among all initializers of the dense model.
         opset: of the model.
         fresh: gives names that are not in the model.
+        store: makes an initializer of a name, an array and ONNX's number of its type.
+        done: is told what has been written.
     """
-    writer = Writer(places, opset, fresh)
-    pieces = pieces_of(weights)
+    writer = Writer(places, opset, fresh, store)
+    first, repeated = _without_repetition(weights)
+    pieces = pieces_of([one.weight for one in first])
     gates = writer.gates(max(piece.stage for piece in pieces) + 1)
-    kinds = {weight.name: Kind.of(weight, methods[weight.name]) for weight in weights}
-    storages: dict[Kind, Storage] = {}
-    for kind in dict.fromkeys(kinds.values()):
-        alike = [weight for weight in weights if kinds[weight.name] == kind]
-        storages[kind] = storage_of(writer, kind, alike)
-    for stage, gated in enumerate(gates):
-        for kind, storage in storages.items():
-            inside = [
-                piece
-                for piece in pieces
-                if piece.stage == stage and kinds[piece.weight.name] == kind
-            ]
-            if not inside:
-                continue
-            inside.sort(key=lambda piece: piece.weight.shape[1:])  # families together
-            before = writer.nbytes
-            flat = storage.write(inside, gated)
-            writer.split(inside, kind.how, kind.number, flat, writer.nbytes - before)
+    kinds = {one.weight.name: Kind.of(one, methods[one.weight.name]) for one in first}
+    alike: dict[Kind, list[Known]] = {}
+    for one in first:
+        alike.setdefault(kinds[one.weight.name], []).append(one)
+    storages = {kind: storage_of(writer, kind, own) for kind, own in alike.items()}
+
+    def code(vector: tuple[Gated, Kind, list[Piece]]) -> Ready:
+        _, kind, inside = vector
+        return storages[kind].code(inside)
+
+    vectors = list(_vectors(pieces, gates, kinds, storages))
+    for (gated, kind, inside), ready in zip(vectors, in_order(code, vectors), strict=True):
+        before = writer.nbytes
+        flat = ready(gated)
+        writer.split(inside, kind.how, kind.number, flat, writer.nbytes - before)
+        for piece in inside:
+            done(piece.weight.name, piece.nbytes)
+    for weight, original in repeated:
+        writer.same(weight, original, methods[weight.name])
+        done(weight.name, weight.nbytes)
     return writer.made
+
+
+def _vectors(
+    pieces: Sequence[Piece],
+    gates: Sequence[Gated],
+    kinds: Mapping[str, Kind],
+    storages: Mapping[Kind, Storage],
+) -> Iterator[tuple[Gated, Kind, list[Piece]]]:
+    """What is decoded together: stage after stage, kind after kind, families together."""
+    for stage, gated in enumerate(gates):
+        for kind in storages:
+            inside = [p for p in pieces if p.stage == stage and kinds[p.weight.name] == kind]
+            inside.sort(key=lambda piece: piece.weight.shape[1:])
+            yield from ((gated, kind, run) for run in together(inside))
+
+
+def _without_repetition(
+    weights: Sequence[Known],
+) -> tuple[list[Known], list[tuple[Large, Large]]]:
+    """The distinct weights; and those that are equal to one of them, with it."""
+    known: dict[tuple[object, ...], Known] = {}
+    first, repeated = [], []
+    for one in weights:
+        weight = one.weight
+        # Types that are made by a last Cast have no operator that copies them.
+        own = "" if weight.element_type == weight.working else weight.name
+        key = (one.survey.digest, weight.shape, weight.element_type, weight.scale is None, own)
+        other = known.setdefault(key, one)
+        if other is not one and _equal(weight, other.weight):
+            repeated.append((weight, other.weight))
+        else:
+            first.append(one)
+    return first, repeated
+
+
+def _equal(one: Large, other: Large) -> bool:
+    return all(
+        np.array_equal(one.rows(*span).view(np.uint8), other.rows(*span).view(np.uint8))
+        for span in one.blocks()
+    )
+
+
+def in_order(work: Callable[[_T], _R], items: Iterable[_T]) -> Iterator[_R]:
+    """`map` in threads, a few items ahead of whoever takes the results.
+
+    Args:
+        work: what takes long, and mostly in numpy, which lets other threads run meanwhile.
+        items: what it is done with.
+    """
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count() or 1))(0)
+    threads = min(_MOST_THREADS, len(usable))
+    waiting = iter(items)
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque(pool.submit(work, item) for item in islice(waiting, threads))
+        while ahead:
+            result = ahead.popleft().result()
+            for item in waiting:
+                ahead.append(pool.submit(work, item))
+                break
+            yield result

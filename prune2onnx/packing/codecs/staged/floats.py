@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
-from prune2onnx.packing.codecs.weight import Weight, bits_of
+from prune2onnx.packing.codecs.weight import bits_of
 
-_MOST_PATCHES = 1 / 64  # of the elements
+MOST_PATCHES = 1 / 64
+"""Of the elements, that may be stored as they are."""
+
+_BLOCK = 1 << 17  # elements that stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -29,45 +31,39 @@ class Planes:
     lower: NDArray[np.uint16] | None
     patches: NDArray[np.int64]
 
-    @property
-    def rest_bits(self) -> int:
-        """Bits of an element besides its exponent."""
-        return 8 if self.lower is None else 24
-
-    @property
-    def table(self) -> NDArray[np.float32]:
-        """What the upper bits stand for; a negative value counts down from it."""
-        mantissa = np.arange(128.0) + 128
-        if self.lower is None:
-            return np.concatenate([mantissa, -mantissa]).astype(np.float32)
-        return np.concatenate([mantissa * 65536, -mantissa * 65536 - 65535]).astype(np.float32)
-
-    def units(self, exponents: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """What exponents stand for; zero for that of zeros and those of patches."""
-        point = 127 + (7 if self.lower is None else 23)
-        units = np.exp2(exponents.astype(np.float64) - point)
-        units[(exponents == 0) | (exponents == 255)] = 0
-        return units.astype(np.float32)
-
-    @staticmethod
-    def fit(weight: Weight) -> bool:
-        """Whether a weight is float32 or bfloat16, with few values that need a patch."""
-        if weight.working != TensorProto.FLOAT or weight.levels is not None:
-            return False
-        return int(special(bits_of(weight.values)).sum()) <= _MOST_PATCHES * weight.array.size
-
     @classmethod
-    def of(cls, weight: Weight) -> Planes:
-        """Cuts a weight."""
-        bits = bits_of(weight.values)
-        sign = bits >> np.uint32(31)
-        upper = sign << np.uint32(7) | (bits >> np.uint32(16) & np.uint32(127))
-        lower: NDArray[np.uint16] | None = None
-        if (bits & np.uint32(0xFFFF)).any():
-            lower = bits.astype(np.uint16)
-            lower = np.where(sign, np.uint16(0xFFFF) - lower, lower)
-        exponents = (bits >> np.uint32(23)).astype(np.uint8)
-        return cls(exponents, upper.astype(np.uint8), lower, np.flatnonzero(special(bits)))
+    def of(cls, values: NDArray[np.float32], *, short: bool) -> Planes:
+        """Cuts values; of `short` ones the lower 16 bits are all zero."""
+        every = bits_of(values)
+        exponents, upper = np.empty((2, every.size), np.uint8)
+        lower = None if short else np.empty(every.size, np.uint16)
+        for begin in range(0, every.size, _BLOCK):
+            part = slice(begin, begin + _BLOCK)
+            bits = every[part]
+            sign = (bits >> np.uint32(31)).astype(np.uint8)
+            mantissa = (bits >> np.uint32(16)).astype(np.uint8)
+            upper[part] = sign << np.uint8(7) | (mantissa & np.uint8(127))
+            exponents[part] = bits >> np.uint32(23)
+            if lower is not None:  # less the lower bits from 65535, where the sign is set
+                lower[part] = bits
+                lower[part] ^= sign * np.uint16(0xFFFF)
+        patches = np.flatnonzero((exponents == 0) | (exponents == 255))
+        return cls(exponents, upper, lower, patches[special(every[patches])])
+
+
+def table(*, short: bool) -> NDArray[np.float32]:
+    """What the upper bits stand for; a negative value counts down from it."""
+    mantissa = np.arange(128.0) + 128
+    if short:
+        return np.concatenate([mantissa, -mantissa]).astype(np.float32)
+    return np.concatenate([mantissa * 65536, -mantissa * 65536 - 65535]).astype(np.float32)
+
+
+def units(exponents: NDArray[np.uint8], *, short: bool) -> NDArray[np.float32]:
+    """What exponents stand for; zero for that of zeros and those of patches."""
+    found = np.exp2(exponents.astype(np.float64) - (127 + (7 if short else 23)))
+    found[(exponents == 0) | (exponents == 255)] = 0
+    return found.astype(np.float32)
 
 
 def special(bits: NDArray[np.uint32]) -> NDArray[np.bool_]:

@@ -5,25 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE
 from prune2onnx.packing.codecs.staged.functions import MOST_GATES
-from prune2onnx.packing.codecs.weight import Weight
-
-LEAST_SIZE = 1 << 16
-"""Elements from which on a weight is decoded in stages."""
+from prune2onnx.packing.codecs.staged.large import Large
 
 STAGE_SIZE = 1 << 19
 """Least elements of a stage; memory of fewer is not worth a gate."""
+
+PIECE_SIZE = 1 << 24
+"""Most elements of a piece, unless one row has more: so much is in memory at once."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """Some rows of a weight, in a stage."""
 
-    weight: Weight
+    weight: Large
     begin: int
     end: int
     stage: int
@@ -34,15 +36,24 @@ class Piece:
         return (self.end - self.begin, *self.weight.shape[1:])
 
     @property
-    def elements(self) -> slice:
-        """Its elements among those of the weight."""
-        each = math.prod(self.weight.shape[1:])
-        return slice(self.begin * each, self.end * each)
+    def rows(self) -> NDArray[Any]:
+        """Its values."""
+        return self.weight.rows(self.begin, self.end)
+
+    @property
+    def coded(self) -> NDArray[Any]:
+        """What is coded of it, flat."""
+        return self.weight.coded(self.begin, self.end)
 
     @property
     def size(self) -> int:
         """Number of its elements."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements in memory."""
+        return self.weight.nbytes * self.size // self.weight.size
 
     @property
     def is_whole(self) -> bool:
@@ -53,21 +64,22 @@ class Piece:
     def factors(self) -> NDArray[np.float32] | None:
         """Its part of the weight's scale."""
         scale = self.weight.scale
-        if scale is not None and scale.ndim == self.weight.array.ndim and scale.shape[0] > 1:
+        if scale is not None and scale.ndim == len(self.weight.shape) and scale.shape[0] > 1:
             return scale[self.begin : self.end]
         return scale
 
 
-def pieces_of(weights: Sequence[Weight]) -> list[Piece]:
+def pieces_of(weights: Sequence[Large]) -> list[Piece]:
     """Cuts weights into pieces, in stages of about as many elements."""
-    total = sum(weight.array.size for weight in weights)
+    total = sum(weight.size for weight in weights)
     count = max(1, min(MOST_GATES, total // STAGE_SIZE))
     ends = [total * (stage + 1) / count for stage in range(count)]
     found: list[Piece] = []
     done, stage = 0, 0
     for weight in weights:
         rows = weight.shape[0]
-        each = weight.array.size // rows
+        each = weight.size // rows
+        most = max(1, PIECE_SIZE // each)
         begin = 0
         while begin < rows:
             while stage < count - 1 and ends[stage] - done < LEAST_SIZE / 2:
@@ -76,7 +88,21 @@ def pieces_of(weights: Sequence[Weight]) -> list[Piece]:
             end = rows if stage == count - 1 else min(rows, begin + max(room, 1))
             if (rows - end) * each < LEAST_SIZE / 2:
                 end = rows
+            end = min(end, begin + most)
             found.append(Piece(weight, begin, end, stage))
             done += (end - begin) * each
             begin = end
+    return found
+
+
+def together(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Runs of pieces that are written as one vector, of as many elements as a piece may have."""
+    found: list[list[Piece]] = []
+    size = 0
+    for piece in pieces:
+        if not found or size + piece.size > PIECE_SIZE:
+            found.append([])
+            size = 0
+        found[-1].append(piece)
+        size += piece.size
     return found

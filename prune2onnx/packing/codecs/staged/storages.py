@@ -1,7 +1,12 @@
-"""How pieces that are stored alike become one vector: codes, floats, halves, gaps."""
+"""How pieces that are stored alike become one vector: codes, floats, halves, gaps.
+
+Each storage first looks at what is known of all its weights, for tables that they share. Then it
+codes some pieces at a time, which may be done in threads, and writes them, in order.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,14 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from prune2onnx.packing.codecs.book import Book, by_count
 from prune2onnx.packing.codecs.methods import Method
-from prune2onnx.packing.codecs.staged import functions, words
-from prune2onnx.packing.codecs.staged.choice import low_bits
-from prune2onnx.packing.codecs.staged.floats import Planes
+from prune2onnx.packing.codecs.staged import floats, functions, words
+from prune2onnx.packing.codecs.staged.choice import Known
+from prune2onnx.packing.codecs.staged.large import Counted
 from prune2onnx.packing.codecs.staged.pieces import Piece
 from prune2onnx.packing.codecs.staged.writer import Gated, Writer
-from prune2onnx.packing.codecs.values.planes import planes_of, tables_of
-from prune2onnx.packing.codecs.weight import Weight, indexed, numpy_type, ranked
+from prune2onnx.packing.codecs.values.planes import tables_of
+from prune2onnx.packing.codecs.weight import bits_of, numpy_type
+
+Ready = Callable[[Gated], str]
+"""Writes what was coded, in a stage; gives the name of a value with the pieces in a row."""
 
 
 @dataclass(frozen=True)
@@ -35,188 +44,204 @@ class Kind:
     own: str = ""
 
     @classmethod
-    def of(cls, weight: Weight, how: Method) -> Kind:
+    def of(cls, one: Known, how: Method) -> Kind:
         """That of a weight."""
-        own, number = "", weight.working
+        own, number = "", one.weight.working
         if how.values.name == "codebook":
-            own = weight.name
+            own = one.weight.name
         elif how.values.name == "planes" and number == TensorProto.FLOAT16:
             own, number = "half", TensorProto.FLOAT  # rebuilt in float32, which holds each value
         elif how.values.name == "planes":
-            own = "short" if Planes.of(weight).lower is None else "long"
+            own = "long" if one.survey.lower else "short"
         return cls(how, number, own)
 
 
 class Storage(Protocol):
-    """Writes the values of pieces that are stored alike."""
+    """Codes pieces that are stored alike."""
 
-    def write(self, pieces: list[Piece], gated: Gated) -> str:
-        """A value with the pieces one after the other."""
+    def code(self, pieces: list[Piece]) -> Ready:
+        """Codes pieces; may be called in several threads at a time."""
 
 
-def storage_of(writer: Writer, kind: Kind, weights: list[Weight]) -> Storage:
-    """What writes all weights of a kind."""
+def storage_of(writer: Writer, kind: Kind, weights: list[Known]) -> Storage:
+    """What codes all weights of a kind."""
     if kind.how.positions == "gap":
         return Gaps(writer, kind, weights)
     if kind.own == "half":
         return Halves(writer, weights)
     if kind.how.values.name == "planes":
         return Floats(writer, weights)
-    return Codes(writer, kind, weights, [weight.values for weight in weights])
+    books = [one.survey.book for one in weights]
+    return Codes(writer, kind, [book for book in books if book is not None])
 
 
 class Codes:
-    """Values with one codebook: those of each weight, and those of no weight at the end."""
+    """Values with one codebook."""
 
-    def __init__(
-        self, writer: Writer, kind: Kind, weights: list[Weight], values: list[NDArray[Any]]
-    ) -> None:
+    def __init__(self, writer: Writer, kind: Kind, books: Sequence[Counted]) -> None:
         self._writer = writer
-        found = indexed(np.concatenate(values))
-        assert found is not None  # `fitting` made sure
-        codes, self._book = found
-        ends = np.cumsum([part.size for part in values])[:-1]
-        names = [*(weight.name for weight in weights), _ZERO][: len(values)]
-        self._codes = dict(zip(names, np.split(codes, ends), strict=True))
-        self._levels = writer.levels(np.bincount(codes))
-        self._table = writer.table(self._levels, self._book, kind.number)
+        values = np.concatenate([book.values for book in books])
+        bits, place = np.unique(bits_of(values), return_inverse=True)
+        counts = np.bincount(place, np.concatenate([book.counts for book in books])).astype(int)
+        order = by_count(counts)
+        self._book, self._rank = Book(bits), np.argsort(order).astype(np.uint8)
+        self._size = bits.size
+        self._levels = writer.levels(counts[order])
+        self._table = writer.table(self._levels, bits[order].view(values.dtype), kind.number)
 
-    def write(self, pieces: list[Piece], gated: Gated) -> str:
+    def code(self, pieces: list[Piece]) -> Ready:
         """As of `Storage`."""
-        codes = [self._codes[piece.weight.name][piece.elements] for piece in pieces]
-        return self.entries(np.concatenate(codes), gated)
+        return self.entries(np.concatenate([self.codes(piece.coded) for piece in pieces]))
 
-    def entries(self, codes: NDArray[np.uint8], gated: Gated) -> str:
-        """A value with what these codes stand for."""
-        name = self._writer.words(codes, self._levels, self._book.size, gated)
-        function = functions.look_up(self._writer.opset)
-        return self._writer.call(function, name, self._writer.count(codes.size), self._table)
+    def entries(self, codes: NDArray[np.uint8]) -> Ready:
+        """What these codes stand for."""
+        writer = self._writer
+        coded = words.encode(codes, self._levels)
 
-    def of(self, name: str) -> NDArray[np.uint8]:
-        """The codes of a weight."""
-        return self._codes[name]
+        def ready(gated: Gated) -> str:
+            name = writer.words(coded, self._size, gated)
+            function = functions.look_up(writer.opset)
+            return writer.call(function, name, writer.count(codes.size), self._table)
+
+        return ready
+
+    def codes(self, values: NDArray[Any]) -> NDArray[np.uint8]:
+        """The codes of values, the most frequent ones first."""
+        return self._rank[self._book.codes(bits_of(values))]
+
+
+class _Symbols:
+    """Symbols of a byte, numbered by falling frequency."""
+
+    def __init__(self, writer: Writer, counts: NDArray[np.int64], beside: float = 0.0) -> None:
+        self._writer = writer
+        order = by_count(counts)
+        self.found = order[: np.count_nonzero(counts)].astype(np.uint8)
+        self._rank = np.argsort(order).astype(np.uint8)
+        self.levels = writer.levels(counts[self.found], beside)
+
+    def code(self, symbols: NDArray[np.uint8]) -> Ready:
+        """A value with the words of these symbols."""
+        coded = words.encode(self._rank[symbols], self.levels)
+        return lambda gated: self._writer.words(coded, self.found.size, gated)
+
+
+def _exponents(weights: Sequence[Known]) -> NDArray[np.int64]:
+    counts = [one.survey.exponents for one in weights]
+    return np.asarray(np.sum([one for one in counts if one is not None], axis=0))
 
 
 class Floats:
     """Floats in planes."""
 
-    def __init__(self, writer: Writer, weights: list[Weight]) -> None:
+    def __init__(self, writer: Writer, weights: list[Known]) -> None:
         self._writer = writer
-        self._planes = {weight.name: Planes.of(weight) for weight in weights}
-        exponents = [planes.exponents for planes in self._planes.values()]
-        symbols, self._found = ranked(np.concatenate(exponents))
-        ends = np.cumsum([part.size for part in exponents])[:-1]
-        self._symbols = dict(zip(self._planes, np.split(symbols, ends), strict=True))
-        one = next(iter(self._planes.values()))
-        self._levels = writer.levels(np.bincount(symbols), one.rest_bits)
-        units = one.units(self._found)
-        self._units = writer.table(self._levels, units, TensorProto.FLOAT)
-        self._table = writer.constant(one.table)
+        self._short = short = not weights[0].survey.lower
+        self._symbols = _Symbols(writer, _exponents(weights), weights[0].rest_bits)
+        units = floats.units(self._symbols.found, short=short)
+        self._units = writer.table(self._symbols.levels, units, TensorProto.FLOAT)
+        self._table = writer.constant(floats.table(short=short))
 
-    def write(self, pieces: list[Piece], gated: Gated) -> str:
+    def code(self, pieces: list[Piece]) -> Ready:
         """As of `Storage`."""
         writer = self._writer
-        symbols = np.concatenate([self._symbols[p.weight.name][p.elements] for p in pieces])
-        planes = [self._planes[piece.weight.name] for piece in pieces]
-        pairs = list(zip(planes, pieces, strict=True))
-        name = writer.words(symbols, self._levels, self._found.size, gated)
-        upper = writer.stream(np.concatenate([own.upper[p.elements] for own, p in pairs]))
-        count = writer.count(symbols.size)
-        inputs = [gated.zero, name, count, self._units, upper, self._table]
-        if planes[0].lower is None:
-            value = writer.call(functions.short_floats(writer.opset), *inputs)
-        else:
-            parts = [own.lower[p.elements] for own, p in pairs if own.lower is not None]
-            inputs += [gated.gate, writer.stream(np.concatenate(parts))]
-            value = writer.call(functions.floats(writer.opset), *inputs)
-        places, patches, done = [], [], 0
-        for own, piece in pairs:
-            inside = own.patches[
-                slice(*np.searchsorted(own.patches, [piece.elements.start, piece.elements.stop]))
-            ]
-            places.append(inside - piece.elements.start + done)
-            patches.append(piece.weight.values[inside])
-            done += piece.size
-        where = np.concatenate(places)
-        if not where.size:
-            return value
-        streams = [writer.stream(where.astype(np.int32)), writer.stream(np.concatenate(patches))]
-        return writer.call(functions.patched(writer.opset), value, *streams)
+        values = np.concatenate([piece.coded for piece in pieces])
+        planes = floats.Planes.of(values, short=self._short)
+        own, size = values[planes.patches], values.size
+        del values
+        symbols = self._symbols.code(planes.exponents)
+        upper, lower, places = planes.upper, planes.lower, planes.patches.astype(np.int32)
+        del planes
+
+        def ready(gated: Gated) -> str:
+            count, name = writer.count(size), symbols(gated)
+            inputs = [gated.zero, name, count, self._units, writer.stream(upper), self._table]
+            if lower is None:
+                value = writer.call(functions.short_floats(writer.opset), *inputs)
+            else:
+                inputs += [gated.gate, writer.stream(lower)]
+                value = writer.call(functions.floats(writer.opset), *inputs)
+            if not places.size:
+                return value
+            streams = [writer.stream(places), writer.stream(own)]
+            return writer.call(functions.patched(writer.opset), value, *streams)
+
+        return ready
 
 
 class Halves:
     """Values in half precision: the upper byte is a symbol, the lower one stands as it is."""
 
-    def __init__(self, writer: Writer, weights: list[Weight]) -> None:
+    def __init__(self, writer: Writer, weights: list[Known]) -> None:
         self._writer = writer
-        cut = {one.name: planes_of(one.values, TensorProto.FLOAT16) for one in weights}
-        symbols, found = ranked(np.concatenate([upper for upper, _ in cut.values()]))
-        ends = np.cumsum([upper.size for upper, _ in cut.values()])[:-1]
-        self._symbols = dict(zip(cut, np.split(symbols, ends), strict=True))
-        self._lower = {name: lower.astype(np.uint8) for name, (_, lower) in cut.items()}
-        self._count = found.size
-        self._levels = writer.levels(np.bincount(symbols), 8.0)
-        tables = tables_of(found, TensorProto.FLOAT16)
-        self._tables = [writer.table(self._levels, one, TensorProto.FLOAT) for one in tables]
+        self._symbols = _Symbols(writer, _exponents(weights), 8.0)
+        tables = tables_of(self._symbols.found, TensorProto.FLOAT16)
+        levels = self._symbols.levels
+        self._tables = [writer.table(levels, one, TensorProto.FLOAT) for one in tables]
 
-    def write(self, pieces: list[Piece], gated: Gated) -> str:
+    def code(self, pieces: list[Piece]) -> Ready:
         """As of `Storage`."""
         writer = self._writer
-        symbols, lower = (
-            np.concatenate([part[piece.weight.name][piece.elements] for piece in pieces])
-            for part in (self._symbols, self._lower)
-        )
-        name = writer.words(symbols, self._levels, self._count, gated)
-        inputs = [gated.zero, name, writer.count(symbols.size), *self._tables]
-        return writer.call(functions.halves(writer.opset), *inputs, writer.stream(lower))
+        bits = bits_of(np.concatenate([piece.coded for piece in pieces]))
+        symbols = self._symbols.code((bits >> np.uint16(8)).astype(np.uint8))
+        lower = bits.astype(np.uint8)
+
+        def ready(gated: Gated) -> str:
+            inputs = [gated.zero, symbols(gated), writer.count(lower.size), *self._tables]
+            return writer.call(functions.halves(writer.opset), *inputs, writer.stream(lower))
+
+        return ready
 
 
 class Gaps:
     """Entries that are not zero, and the gaps between them; a zero bridges one that is too long."""
 
-    def __init__(self, writer: Writer, kind: Kind, weights: list[Weight]) -> None:
+    def __init__(self, writer: Writer, kind: Kind, weights: list[Known]) -> None:
         self._writer = writer
-        values = [weight.values[weight.nonzero] for weight in weights]
-        self._codes = Codes(writer, kind, weights, [*values, np.zeros(1, values[0].dtype)])
-        self._zero = writer.constant(np.zeros(1, numpy_type(kind.number)))
-        self._low = max(map(low_bits, weights))
-        every = [np.diff(weight.nonzero, prepend=-1) - 1 for weight in weights]
-        high = np.minimum(np.concatenate(every) >> self._low, 255)
-        counts = np.bincount(high, minlength=256)
-        order = np.argsort(-counts, kind="stable")
-        self._rank = np.empty(256, np.uint8)
-        self._rank[order] = np.arange(256)
+        self._dtype = numpy_type(kind.number)
+        zero = Counted(np.zeros(1, self._dtype), np.ones(1, np.int64))
+        others = [one.survey.others for one in weights]
+        self._codes = Codes(writer, kind, [*(one for one in others if one is not None), zero])
+        self._zero = writer.constant(zero.values)
+        self._low = max(one.low_bits for one in weights)
+        counts = np.sum([one.steps(self._low) for one in weights], axis=0)
         # those that may occur where weights meet have a number, too
-        self._levels = writer.levels(counts[order] + 1e-3)
-        steps = ((order << self._low) + 1).astype(np.int32)
-        self._steps = writer.table(self._levels, steps, TensorProto.INT32)
+        self._symbols = _Symbols(writer, counts + 1e-3)
+        steps = ((self._symbols.found.astype(np.int32) << self._low) + 1).astype(np.int32)
+        self._steps = writer.table(self._symbols.levels, steps, TensorProto.INT32)
 
-    def write(self, pieces: list[Piece], gated: Gated) -> str:
+    def code(self, pieces: list[Piece]) -> Ready:
         """As of `Storage`."""
         writer, low = self._writer, self._low
         found, codes, done = [], [], 0
         for piece in pieces:
-            nonzero, elements = piece.weight.nonzero, piece.elements
-            inside = slice(*np.searchsorted(nonzero, [elements.start, elements.stop]))
-            found.append(nonzero[inside] - elements.start + done)
-            codes.append(self._codes.of(piece.weight.name)[inside])
+            coded = piece.coded
+            nonzero = np.flatnonzero(bits_of(coded))
+            found.append(nonzero + done)
+            codes.append(self._codes.codes(coded[nonzero]))
             done += piece.size
-        size = writer.count(done)
         places, entries = self._bridged(np.concatenate(found), np.concatenate(codes))
+        size = done
         if not places.size:
-            return writer.call(functions.blank(writer.opset), gated.gate, size, self._zero)
-        count = writer.count(places.size)
+            return lambda gated: writer.call(
+                functions.blank(writer.opset), gated.gate, writer.count(size), self._zero
+            )
         gaps = np.diff(places, prepend=-1) - 1
-        name = writer.words(self._rank[gaps >> low], self._levels, 256, gated)
+        symbols = self._symbols.code((gaps >> low).astype(np.uint8))
         rest = (gaps & ((1 << low) - 1)).astype(np.uint8)
-        fields = [writer.stream(part) for part in words.fields(rest, low)] if low else []
-        waits = gated.of(words.FIELDS[low]) if low else []
-        function = functions.places(low, writer.opset)
-        where = writer.call(function, name, count, self._steps, *waits, *fields)
-        values = self._codes.entries(entries, gated)
-        return writer.call(
-            functions.sparse(writer.opset), gated.gate, size, self._zero, where, values
-        )
+        parts = words.fields(rest, low) if low else ()
+        values = self._codes.entries(entries)
+        count = places.size
+
+        def ready(gated: Gated) -> str:
+            name = symbols(gated)
+            waits = gated.of(words.FIELDS[low]) if low else []
+            inputs = [name, writer.count(count), self._steps, *waits, *map(writer.stream, parts)]
+            where = writer.call(functions.places(low, writer.opset), *inputs)
+            inputs = [gated.gate, writer.count(size), self._zero, where, values(gated)]
+            return writer.call(functions.sparse(writer.opset), *inputs)
+
+        return ready
 
     def _bridged(
         self, places: NDArray[np.int64], codes: NDArray[np.uint8]
@@ -232,9 +257,5 @@ class Gaps:
         )
         every = np.concatenate([places, extra])
         order = np.argsort(every)
-        zero = np.full(extra.size, self._codes.of(_ZERO)[0])
+        zero = self._codes.codes(np.zeros(extra.size, self._dtype))
         return every[order], np.concatenate([codes, zero])[order]
-
-
-_ZERO = ""
-"""The name of the zero among the codes."""

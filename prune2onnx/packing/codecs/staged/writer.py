@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from prune2onnx.graph.domain import DOMAIN
-from prune2onnx.graph.protobuf import framed, tensor
-from prune2onnx.packing.codecs.bundle import FACTS, checksum
+from prune2onnx.graph.protobuf import framed
+from prune2onnx.packing.codecs.bundle import FACTS, checked, continued
 from prune2onnx.packing.codecs.methods import METHODS, Method
 from prune2onnx.packing.codecs.staged import functions, words
 from prune2onnx.packing.codecs.staged.choice import SIMPLE_BELOW
+from prune2onnx.packing.codecs.staged.large import Large
 from prune2onnx.packing.codecs.staged.pieces import Piece
 from prune2onnx.packing.codecs.weight import numpy_type
 
@@ -61,6 +62,16 @@ class Staged:
         return total + sum(framed(one.ByteSize(), tag=2) for one in self.functions.values())
 
 
+@dataclass
+class _Parts:
+    """The pieces of a weight, so far."""
+
+    weight: Large
+    names: list[str]
+    checksum: int
+    nbytes: int
+
+
 class Writer:
     """Writes calls.
 
@@ -68,20 +79,28 @@ class Writer:
         places: weight name -> its index among all initializers of the dense model.
         opset: of the model.
         fresh: gives names that are not in the model.
+        store: makes an initializer of a name, an array and ONNX's number of its type.
 
     Attributes:
         made: what was written so far.
         nbytes: bytes of the initializers among it.
     """
 
-    def __init__(self, places: Mapping[str, int], opset: int, fresh: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        places: Mapping[str, int],
+        opset: int,
+        fresh: Callable[[], str],
+        store: Callable[[str, NDArray[Any], int], TensorProto],
+    ) -> None:
         self.made = Staged()
+        self._store = store
         self._places = places
         self.opset, self._fresh = opset, fresh
         self._simple = opset < SIMPLE_BELOW
         self._shared: dict[tuple[Any, ...], str] = {}
         self.nbytes = 0
-        self._parts: dict[str, list[str]] = {}  # of weights that are in several pieces
+        self._parts: dict[str, _Parts] = {}  # of weights that are in several pieces
         self._ends = 0  # functions that split a vector, so far
 
     # --- the parts of a file ---
@@ -115,8 +134,9 @@ class Writer:
         """An initializer."""
         name = self._fresh()
         number = element_type or helper.np_dtype_to_tensor_dtype(array.dtype)
-        self.made.streams.append(tensor(name, array, number))
-        self.nbytes += framed(self.made.streams[-1].ByteSize())
+        self.made.streams.append(self._store(name, array, number))
+        head = TensorProto(name=name, dims=array.shape, data_type=number)
+        self.nbytes += framed(head.ByteSize() + framed(array.nbytes))
         return name
 
     def constant(self, array: NDArray[Any], element_type: int | None = None) -> str:
@@ -136,16 +156,15 @@ class Writer:
         """The levels in which symbols are written that occur so often."""
         return words.plan(counts, beside=beside, simple=self._simple)
 
-    def words(self, symbols: NDArray[np.uint8], levels: Levels, count: int, gated: Gated) -> str:
-        """A value with `symbols + levels[0].origin`, uint8, filled up at its end.
+    def words(self, coded: Sequence[words.Coded], count: int, gated: Gated) -> str:
+        """A value with symbols and the first level's `origin`, uint8, filled up at its end.
 
         Args:
-            symbols: of some pieces.
-            levels: those of all.
-            count: number of different symbols in all of them.
+            coded: the symbols of some pieces, in all levels.
+            count: number of different symbols in all pieces.
             gated: the constants of the stage.
         """
-        coded = words.encode(symbols, levels)
+        levels = [one.level for one in coded]
         found: list[list[str]] = []
         for one in coded:
             fields = [self.stream(part) for part in one.fields]
@@ -201,25 +220,46 @@ class Writer:
         outputs = [one.weight.name if one.is_whole else self._fresh() for one in pieces]
         self.call_as(function, [flat, *(one for one in factors if one)], outputs)
         size = sum(piece.size for piece in pieces)
-        facts, made = [], []
+        facts, total = [], 0
         for piece, output, target in zip(pieces, outputs, targets, strict=True):
             place = self._places[piece.weight.name] if piece.is_whole else -1
             facts += [place, METHODS.index(how), round(nbytes * piece.size / size)]
-            rows = piece.weight.array[piece.begin : piece.end]
-            made.append((output, rows.astype(numpy_type(target), copy=False)))
-        self._keep(made, facts)
-        for piece, output in zip(pieces, outputs, strict=True):
-            if piece.is_whole:
-                continue
-            weight = piece.weight
-            self._parts.setdefault(weight.name, []).append(output)
-            if piece.end == weight.shape[0]:
-                target = 0 if weight.element_type == number else weight.element_type
-                own = self._parts[weight.name]
-                self.call_as(functions.join(len(own), target, self.opset), own, [weight.name])
-                share = round(nbytes * weight.array.size / size)
-                place = self._places[weight.name]
-                self._keep([(weight.name, weight.array)], [place, METHODS.index(how), share])
+            rows = piece.rows
+            made = rows.astype(numpy_type(target), copy=False)
+            total = checked(output, made.dtype, made.shape, [made], total)
+            if not piece.is_whole:
+                self._part(piece, output, rows, round(nbytes * piece.size / size))
+        self._keep(total, facts)
+        for piece in pieces:
+            if not piece.is_whole and piece.end == piece.weight.shape[0]:
+                self._join(self._parts.pop(piece.weight.name), how, number)
+
+    def _part(self, piece: Piece, output: str, rows: NDArray[Any], nbytes: int) -> None:
+        """Adds to what is known of a weight in several pieces."""
+        weight = piece.weight
+        if not piece.begin:
+            begun = checked(weight.name, rows.dtype, weight.shape, [])
+            self._parts[weight.name] = _Parts(weight, [], begun, 0)
+        part = self._parts[weight.name]
+        part.names.append(output)
+        part.checksum = continued([rows], part.checksum)
+        part.nbytes += nbytes
+
+    def _join(self, parts: _Parts, how: Method, number: int) -> None:
+        """Joins the pieces of a weight."""
+        weight = parts.weight
+        target = 0 if weight.element_type == number else weight.element_type
+        function = functions.join(len(parts.names), target, self.opset)
+        self.call_as(function, parts.names, [weight.name])
+        self._keep(parts.checksum, [self._places[weight.name], METHODS.index(how), parts.nbytes])
+
+    def same(self, weight: Large, original: Large, how: Method) -> None:
+        """A weight that is equal to another one."""
+        self.call_as(functions.join(1, 0, self.opset), [original.name], [weight.name])
+        every = (weight.rows(*span) for span in weight.blocks())
+        dtype = numpy_type(weight.element_type)
+        total = checked(weight.name, dtype, weight.shape, every)
+        self._keep(total, [self._places[weight.name], METHODS.index(how), 0])
 
     def _factor(self, piece: Piece) -> str:
         """A piece's scale, with as many axes as the piece."""
@@ -229,9 +269,9 @@ class Writer:
             factors.reshape((1,) * (len(piece.shape) - factors.ndim) + factors.shape)
         )
 
-    def _keep(self, arrays: list[tuple[str, NDArray[Any]]], facts: list[int]) -> None:
+    def _keep(self, checksum: int, facts: list[int]) -> None:
         """Adds the facts about the outputs of the last call."""
-        every = [checksum(arrays), *facts]
+        every = [checksum, *facts]
         packed = TensorProto(dims=[len(every)], data_type=TensorProto.INT64, int64_data=every)
         self.made.nodes[-1].attribute.append(
             AttributeProto(name=FACTS, type=AttributeProto.TENSOR, t=packed)

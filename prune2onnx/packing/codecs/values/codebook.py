@@ -7,15 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from prune2onnx.packing.codecs.book import MAX_VALUES
 from prune2onnx.packing.codecs.streams import RUN_NBYTES, Streams, coded_nbytes
 from prune2onnx.packing.codecs.values.kind import Entries, Group, ValueKind, Written
 from prune2onnx.packing.codecs.values.lookup import looked_up, padded
-from prune2onnx.packing.codecs.weight import MAX_LEVELS, indexed, narrowest, numpy_type
+from prune2onnx.packing.codecs.weight import indexed, narrowest, numpy_type
 
 
 def _estimate(entries: Entries) -> float | None:
     found = entries.indexed
-    if found is None or not entries.values.size or found[1].size >= MAX_LEVELS:
+    if found is None or not entries.values.size or found[1].size >= MAX_VALUES:
         return None
     counts = np.append(np.bincount(found[0]), entries.fillers)
     item = numpy_type(entries.weight.storage).itemsize

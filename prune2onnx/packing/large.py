@@ -15,10 +15,19 @@ from prune2onnx.graph.outside import is_outside
 from prune2onnx.graph.tensors import array_of, rows_of
 from prune2onnx.packing.codecs import MAX_NBYTES, WORKING, staged
 from prune2onnx.packing.codecs.staged import Counted, Done, Known, Large
+from prune2onnx.packing.codecs.values.dictionary import regular_nbytes
+from prune2onnx.packing.codecs.weight import Weight
 from prune2onnx.packing.quantized import Quantized, step_of
 
 _HELD = 4
 """Arrays of tensors in memory: protobuf copies the data whenever they are asked for."""
+
+
+_MOST_REGULAR = 1 << 22
+"""Elements of a weight that is looked at for runs: tables, and no layers."""
+
+_SAMPLE = 1 << 16
+_FAR_LESS = 2.0
 
 
 def are_many(tensors: Sequence[TensorProto]) -> bool:
@@ -76,6 +85,22 @@ def _size(tensor: TensorProto) -> int:
 def _levels(known: Quantized, begin: int, end: int) -> NDArray[np.float32]:
     values = np.concatenate([np.zeros(1, np.float32), known.codebook.astype(np.float32)])
     return np.asarray(values[known.codes[begin:end]])
+
+
+def is_regular(one: Known, least: float) -> bool:
+    """Whether a weight consists of runs, so that a dictionary takes far less than stages.
+
+    Args:
+        one: the weight.
+        least: bytes that it takes in stages.
+    """
+    weight = one.weight
+    if weight.size > _MOST_REGULAR or weight.scale is not None:
+        return False
+    rows = min(weight.shape[0], -(-_SAMPLE * weight.shape[0] // weight.size))
+    array = weight.coded(0, rows).reshape(rows, -1)
+    nbytes = regular_nbytes(Weight("", array, weight.working))
+    return nbytes is not None and _FAR_LESS * nbytes < least * array.size / weight.size
 
 
 def step_in(one: Known) -> np.float32 | None:

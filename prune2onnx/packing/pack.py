@@ -47,7 +47,7 @@ from prune2onnx.packing.codecs import (
 )
 from prune2onnx.packing.codecs.staged import Done, Known
 from prune2onnx.packing.inline import inlined
-from prune2onnx.packing.large import are_many, step_in, surveyed, with_scale
+from prune2onnx.packing.large import are_many, is_regular, step_in, surveyed, with_scale
 from prune2onnx.packing.quantized import Quantized, step_of
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
@@ -165,6 +165,10 @@ def pack_normalized(
     dense = {tensor.name: framed(tensor_nbytes(tensor)) for tensor in tensors}
     gained = {tensor.name: dense[tensor.name] - _notes_nbytes(tensor) for tensor in tensors}
     methods, stay = staged.chosen(large, gained, opset)
+    for one in large:
+        name = one.weight.name
+        if name in methods and is_regular(one, staged.estimate(one, methods[name], opset)):
+            del methods[name]
     reasons |= stay
     known = {one.weight.name: one for one in large}
     others = {weight.name: weight for weight in weights}

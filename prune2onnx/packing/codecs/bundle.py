@@ -125,10 +125,11 @@ def grouped(weights: Sequence[Weight], methods: Mapping[str, Method]) -> list[Gr
         method = methods[weight.name]
         # Raw values and planes have a storage type; codes have none.
         storage = weight.storage if method.values.keeps_storage else 0
-        key = (METHODS.index(method), weight.working, storage, weight.scale is not None)
+        own = weight.name if method.values.is_alone else ""
+        key = (METHODS.index(method), weight.working, storage, weight.scale is not None, own)
         members.setdefault(key, []).append(weight)
     groups = []
-    for (number, _, storage, _), inside in members.items():
+    for (number, _, storage, _, _), inside in members.items():
         families: dict[tuple[Any, ...], list[Weight]] = {}
         for weight in inside:
             families.setdefault(family_key(weight), []).append(weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from prune2onnx.packing.codecs.values.codebook import CODEBOOK
+from prune2onnx.packing.codecs.values.dictionary import DICTIONARY
 from prune2onnx.packing.codecs.values.kind import Positions, ValueKind
 from prune2onnx.packing.codecs.values.levels import LEVELS
 from prune2onnx.packing.codecs.values.planes import PLANES
@@ -26,9 +27,12 @@ class Method:
 
 
 VALUES = (RAW, PLANES, CODEBOOK, LEVELS)
-"""Every kind of values."""
+"""The kinds of values that any positions have."""
 
-METHODS = tuple(Method(where, values) for where in ("all", "gap", "mask") for values in VALUES)
+METHODS = (
+    *(Method(where, values) for where in ("all", "gap", "mask") for values in VALUES),
+    Method("all", DICTIONARY),
+)
 """Every method; a file holds their indices. Append only: those of a new kind of values go last."""
 
 ALL_LEVELS, GAP_LEVELS = Method("all", LEVELS), Method("gap", LEVELS)

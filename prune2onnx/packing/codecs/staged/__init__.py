@@ -14,7 +14,7 @@ A weight is read a few rows at a time (`large`): once to see what is in it, and 
 
 from __future__ import annotations
 
-from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE, LEAST_TOTAL, Known, chosen
+from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE, LEAST_TOTAL, Known, chosen, estimate
 from prune2onnx.packing.codecs.staged.encode import Done, encode, in_order
 from prune2onnx.packing.codecs.staged.functions import GATES
 from prune2onnx.packing.codecs.staged.large import Counted, Large, survey
@@ -29,6 +29,7 @@ __all__ = [
     "Large",
     "chosen",
     "encode",
+    "estimate",
     "in_order",
     "survey",
 ]

@@ -44,6 +44,7 @@ class ValueKind:
             too.
         takes_scale: whether a scale that all weights of the group share can be multiplied into the
             table.
+        is_alone: whether each weight is a group of its own.
     """
 
     name: str
@@ -55,6 +56,7 @@ class ValueKind:
     keeps_storage: bool = False
     is_looked_up: bool = False
     takes_scale: bool = False
+    is_alone: bool = False
 
 
 @dataclass(frozen=True, eq=False)

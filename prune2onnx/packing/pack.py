@@ -43,7 +43,9 @@ from prune2onnx.packing.codecs import (
     plan,
     staged,
 )
+from prune2onnx.packing.codecs.work import Work
 from prune2onnx.packing.inline import inlined
+from prune2onnx.packing.load_cost import Prediction, predict, sizes
 from prune2onnx.packing.quantized import Quantized, step_of
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
@@ -63,11 +65,13 @@ class Packed:
         model: the packed model, or the normalized one where packing would not make it smaller.
         rows: one row per initializer of the normalized model, in its order.
         notes: what normalizing changed, in words.
+        load: what loads of it and of the dense model take; None if it was not checked.
     """
 
     model: ModelProto
     rows: tuple[WeightRow, ...]
     notes: tuple[str, ...] = ()
+    load: Prediction | None = None
 
 
 def pack(
@@ -147,15 +151,15 @@ def pack_normalized(
     )
     large = [weight for weight in weights if weight.name in methods]
     result, nbytes = _written(model, made, large, methods)
-    if check:
-        verify(result)
+    work = verify(result) if check else None
     if anonymize:
         result = min(inlined(result), result, key=nbytes_of)
     reasons |= made.reasons
     methods = {**made.methods, **methods}
-    if methods and nbytes_of(result) >= nbytes_of(model):
+    before, after = nbytes_of(model), nbytes_of(result)
+    if methods and after >= before:
         reasons |= dict.fromkeys(methods, "the file would not be smaller")
-        methods, result = {}, model
+        methods, result, work, after = {}, model, work and Work(), before
     arrays = {weight.name: weight.array for weight in weights}
     rows = []
     for tensor in tensors:
@@ -166,7 +170,9 @@ def pack_normalized(
             rows.append(WeightRow.of(known_as, array, methods[name].name, nbytes[name]))
         else:
             rows.append(WeightRow.of(known_as, array, "dense", dense[name], reasons[name]))
-    return Packed(result, tuple(rows), normal.notes)
+    coded = sizes({name: arrays[name] for name in methods})
+    load_cost = predict(model.graph, coded, work, after, before) if work else None
+    return Packed(result, tuple(rows), normal.notes, load_cost)
 
 
 def _weight(tensor: TensorProto, known: Quantized | None) -> Weight:

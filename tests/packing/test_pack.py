@@ -83,7 +83,7 @@ def test_decode_graph_gives_the_weights_and_folds(build, load):
         assert load == "fast"  # full precision gets smaller only with an entropy code
         return
     oracle = coded(packed)
-    assert oracle.arrays and oracle.nodes and oracle.work_nbytes
+    assert oracle.arrays and oracle.work.nodes and oracle.work.made
     decoding = decode_graph(packed)
     onnx.checker.check_model(decoding, full_check=True)
     graph = optimised(decoding)

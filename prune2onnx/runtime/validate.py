@@ -157,7 +157,8 @@ def validate(
             difference, (dense, compressed), pairs = _run_and_measured(
                 file, (dense_file, opened), other_file, taken, expected, given, unpacked
             )
-    left, notes = Folding(), ()
+    left = Folding()
+    notes: tuple[str, ...] = ()
     if is_packed(packed):  # in any other file there is nothing to fold
         if opened is None:
             packed = decode_graph(packed, known.arrays)

@@ -21,42 +21,44 @@ from prune2onnx.graph.tensors import declared_nbytes
 from prune2onnx.graph.walk import attribute, bodies, is_constant
 from prune2onnx.packing.codecs.staged.choice import LEAST_TOTAL
 from prune2onnx.packing.codecs.staged.pieces import LEAST_SIZE
-from prune2onnx.packing.codecs.work import Work
+from prune2onnx.packing.codecs.work import Work, mapped
 from prune2onnx.packing.rows import WeightRow
 
 CPU_MS = {
-    "session": 6.1,
-    "nodes": 0.06,
-    "file": 1.3e-6,
-    "matmul": 1.6e-6,
-    "conv": 2.0e-6,
-    "other": 0.75e-6,
-    "folded": 0.054,
-    "stages": 4.4,
-    "divided": 2.1e-6,
-    "scattered": 0.95e-6,
-    "made": 0.23e-6,
-    "read": 0.37e-6,
-    "held": 0.42e-6,
+    "session": 5.2,
+    "nodes": 0.098,
+    "file": 1.73e-6,
+    "matmul": 1.07e-6,
+    "conv": 0.91e-6,
+    "folded": 0.06,
+    "divided": 1.77e-6,
+    "scattered": 1.11e-6,
+    "made": 0.37e-6,
+    "read": 0.30e-6,
+    "mapped": 0.59e-6,
+    "held": 0.17e-6,
 }
-"""Amount -> milliseconds of CPU time for each; onnxruntime 1.32 on one core of a server. What makes
-a session at all, nodes of the graph, bytes of the file, bytes of constants by the operator that
-takes them (MatMul and Conv lay them out anew), nodes that are folded, stages; of what is folded,
-bytes of results of Div and Mod, of results that are put in places or summed up, of all results, of
-all operands, and of the largest stage's results, which is memory that the process has to get."""
+"""Amount -> milliseconds of CPU time for each, by onnxruntime 1.32 on one core of a server.
+
+What makes a session at all; nodes of the graph; bytes of the file; bytes of constants that MatMul
+and Conv lay out anew; nodes that are folded. Of what is folded: bytes of results of Div and Mod; of
+results that are put in places or summed up, and of what is searched; of all results; of all
+operands; of those whose copies are memory that the process has to get; and of the largest stage's
+results, which are that, too."""
 
 PEAK_NBYTES = {
-    "session": 58.0e6,
-    "nodes": 19.0e3,
-    "file": 0.9,
-    "constants": 0.74,
-    "held": 1.05,
-    "decoded": 0.66,
-    "copied": 0.2,
+    "session": 59.0e6,
+    "nodes": 21.0e3,
+    "file": 0.96,
+    "constants": 0.46,
+    "held": 1.03,
+    "decoded": 0.62,
+    "copied": 0.14,
 }
-"""Amount -> bytes of peak memory for each. Python with the runtime; nodes; bytes of the file, of
-all constants, of the largest stage's results, of decoded weights; of operands in files without
-stages, whose copies leave holes in the heap."""
+"""Amount -> bytes of peak memory for each.
+
+Python with the runtime; nodes; bytes of the file, of all constants, of the largest stage's results,
+of decoded weights; of operands in files without stages, whose copies leave holes in the heap."""
 
 _TAKERS = {
     **dict.fromkeys(("Gemm", "GRU", "LSTM", "MatMul", "RNN"), "matmul"),
@@ -93,7 +95,7 @@ class LoadCost:
 
     Attributes:
         cpu_ms: CPU time.
-        peak_nbytes: peak memory of the process, of which Python and the runtime take 58 MB.
+        peak_nbytes: peak memory of the process, of which Python and the runtime take 59 MB.
     """
 
     cpu_ms: float
@@ -243,7 +245,8 @@ def amounts(
     found["scattered"] = sum(made[name] for name in _SLOW) + sum(read[name] for name in _SEARCHES)
     found["made"], found["read"] = made.total(), read.total()
     found["held"] = max(own.held.values(), default=0) + folded.held.total()
-    found["copied"] = 0 if found["stages"] else found["read"]
+    found["mapped"] = own.mapped + folded.mapped
+    found["copied"] = 0 if found["stages"] else found["read"] - found["mapped"]
     return found
 
 
@@ -264,12 +267,12 @@ def _walk(
             continue
         found["nodes"] += 1
         taken = [every[name] for name in node.input if name in every]
-        found[_TAKERS.get(node.op_type, "other")] += sum(size for _, size in taken)
-        if taken and node.op_type in _SAME_SIZE and all(name in every for name in node.input):
-            made = _result(node, taken)
-            inside[node.output[0]] = made
-            read = sum(size for _, size in taken)
-            folded.add(1, {node.op_type: made[1]}, {node.op_type: read})
+        found[_TAKERS.get(node.op_type, "")] += sum(size for _, size in taken)
+        constant = bool(taken) and all(name in every for name in node.input)
+        if constant and node.op_type in _SAME_SIZE and node.output:
+            inside[node.output[0]] = made = _result(node, taken)
+            read = [size for _, size in taken]
+            folded.add(1, {node.op_type: made[1]}, {node.op_type: sum(read)}, mapped(read))
         for body in bodies(node):
             own = {tensor.name: _size(tensor) for tensor in body.initializer}
             found["constants"] += sum(size for _, size in own.values())
@@ -278,9 +281,9 @@ def _walk(
 
 def _result(node: NodeProto, operands: list[Size]) -> Size:
     elements, nbytes = max(operands)
-    if node.op_type == "Cast":
-        target = TensorProto(dims=[elements], data_type=attribute(node, "to", TensorProto.FLOAT))
-        nbytes = declared_nbytes(target) or nbytes
+    to = attribute(node, "to")
+    if node.op_type == "Cast" and to in TensorProto.DataType.values():
+        nbytes = declared_nbytes(TensorProto(dims=[elements], data_type=to)) or nbytes
     return elements, nbytes
 
 

@@ -10,6 +10,7 @@ from onnx import FunctionProto, TensorProto
 
 from prune2onnx.packing.codecs.function import Body
 from prune2onnx.packing.codecs.huffman import DOUBLINGS, LANES, WORD, WORD_BITS
+from prune2onnx.packing.codecs.work import mapped
 
 _LEAPS = 8
 """Leaps in the function `q`, which `m` calls several times."""
@@ -80,12 +81,12 @@ def _head(body: Body, limit: int) -> _Head:
 
 def work(
     op: str, words: int, lanes: int, codes: int, limit: int
-) -> tuple[int, Counter[str], Counter[str]]:
+) -> tuple[int, Counter[str], Counter[str], int]:
     """What a runtime does for a stream of so many words, lanes and codes, as `Work.add` has it.
 
     Returns:
-        The number of nodes; operator -> bytes of its results; operator -> bytes of its operands.
-        Both leave out what is of the size of a lane's constants.
+        The number of nodes; operator -> bytes of its results; operator -> bytes of its operands;
+        bytes of operands that are `mapped`. What is of the size of a lane's constants is left out.
     """
     word, window = 4 * words, 4 * codes << limit
     symbol = 4 * LANES[op] * lanes
@@ -126,7 +127,8 @@ def work(
         read.update(more)
         # each step reads all words, and all lengths of codewords
         read.update(GatherElements=LANES["l"] * (word + window), Div=symbol, Add=2 * symbol)
-    return nodes, made, read
+    steps = LANES["l"] + 12 if op == "l" else 12
+    return nodes, made, read, mapped([word] * steps + [symbol] * 4)
 
 
 def _jumping(opset: int, limit: int) -> tuple[FunctionProto, ...]:

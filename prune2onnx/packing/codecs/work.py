@@ -6,11 +6,19 @@ Counts only; `packing.load_cost` makes time and memory of them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from numpy.typing import NDArray
+
+MAPPED = 32 << 20
+"""Larger blocks than these, glibc's malloc gets from the system anew each time, page by page."""
+
+
+def mapped(sizes: Iterable[int]) -> int:
+    """Bytes of the operands that are larger than `MAPPED`."""
+    return sum(size for size in sizes if size > MAPPED)
 
 
 @dataclass
@@ -20,7 +28,8 @@ class Work:
     Attributes:
         nodes: how many.
         made: operator -> bytes of its results.
-        read: operator -> bytes of its operands; a runtime copies constants for each node.
+        read: operator -> bytes of its operands, which a runtime copies for each node.
+        mapped: bytes of those operands that are larger than `MAPPED` each.
         held: stage -> bytes of the results of its nodes, all of which a runtime holds until the
             stage ends.
         stage: the one that is running; 0 is what waits for no gate.
@@ -29,6 +38,7 @@ class Work:
     nodes: int = 0
     made: Counter[str] = field(default_factory=Counter)
     read: Counter[str] = field(default_factory=Counter)
+    mapped: int = 0
     held: Counter[int] = field(default_factory=Counter)
     stage: int = 0
 
@@ -39,11 +49,15 @@ class Work:
         if operator == "Constant":
             return
         made = sum(array.nbytes for array in results)
-        self.add(1, {operator: made}, {operator: sum(array.nbytes for array in operands)})
+        sizes = [array.nbytes for array in operands]
+        self.add(1, {operator: made}, {operator: sum(sizes)}, mapped(sizes))
 
-    def add(self, nodes: int, made: Mapping[str, int], read: Mapping[str, int]) -> None:
+    def add(
+        self, nodes: int, made: Mapping[str, int], read: Mapping[str, int], mapped: int
+    ) -> None:
         """Counts nodes of the stage that is running."""
         self.nodes += nodes
+        self.mapped += mapped
         self.made.update(made)
         self.read.update(read)
         self.held[self.stage] += sum(made.values())

@@ -18,7 +18,7 @@ from onnx import GraphProto, NodeProto, TensorProto
 
 from prune2onnx.graph.domain import DOMAIN
 from prune2onnx.graph.tensors import declared_nbytes
-from prune2onnx.graph.walk import attribute, bodies, is_constant
+from prune2onnx.graph.walk import bodies, is_constant
 from prune2onnx.packing.codecs.staged.choice import LEAST_TOTAL
 from prune2onnx.packing.codecs.staged.pieces import LEAST_SIZE
 from prune2onnx.packing.codecs.work import Work, mapped
@@ -47,18 +47,19 @@ operands; of those whose copies are memory that the process has to get; and of t
 results, which are that, too."""
 
 PEAK_NBYTES = {
-    "session": 59.0e6,
-    "nodes": 21.0e3,
-    "file": 0.96,
-    "constants": 0.46,
-    "held": 1.03,
-    "decoded": 0.62,
-    "copied": 0.14,
+    "session": 58.8e6,
+    "nodes": 16.9e3,
+    "file": 1.25,
+    "constants": 0.18,
+    "held": 1.10,
+    "kept": 1.10,
+    "copied": 0.143,
 }
 """Amount -> bytes of peak memory for each.
 
 Python with the runtime; nodes; bytes of the file, of all constants, of the largest stage's results,
-of decoded weights; of operands in files without stages, whose copies leave holes in the heap."""
+of weights that are decoded in stages; of operands in files without stages, whose copies leave holes
+in the heap."""
 
 _TAKERS = {
     **dict.fromkeys(("Gemm", "GRU", "LSTM", "MatMul", "RNN"), "matmul"),
@@ -236,11 +237,11 @@ def amounts(
         kind = sparse.values.data_type
         known[sparse.values.name] = _size(TensorProto(dims=sparse.dims, data_type=kind))
     found = Counter(session=1, file=nbytes, constants=sum(size for _, size in known.values()))
-    found["decoded"] = sum(size for _, size in weights.values()) if own.nodes else 0
     _walk((node for node in graph.node if node.domain != DOMAIN), known, found, folded)
     made, read = own.made + folded.made, own.read + folded.read
     found["folded"] = own.nodes + folded.nodes
     found["stages"] = max(own.held, default=0)
+    found["kept"] = sum(size for _, size in weights.values()) if found["stages"] else 0
     found["divided"] = made["Div"] + made["Mod"]
     found["scattered"] = sum(made[name] for name in _SLOW) + sum(read[name] for name in _SEARCHES)
     found["made"], found["read"] = made.total(), read.total()
@@ -261,8 +262,7 @@ def _walk(
     every = ChainMap(inside, known)
     for node in nodes:
         if is_constant(node):
-            value = attribute(node, "value")
-            if isinstance(value, TensorProto):
+            for value in (one.t for one in node.attribute if one.HasField("t")):
                 inside[node.output[0]] = _size(value)
             continue
         found["nodes"] += 1
@@ -281,9 +281,9 @@ def _walk(
 
 def _result(node: NodeProto, operands: list[Size]) -> Size:
     elements, nbytes = max(operands)
-    to = attribute(node, "to")
-    if node.op_type == "Cast" and to in TensorProto.DataType.values():
-        nbytes = declared_nbytes(TensorProto(dims=[elements], data_type=to)) or nbytes
+    targets = [one.i for one in node.attribute if one.name == "to"]
+    if node.op_type == "Cast" and targets and targets[0] in TensorProto.DataType.values():
+        nbytes = declared_nbytes(TensorProto(dims=[elements], data_type=targets[0])) or nbytes
     return elements, nbytes
 
 

@@ -25,18 +25,18 @@ from prune2onnx.packing.codecs.work import Work, mapped
 from prune2onnx.packing.rows import WeightRow
 
 CPU_MS = {
-    "session": 5.2,
-    "nodes": 0.098,
-    "file": 1.73e-6,
-    "matmul": 1.07e-6,
-    "conv": 0.91e-6,
-    "folded": 0.06,
-    "divided": 1.77e-6,
-    "scattered": 1.11e-6,
-    "made": 0.37e-6,
-    "read": 0.30e-6,
-    "mapped": 0.59e-6,
-    "held": 0.17e-6,
+    "session": 5.5,
+    "nodes": 0.101,
+    "file": 1.76e-6,
+    "matmul": 1.10e-6,
+    "conv": 0.92e-6,
+    "folded": 0.059,
+    "divided": 1.54e-6,
+    "scattered": 1.13e-6,
+    "made": 0.36e-6,
+    "read": 0.35e-6,
+    "mapped": 0.56e-6,
+    "held": 0.18e-6,
 }
 """Amount -> milliseconds of CPU time for each, by onnxruntime 1.32 on one core of a server.
 

@@ -151,7 +151,7 @@ def test_a_file_that_loads_fast_has_no_entropy_code():
     assert {f.name for f in small.model.functions} & {"m", "l"}
     assert [f.name for f in fast.model.functions] == ["w"]
     assert small.model.ByteSize() < fast.model.ByteSize() < wide().ByteSize()
-    assert coded(fast.model).nodes < coded(small.model).nodes
+    assert coded(fast.model).work.nodes < coded(small.model).work.nodes
 
 
 def test_notes_order_and_metadata_survive():

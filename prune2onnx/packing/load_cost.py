@@ -21,20 +21,28 @@ from prune2onnx.graph.tensors import declared_nbytes
 from prune2onnx.graph.walk import bodies, is_constant
 from prune2onnx.packing.codecs.staged.choice import LEAST_TOTAL
 from prune2onnx.packing.codecs.staged.pieces import LEAST_SIZE
-from prune2onnx.packing.codecs.work import Work, mapped
+from prune2onnx.packing.codecs.work import (
+    FILE_NS,
+    LAID_OUT_NS,
+    MADE_NS,
+    READ_NS,
+    SCATTERED_NS,
+    Work,
+    mapped,
+)
 from prune2onnx.packing.rows import WeightRow
 
 CPU_MS = {
     "session": 5.5,
     "nodes": 0.101,
-    "file": 1.76e-6,
-    "matmul": 1.10e-6,
+    "file": 1e-6 * FILE_NS,
+    "matmul": 1e-6 * LAID_OUT_NS,
     "conv": 0.92e-6,
     "folded": 0.059,
     "divided": 1.54e-6,
-    "scattered": 1.13e-6,
-    "made": 0.36e-6,
-    "read": 0.35e-6,
+    "scattered": 1e-6 * SCATTERED_NS,
+    "made": 1e-6 * MADE_NS,
+    "read": 1e-6 * READ_NS,
     "mapped": 0.56e-6,
     "held": 0.18e-6,
 }

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 from load_cost import FORMS, stack
 from networks import model
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from prune2onnx.graph.file import save
-from prune2onnx.packing.codecs.work import MAPPED, Work
+from prune2onnx.packing.codecs.methods import method
+from prune2onnx.packing.codecs.staged.choice import decoding_ns
+from prune2onnx.packing.codecs.staged.pieces import LEAST_SIZE
+from prune2onnx.packing.codecs.weight import Weight
+from prune2onnx.packing.codecs.work import MADE_NS, MAPPED, READ_NS, SCATTERED_NS, Work
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.load_cost import (
     UNPACK,
@@ -98,6 +102,23 @@ def test_stages_hold_a_part_at_a_time():
     assert max(work.held) == 4  # of half a million elements
     assert max(work.held.values()) < 0.35 * work.made.total()
     assert coded(pack(dense, load="small").model).work.held.keys() == {0}
+
+
+@pytest.mark.parametrize("form", ["4 bits", "float32", "bfloat16", "int8, 5 bits", "5 % dense"])
+def test_what_chooses_and_what_predicts_count_alike(form):
+    """`choice.decoding_ns` knows a weight, not yet the calls that decode it."""
+    dense = stack(9, FORMS[form])
+    packed = pack(dense)
+    how = {row.name: method(row.codec) for row in packed.rows if row.size > LEAST_SIZE}
+    weights = (
+        Weight(tensor.name, numpy_helper.to_array(tensor), tensor.data_type)
+        for tensor in dense.graph.initializer
+        if tensor.name in how
+    )
+    chosen = sum(decoding_ns(weight, how[weight.name]) for weight in weights)
+    found = amounts(dense.graph, {}, 0, coded(packed.model).work)
+    parts = (("made", MADE_NS), ("read", READ_NS), ("scattered", SCATTERED_NS))
+    assert chosen == pytest.approx(sum(found[name] * each for name, each in parts), rel=0.2)
 
 
 @pytest.mark.parametrize("to", [99, -1, 1 << 40, b"\xff"])

@@ -27,7 +27,7 @@ def levels(seed: int, *shape: int) -> np.ndarray:
     return np.rint(3 * rng.normal(size=shape)).astype(np.float32) * np.float32(0.01)
 
 
-def branches() -> onnx.ModelProto:
+def branches(opset: int = 18) -> onnx.ModelProto:
     """x [N, 1024] times `a`, then in one branch of an If times `b`."""
     shapes = {name: helper.make_tensor_value_info(name, 1, ["N", 1024]) for name in ("t", "e", "y")}
     then = helper.make_graph(
@@ -41,7 +41,7 @@ def branches() -> onnx.ModelProto:
         helper.make_node("If", ["c"], ["y"], then_branch=then, else_branch=other),
     ]
     weights = {"a": levels(0, 1024, 1024), "b": levels(1, 1024, 1024)}
-    return networks.model(nodes, weights, {"x": ["N", 1024]}, {"y": ["N", 1024]})
+    return networks.model(nodes, weights, {"x": ["N", 1024]}, {"y": ["N", 1024]}, opset)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,11 @@ def test_weights_of_an_if_body_are_folded_and_its_operators_compared(packed):
     assert folding(packed) == Folding()
     level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     assert operators(packed, level).count(":MatMul") == 2
+
+
+@pytest.mark.parametrize("opset", [13, 17])
+def test_stages_of_older_operator_sets_are_folded(opset):
+    assert folding(pack(branches(opset)).model) == Folding()
 
 
 def test_a_stage_that_onnxruntime_cannot_fold_is_found_and_its_weights_named(closed, packed):

@@ -18,7 +18,6 @@ import networks
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from onnx import helper
 from places import ROOT
 from rich.console import Console
 from tiny import tiny_mlp
@@ -86,23 +85,6 @@ def test_pack_inspect_validate_unpack(dense, tmp_path):
     assert "smaller" in run("validate", packed).stderr
     assert f"{back}: {dense.stat().st_size:,} bytes" in run("unpack", packed, back).stderr
     assert back.read_bytes() == dense.read_bytes()
-
-
-def test_a_file_that_takes_long_to_open_is_warned_of_with_an_option_that_helps(tmp_path):
-    source, packed = tmp_path / "in.onnx", tmp_path / "out.onnx"
-    weight = np.rint(3 * np.random.default_rng(0).normal(size=(1100, 1000))).astype(np.float32)
-    node = helper.make_node("MatMul", ["x", "w"], ["y"])
-    save(networks.model([node], {"w": weight}, {"x": ["N", 1100]}, {"y": ["N", 1000]}), source)
-    result = run("pack", source, packed, "--load", "small", "--json")
-    (line,) = [line for line in result.stderr.splitlines() if "warning" in line]
-    assert line.startswith(f"prune2onnx: {packed}: warning: a load takes about ")
-    assert line.endswith("; --load balanced takes less")
-    assert json.loads(result.stdout)["load_warning"] in line
-    said = run("inspect", packed).stderr
-    assert "prune2onnx pack with --load balanced makes one that takes less" in " ".join(
-        said.split()
-    )
-    assert "warning" not in run("inspect", source).stderr
 
 
 def sizes(*paths: Path) -> list[int]:

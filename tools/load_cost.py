@@ -12,9 +12,6 @@ to fold, and to give the dense file's outputs bit for bit. Prints a Markdown tab
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,25 +23,12 @@ from numpy.typing import NDArray
 from onnx import ModelProto, helper, numpy_helper
 
 from prune2onnx import pack
+from prune2onnx.runtime.folding import folds
+from prune2onnx.runtime.latency import load_in_fresh_process
 from prune2onnx.runtime.session import session
-from prune2onnx.runtime.validate import folds
 
 WIDTH = 768
 LOADS = ("balanced", "small")
-
-PROBE = """
-import json, sys, time
-import onnxruntime as ort
-options = ort.SessionOptions()
-options.log_severity_level = 4
-options.intra_op_num_threads = options.inter_op_num_threads = 1
-start = time.process_time()
-ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-spent = time.process_time() - start
-lines = open("/proc/self/status").read().splitlines()
-peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-print(json.dumps([1e3 * spent, peak / 1e3]))
-"""
 
 Form = Callable[[NDArray[np.float32], np.random.Generator], NDArray[np.generic]]
 
@@ -124,12 +108,9 @@ def stack(megabytes: float, form: Form) -> ModelProto:
 
 
 def loaded(path: Path) -> tuple[float, float]:
-    """CPU milliseconds and peak MB of a session in a fresh process."""
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", PROBE, str(path)], capture_output=True, text=True, check=True
-    )
-    spent, peak = json.loads(done.stdout)
-    return float(spent), float(peak)
+    """CPU milliseconds and peak MB of a session in a fresh process with one thread."""
+    opened = load_in_fresh_process(path)
+    return opened.cpu_ms, opened.peak_rss_bytes / 1e6
 
 
 @click.command()

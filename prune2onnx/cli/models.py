@@ -15,7 +15,14 @@ from prune2onnx.cli.options import (
     input_shape_option,
     max_bytes_option,
 )
-from prune2onnx.cli.output import console, print_json, print_weights, say, weights_progress
+from prune2onnx.cli.output import (
+    console,
+    print_json,
+    print_load,
+    print_weights,
+    say,
+    weights_progress,
+)
 from prune2onnx.cli.tables import layers_table, shrink_table
 from prune2onnx.runs.defaults import MAX_DROP, MAX_REL_ERROR, Int8Options, PackOptions
 from prune2onnx.shrinking.structure import BLOCK
@@ -116,7 +123,10 @@ def pack(
         as_json,
         before=result.nbytes_before,
         notes=result.notes,
+        load=result.load and result.load.to_dict(),
+        load_warning=result.warning or None,
     )
+    print_load(result.load, target, result.warning, as_json)
 
 
 @click.command(cls=GroupedCommand)
@@ -216,15 +226,11 @@ def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
         file,
         file_nbytes(file),
         as_json,
-        load_ms=found.load_ms,
-        load_nbytes=found.load_nbytes,
+        load=found.load.to_dict(),
+        load_warning=found.load_warning or None,
         warning=found.warning,
     )
-    if found.load_ms and not as_json:
-        say(
-            f"decoding adds about {found.load_ms:,.0f} ms and {found.load_nbytes / 1e6:,.1f} MB "
-            "to a load; prune2onnx validate measures it"
-        )
+    print_load(found.load, file, found.load_warning, as_json)
     if found.warning:
         click.echo(f"prune2onnx: {file}: {found.warning}", err=True)
 

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prune2onnx.cli.tables import weights_table
-from prune2onnx.errors import MismatchError
+from prune2onnx.errors import MismatchError, printable
+from prune2onnx.packing.load_cost import Prediction
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.history import Callbacks, Epoch, Step, TrialStart
 from prune2onnx.runs.report import Report
@@ -51,17 +52,33 @@ def print_weights(
         say(f"{before:,} bytes before, {nbytes:,} now: {before / nbytes:.2f} times smaller")
 
 
+def print_load(load: Prediction | None, file: Path, warning: str, as_json: bool) -> None:
+    """Prints what a load is predicted to take, or a warning that says so, on stderr."""
+    if warning:
+        click.echo(f"prune2onnx: {file}: warning: {warning}", err=True)
+    elif load is not None and not as_json:
+        say(f"a load takes {load}; prune2onnx validate measures it")
+
+
 def must_fold(report: Report, file: Path) -> None:
     """Checks that onnxruntime folds the decoders.
 
     Raises:
         MismatchError: it does not.
     """
-    if not report.folded:
+    if report.folded:
+        return
+    runtime = f"{file}: onnxruntime {report.environment['onnxruntime']}"
+    if not report.unfolded:
         raise MismatchError(
-            f"{file}: onnxruntime {report.environment['onnxruntime']} does not fold the decoders; "
-            "outputs are correct, but weights are decoded at every inference"
+            f"{runtime} leaves other operators than in the unpacked file; outputs are correct, but "
+            "inferences may take longer; pack it again, as the last step"
         )
+    raise MismatchError(
+        f"{runtime} does not fold the decoders of {printable(report.left)}; outputs are correct, "
+        "but these weights are decoded at every inference; pack it again, as the last step, or "
+        "use prune2onnx unpack where it runs"
+    )
 
 
 @contextmanager

@@ -96,19 +96,26 @@ def report_table(report: Report) -> Table:
     if a.macs and b.macs:
         fewer = f"{a.macs / b.macs:.2f}x fewer"
         table.add_row("multiply-adds", f"{a.macs:,}", f"{b.macs:,}", fewer)
-    if a.load_ms is not None and b.load_ms is not None:
-        table.add_row("load", f"{a.load_ms:.1f} ms", f"{b.load_ms:.1f} ms", "")
+    for what, x, y in (
+        ("load", a.load_ms, b.load_ms),
+        ("CPU time of a load", a.load_cpu_ms, b.load_cpu_ms),
+    ):
+        if x is not None and y is not None:
+            table.add_row(what, f"{x:.1f} ms", f"{y:.1f} ms", _times(y, x))
     if a.peak_rss_bytes is not None and b.peak_rss_bytes is not None:
-        memory = bytes_text(a.peak_rss_bytes), bytes_text(b.peak_rss_bytes)
-        table.add_row("peak memory of a load", *memory, "")
+        peaks = a.peak_rss_bytes, b.peak_rss_bytes
+        table.add_row("peak memory of a load", *map(bytes_text, peaks), _times(*peaks[::-1]))
     if a.latency_ms is not None and b.latency_ms is not None:
         for name in ("p50", "p95"):
-            x, y = a.latency_ms[name], b.latency_ms[name]
-            table.add_row(f"latency {name}", f"{x:.3f} ms", f"{y:.3f} ms", f"{y / x:.2f}x")
+            p, q = a.latency_ms[name], b.latency_ms[name]
+            table.add_row(f"latency {name}", f"{p:.3f} ms", f"{q:.3f} ms", _times(q, p))
     if report.validation is not None:
         c, d = report.validation["dense_error"], report.validation["error"]
         table.add_row("validation error", f"{c:.2f} %", f"{d:.2f} %", f"{d - c:+.2f}")
-    folded = "folded on load" if report.folded else "NOT folded: decoded at every inference"
+    folded = "folded on load"
+    if not report.folded:
+        left = printable(report.left)
+        folded = f"NOT folded: {left} decoded at every inference" if left else "NOT folded"
     counted = f"counts {report.counted}" if report.counted else ""
     table.add_row("density", "100 %", f"{100 * report.density:.2f} %", counted)
     if report.max_abs_diff is None:
@@ -118,6 +125,11 @@ def report_table(report: Report) -> Table:
     notes = "".join(f"\n{line}" for line in (*report.budget, *report.notes))
     table.caption = f"decoders {folded}; {outputs}{notes}"
     return table
+
+
+def _times(compressed: float, dense: float) -> str:
+    """A ratio: '1.25x'; "" where there is none."""
+    return f"{compressed / dense:.2f}x" if dense else ""
 
 
 def front_table(front: Front) -> Table:
@@ -197,10 +209,10 @@ def layers_table(result: QuantizeResult) -> Table:
 
 def benchmark_tables(benchmark: Benchmark) -> list[Table]:
     """Tables of files, of inferences and, with a profile, of operators."""
-    opened = _table("files", "file", "bytes", "load ms", "peak memory MB")
+    opened = _table("files", "file", "bytes", "load ms", "CPU ms", "peak memory MB")
     for load in benchmark.loads:
-        memory = f"{load.peak_rss_bytes / 1e6:.1f}"
-        opened.add_row(_name(load.file), f"{load.nbytes:,}", f"{load.load_ms:.1f}", memory)
+        taken = (load.load_ms, load.cpu_ms, load.peak_rss_bytes / 1e6)
+        opened.add_row(_name(load.file), f"{load.nbytes:,}", *(f"{one:.1f}" for one in taken))
     headings = ("file", "batch", "threads", "p50 ms", "p95 ms", "p99 ms", "examples/s")
     timings = _table("inferences, interleaved", *headings, "time / first file's")
     for timing in benchmark.timings:

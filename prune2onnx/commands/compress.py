@@ -266,7 +266,11 @@ def _deploy(
         ),
         parameters={"pruned": fitted.size, "others": fitted.others},
         validation={"dense_error": fitted.dense_error, "error": chosen.error},
-        notes=(*chosen.notes, *_on_zeros(report, after / before, chosen.is_float, recipe)),
+        notes=(
+            *report.notes,
+            *chosen.notes,
+            *_on_zeros(report, after / before, chosen.is_float, recipe),
+        ),
     )
 
 

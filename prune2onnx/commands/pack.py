@@ -21,7 +21,8 @@ from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.approximation.approximate import Approximation, approximate, search
 from prune2onnx.packing.inline import is_packed
-from prune2onnx.packing.pack import Progress, pack_normalized
+from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter
+from prune2onnx.packing.pack import Load, Progress, pack_normalized
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runtime.compare import compared, output_error
@@ -48,12 +49,16 @@ class PackResult:
         notes: changes besides the weights' encoding, in words.
         nbytes_before: size of the file that was read, external data included.
         files: the files that were written.
+        load: what loads of the file and of the dense one take; None for sparse initializers.
+        warning: that it takes far more than the dense one, and what to do; "" where it does not.
     """
 
     rows: tuple[WeightRow, ...]
     notes: tuple[str, ...]
     nbytes_before: int
     files: tuple[Path, ...]
+    load: Prediction | None = None
+    warning: str = ""
 
 
 def pack_file(
@@ -95,7 +100,7 @@ def pack_file(
         notes.append("nothing changes the outputs, so --data was not used")
     if options.strip:
         normal = replace(normal, model=strip(normal.model).model)
-    quantized = None
+    quantized, load, warning = None, None, ""
     if options.lossy:
         made = _approximated(normal.model, options, evaluate)
         normal, quantized = replace(normal, model=made.model), made.quantized
@@ -114,12 +119,20 @@ def pack_file(
                 progress=progress,
                 spill=spill,
             )
-            result, rows = packed.model, packed.rows
+            result, rows, load = packed.model, packed.rows, packed.load
             if not is_packed(result):
                 notes.append("packing would not make the file smaller; its weights stay dense")
         notes += _size_notes(result, rows, given.nbytes, options.strip)
         files = save(result, target, options.external, source=source)
-    return PackResult(rows, tuple(notes), given.nbytes, files)
+    if load is not None:
+        warning = load.warning(_advice(load, rows, options.load))
+    return PackResult(rows, tuple(notes), given.nbytes, files, load, warning)
+
+
+def _advice(cost: Prediction, rows: Sequence[WeightRow], load: Load) -> str:
+    """What to do about a file that takes long to open."""
+    other = lighter(cost, rows, entropy_coded=load != "fast")
+    return f"--load {other} takes less" if other else UNPACK
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Reads how the weights of a file are stored, and what other forms of them would take.
 
-Runs nothing in onnxruntime: the cost of a load is an estimate here; `runtime.validate` measures it.
+Runs nothing in onnxruntime: what a load takes is predicted here; `runtime.validate` measures it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,15 @@ from onnx import ModelProto
 
 from prune2onnx.graph.domain import DOMAIN, MARK
 from prune2onnx.graph.protobuf import framed, tensor_nbytes
+from prune2onnx.graph.protobuf import nbytes as nbytes_of
 from prune2onnx.graph.tensors import array_of, dense_array, within
-from prune2onnx.packing.codecs import entropy_nbytes
+from prune2onnx.packing.codecs import entropy_nbytes, huffman
 from prune2onnx.packing.inline import is_packed, outlined
+from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter, predict, sizes
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.sparse import CODEC as SPARSE
 from prune2onnx.packing.sparse import sparse_nbytes
 from prune2onnx.packing.unpack import MAX_BYTES, Coded, coded
-
-# Fitted to what `prune2onnx validate` measures with onnxruntime 1.32 on a server's core: the time
-# to fold an operator and to make a byte of its result, and the memory held for each such byte.
-_NODE_MS = 0.07
-_NBYTE_MS = 1.0e-6
-_STAGED_NBYTE_MS = 0.75e-6  # what is freed in between is used again
-_HELD = 1.6
 
 # Other forms are measured for this many dense bytes only, at 10 to 100 MB/s: a small file may
 # decode to gigabytes, and its reader should not wait for minutes.
@@ -42,15 +37,17 @@ class Inspection:
 
     Attributes:
         rows: one per weight: the coded ones, then initializers in the file's order.
-        load_ms: about how much decoding adds to the creation of a session; 0 if nothing is packed.
-        load_nbytes: about how much memory decoding adds meanwhile.
+        load: what loads of the file and of the unpacked one take; both are one where nothing is
+            packed.
         warning: what another tool did to a packed file; "" where none did.
+        load_warning: that a load takes far more than the dense file's, and what to do; "" where it
+            does not.
     """
 
     rows: tuple[WeightRow, ...]
-    load_ms: float
-    load_nbytes: int
+    load: Prediction
     warning: str
+    load_warning: str
 
 
 def inspect(
@@ -93,13 +90,30 @@ def inspect(
         allowed = within(allowed, sparse)
         array = dense_array(sparse)
         add(sparse.values.name, array, SPARSE, framed(sparse.ByteSize()))
-    return Inspection(
-        tuple(rows),
-        _NODE_MS * found.nodes
-        + (_STAGED_NBYTE_MS if found.stages else _NBYTE_MS) * found.work_nbytes,
-        int(_HELD * found.work_nbytes / max(found.stages, 1)),
-        left_over,
-    )
+    load = load_of(model, found)
+    other = lighter(load, rows, entropy_coded=load.stages > 0 or _entropy_coded(model, found))
+    advice = f"prune2onnx pack with --load {other} makes one that takes less" if other else UNPACK
+    return Inspection(tuple(rows), load, left_over, load.warning(advice))
+
+
+def _entropy_coded(model: ModelProto, found: Coded) -> bool:
+    """Whether a file without stages has an entropy code: Huffman's functions, or Rice's TopK."""
+    names = {function.name for function in model.functions if function.domain == DOMAIN}
+    return bool(names & huffman.LANES.keys()) or "TopK" in found.work.made
+
+
+def load_of(model: ModelProto, found: Coded) -> Prediction:
+    """What loads take: of the file, and of the one with these weights in place of their streams."""
+    packed = dense = nbytes_of(model)
+    calls = [node for node in model.graph.node if node.domain == DOMAIN]
+    streams = {name for node in calls for name in node.input}
+    if calls:
+        dense -= sum(framed(node.ByteSize()) for node in calls)
+        dense -= sum(framed(f.ByteSize(), tag=2) for f in model.functions if f.domain == DOMAIN)
+        stored = (tensor for tensor in model.graph.initializer if tensor.name in streams)
+        dense -= sum(framed(tensor_nbytes(tensor)) for tensor in stored)
+        dense += sum(array.nbytes for array in found.arrays.values())
+    return predict(model.graph, sizes(found.arrays), found.work, packed, dense)
 
 
 def inflated(model: ModelProto) -> str:

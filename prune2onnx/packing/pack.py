@@ -46,8 +46,10 @@ from prune2onnx.packing.codecs import (
     staged,
 )
 from prune2onnx.packing.codecs.staged import Done, Known
+from prune2onnx.packing.codecs.work import Work
 from prune2onnx.packing.inline import inlined
 from prune2onnx.packing.large import are_many, is_regular, step_in, surveyed, with_scale
+from prune2onnx.packing.load_cost import Prediction, predict
 from prune2onnx.packing.quantized import Quantized, step_of
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
@@ -83,11 +85,13 @@ class Packed:
         model: the packed model, or the normalized one where packing would not make it smaller.
         rows: one row per initializer of the normalized model, in its order.
         notes: what normalizing changed, in words.
+        load: what loads of it and of the dense model take; None if it was not checked.
     """
 
     model: ModelProto
     rows: tuple[WeightRow, ...]
     notes: tuple[str, ...] = ()
+    load: Prediction | None = None
 
 
 def pack(
@@ -181,15 +185,15 @@ def pack_normalized(
     )
     large = [one for one in large if one.weight.name in methods]
     result, nbytes = _written(model, made, large, methods, done, spill)
-    if check:
-        verify(result, done)
+    work = verify(result, done) if check else None
     if anonymize:
         result = min(inlined(result), result, key=nbytes_of)
     reasons |= made.reasons
     methods = {**made.methods, **methods}
-    if methods and nbytes_of(result) >= nbytes_of(model):
+    before, after = nbytes_of(model), nbytes_of(result)
+    if methods and after >= before:
         reasons |= dict.fromkeys(methods, "the file would not be smaller")
-        methods, result = {}, model
+        methods, result, work, after = {}, model, work and Work(), before
     rows = []
     for tensor in tensors:
         name = tensor.name
@@ -202,7 +206,11 @@ def pack_normalized(
             array = others[name].array if name in others else array_of(tensor)
             row = WeightRow.of(known_as, array, *how)
         rows.append(row)
-    return Packed(result, tuple(rows), normal.notes)
+    coded = {name: (one.weight.size, one.weight.nbytes) for name, one in known.items()}
+    coded |= {name: (one.array.size, one.array.nbytes) for name, one in others.items()}
+    coded = {name: coded[name] for name in methods}
+    load_cost = predict(model.graph, coded, work, after, before) if work else None
+    return Packed(result, tuple(rows), normal.notes, load_cost)
 
 
 def _weight(tensor: TensorProto, known: Quantized | None) -> Weight:

@@ -28,6 +28,7 @@ from prune2onnx.packing.codecs.evaluator import weights_of
 from prune2onnx.packing.codecs.limits import Budget
 from prune2onnx.packing.codecs.operators import stored
 from prune2onnx.packing.codecs.staged import GATES
+from prune2onnx.packing.codecs.work import Work
 from prune2onnx.packing.inline import is_packed, outlined
 
 FUNCTIONS_IR = 8
@@ -156,16 +157,12 @@ class Coded:
     Attributes:
         arrays: weight name -> decoded array.
         how: weight name -> (codec, its bytes in the file).
-        nodes: operators that a runtime folds to decode them.
-        work_nbytes: bytes of those operators' results.
-        stages: between which a runtime frees them; 0 for files without stages.
+        work: what a runtime does to decode them.
     """
 
     arrays: Mapping[str, NDArray[Any]]
     how: Mapping[str, tuple[str, int]]
-    nodes: int
-    work_nbytes: int
-    stages: int
+    work: Work
 
     def of(self, calls: Iterable[NodeProto]) -> Iterator[Decoding]:
         """The outputs of each decode call."""
@@ -208,8 +205,7 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
             else:
                 codec = "written out" if node.op_type == OP else f"version 1: {node.op_type}"
                 how[name] = (codec, round(nbytes * bounds[name] / sum(bounds.values())))
-    stages = sum(len(node.output) for node in _calls(model) if node.op_type == GATES)
-    return Coded(arrays, how, budget.nodes, budget.nbytes, stages)
+    return Coded(arrays, how, budget.work)
 
 
 def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = None) -> ModelProto:
@@ -237,19 +233,24 @@ def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = 
     return result
 
 
-def verify(model: ModelProto, done: Callable[[str, int], None] = lambda name, nbytes: None) -> None:
+def verify(model: ModelProto, done: Callable[[str, int], None] = lambda name, nbytes: None) -> Work:
     """Decodes every coded weight and compares each decode call's checksum.
 
     Args:
         model: packed.
         done: is told the name and the bytes of each weight that was decoded.
 
+    Returns:
+        What a runtime does to decode them.
+
     Raises:
         Prune2OnnxError: they do not agree.
     """
-    for _, decoded in _decodings(model, _budget(model, MAX_BYTES)):
+    budget = _budget(model, MAX_BYTES)
+    for _, decoded in _decodings(model, budget):
         for name, array in decoded.items():
             done(name, array.nbytes)
+    return budget.work
 
 
 def _calls(model: ModelProto) -> list[NodeProto]:
@@ -312,6 +313,7 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
             raise Prune2OnnxError(f"{name!r}: a name that is not UTF-8; the file is damaged")
     between = _between(calls)
     last = {name: at for at, node in enumerate(calls) for name in node.input}
+    stage_of: dict[str, int] = {}
     for at, node in enumerate(calls):
         for name in node.input:
             if name in arrays:
@@ -326,6 +328,9 @@ def _decodings(model: ModelProto, budget: Budget) -> Iterator[Decoding]:
                 raise Prune2OnnxError(
                     f"{weights_of(node)}: the stream {name!r} is damaged: {one_line(error)[:300]}"
                 ) from error
+        stage = budget.work.stage = max((stage_of.get(name, 0) for name in node.input), default=0)
+        for number, name in enumerate(node.output):
+            stage_of[name] = number + 1 if node.op_type == GATES else stage
         decoded = decode(
             node,
             [arrays[name] for name in node.input],

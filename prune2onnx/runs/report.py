@@ -14,6 +14,8 @@ from prune2onnx.packing.rows import WeightRow
 
 SCHEMA = 1
 
+_NAMED = 3  # weights in a message
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -22,11 +24,12 @@ class Measured:
     Attributes:
         nbytes: size of the file, external data included.
         error: percent of the test set; None without data.
-        load_ms: time to create a session in a fresh process; None where the network was not run,
-            like the next two.
+        load_ms: time to create a session in a fresh process with one thread; None where the
+            network was not run, like the next two.
         peak_rss_bytes: peak memory of that process, the runtime itself included.
         latency_ms: "p50" and "p95" of one inference, batch 1.
         macs: multiply-adds of one example, in layers with weights; None where not counted.
+        load_cpu_ms: CPU time of `load_ms`; None also in reports of before it was measured.
     """
 
     nbytes: int
@@ -35,6 +38,7 @@ class Measured:
     peak_rss_bytes: int | None = None
     latency_ms: dict[str, float] | None = None
     macs: int | None = None
+    load_cpu_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class Report:
         environment: versions, processor, cores.
         dense: the reference.
         compressed: the packed file.
-        folded: whether onnxruntime's optimised graph has no decode node.
+        folded: whether onnxruntime's optimised graph has no decode node, and is the dense file's.
         max_abs_diff: largest difference of the outputs from those of a dense file with the same
             weights; None where the network was not run.
         density: nonzeros over elements of the pruned weights, 0-1.
@@ -192,6 +196,7 @@ class Report:
         paired: both files' right and wrong answers; None without data.
         parameters: of the network: "pruned" are elements of the pruned weights, which the density
             counts, "others" those of all other parameters; None where the file alone is known.
+        unfolded: weights that onnxruntime decodes at every inference; () where it folds them all.
     """
 
     version: str
@@ -209,6 +214,7 @@ class Report:
     notes: tuple[str, ...] = ()
     paired: Paired | None = None
     parameters: dict[str, int] | None = None
+    unfolded: tuple[str, ...] = ()
 
     @property
     def missed(self) -> tuple[Goal, ...]:
@@ -222,6 +228,16 @@ class Report:
             return ""
         pruned = self.parameters["pruned"]
         return f"{pruned:,} of {pruned + self.parameters['others']:,} parameters"
+
+    @property
+    def left(self) -> str:
+        """The weights that are decoded at every inference, in words: 'a, b, c and 9 more'.
+
+        "" where decoders fold, or where the graph has other operators but makes no weight.
+        """
+        named = ", ".join(self.unfolded[:_NAMED])
+        more = len(self.unfolded) - _NAMED
+        return f"{named} and {more:,} more" if more > 0 else named
 
     @property
     def ratio(self) -> float:
@@ -250,6 +266,7 @@ class Report:
             "density": self.density,
             "parameters": self.parameters,
             "folded": self.folded,
+            "unfolded": list(self.unfolded),
             "max_abs_diff": self.max_abs_diff,
             "skipped": self.skipped,
             "budget": [goal.to_dict() for goal in self.budget],

@@ -45,18 +45,20 @@ _MOST_ROUNDS = 20_000
 
 @dataclass(frozen=True)
 class Load:
-    """Opening a file in a fresh process; medians of up to seven processes.
+    """Opening a file in a fresh process with one thread; medians of up to seven processes.
 
     Attributes:
         file: its path.
         nbytes: its size, external data included.
         load_ms: time to create the session.
+        cpu_ms: the CPU time of that.
         peak_rss_bytes: peak memory of the process, the runtime itself included.
     """
 
     file: str
     nbytes: int
     load_ms: float
+    cpu_ms: float
     peak_rss_bytes: int
 
 
@@ -180,7 +182,7 @@ def benchmark(
         given = _inputs(path, unpack(load_runnable(path)), session(path), each.batch, inputs)
         kernels += operators(path, given, each.batch, each.threads)
     taken = zip(files, loads(files), strict=True)
-    sizes = tuple(Load(str(path), file_nbytes(path), ms, peak) for path, (ms, peak) in taken)
+    sizes = tuple(Load(str(path), file_nbytes(path), *own) for path, own in taken)
     return Benchmark(environment(), sizes, tuple(found), tuple(kernels))
 
 

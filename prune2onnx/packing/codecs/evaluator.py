@@ -114,7 +114,6 @@ class _Machine:
         last = {name: index for index, each in enumerate(function.node) for name in each.input}
         inputs.clear()  # memory: the frame has them
         for index, each in enumerate(function.node):
-            self.budget.nodes += 1
             self.budget.spend(_NODE_STEPS + 1000 * (len(each.input) + len(each.output)))
             results = self._results(each, frame, depth)
             if len(results) != len(each.output):
@@ -156,7 +155,9 @@ class _Machine:
             raise
         except Exception as error:
             raise ValueError(f"{node.op_type}: {one_line(error) or 'fails'}") from error
-        return result if isinstance(result, list) else [result]
+        results = result if isinstance(result, list) else [result]
+        self.budget.work.ran(node.op_type, results, inputs)
+        return results
 
     def _resolved(self, attribute: AttributeProto, frame: _Frame | None) -> AttributeProto:
         if not attribute.ref_attr_name:
@@ -201,12 +202,10 @@ def _huffman(op: str, inputs: list[Array], budget: Budget) -> Array:
             "segments"
         )
     lane = huffman.LANES[op]
-    nodes, nbytes = huffman.work(op, data.size, starts.size, tails.size, limit)
     tables = (4 * tails.size, 1 << limit)
     budget.spend(8 * budget.check(tables, np.dtype(np.int32)))
     budget.spend(24 * budget.check((starts.size, lane), np.dtype(np.int32)))
-    budget.nodes += nodes
-    budget.nbytes += nbytes
+    budget.work.add(*huffman_graph.work(op, data.size, starts.size, tails.size, limit))
     codes = internal.reshape(-1, limit)
     stream = huffman.Stream(op, data.reshape(-1), codes, starts, tails, tuple(lanes))
     symbols = huffman.decode(stream).reshape(-1, lane)

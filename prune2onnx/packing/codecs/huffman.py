@@ -392,11 +392,3 @@ def tables(internal: NDArray[np.uint8]) -> tuple[NDArray[np.int32], NDArray[np.i
         lengths[row] = np.repeat(length, windows)
         symbols[row] = np.repeat(np.arange(length.size)[::-1], windows)
     return lengths, symbols
-
-
-def work(op: str, words: int, lanes: int, codes: int, limit: int) -> tuple[int, int]:
-    """Number of operators with which a runtime decodes a stream, and bytes of their results."""
-    tables = codes * (5 * limit + 28) << limit
-    if op == "m":
-        return 120, tables + 4 * WORD_BITS * words * (8 + DOUBLINGS)
-    return 100 + 9 * LANES[op], tables + 4 * LANES[op] * lanes * 13

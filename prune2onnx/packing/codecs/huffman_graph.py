@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from dataclasses import dataclass
 
 from onnx import FunctionProto, TensorProto
 
 from prune2onnx.packing.codecs.function import Body
 from prune2onnx.packing.codecs.huffman import DOUBLINGS, LANES, WORD, WORD_BITS
+from prune2onnx.packing.codecs.work import mapped
 
 _LEAPS = 8
 """Leaps in the function `q`, which `m` calls several times."""
@@ -75,6 +77,58 @@ def _head(body: Body, limit: int) -> _Head:
         body.node("Reshape", length, flat),
         body.node("Reshape", symbol, flat),
     )
+
+
+def work(
+    op: str, words: int, lanes: int, codes: int, limit: int
+) -> tuple[int, Counter[str], Counter[str], int]:
+    """What a runtime does for a stream of so many words, lanes and codes, as `Work.add` has it.
+
+    Returns:
+        The number of nodes; operator -> bytes of its results; operator -> bytes of its operands;
+        bytes of operands that are `mapped`. What is of the size of a lane's constants is left out.
+    """
+    word, window = 4 * words, 4 * codes << limit
+    symbol = 4 * LANES[op] * lanes
+    nodes = 33
+    made = Counter(
+        Add=word + window,
+        Cast=word + limit * window,
+        Clip=2 * word,
+        CumSum=2 * word + window,
+        Div=word + window,
+        GatherElements=word + symbol,
+        Less=limit * window // 4,
+        Mul=word,
+        Pow=window,
+        ReduceSum=window,
+        Reshape=2 * window + symbol,
+        ScatterElements=word,
+        Sub=word,
+        Transpose=symbol,
+    )
+    read = made + Counter(Add=word, GatherElements=word + window, ReduceSum=(limit - 1) * window)
+    read["Cast"] -= word // 2 + 3 * limit * window // 4
+    if op == "m":
+        bit, leaps = WORD_BITS * word, LANES["m"] >> DOUBLINGS
+        nodes += leaps + 3 * DOUBLINGS + 11
+        more = Counter(Div=bit, Mod=bit, Add=bit, Clip=bit, CumSum=bit, Sub=bit)
+        more.update(Reshape=bit + symbol, GatherElements=(1 + DOUBLINGS) * bit + 2 * symbol)
+        more.update(Concat=2 * symbol)
+        made.update(more)
+        read.update(more)
+        # each leap reads all jumps, and so does each doubling, when it is made and when it is used
+        read.update(GatherElements=(leaps + 2 * DOUBLINGS + 1) * bit, Sub=bit, Div=word - bit)
+    else:
+        nodes += 9 * LANES["l"] + LANES["l"] // _STEPS + 13
+        more = Counter(Div=2 * symbol, Mod=2 * symbol, Add=2 * symbol, GatherElements=3 * symbol)
+        more.update(Concat=2 * symbol + word, Reshape=2 * word + symbol)
+        made.update(more)
+        read.update(more)
+        # each step reads all words, and all lengths of codewords
+        read.update(GatherElements=LANES["l"] * (word + window), Div=symbol, Add=2 * symbol)
+    steps = LANES["l"] + 12 if op == "l" else 12
+    return nodes, made, read, mapped([word] * steps + [symbol] * 4)
 
 
 def _jumping(opset: int, limit: int) -> tuple[FunctionProto, ...]:

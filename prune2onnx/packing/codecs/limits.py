@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.tensors import MAX_RANK, MORE_BYTES
+from prune2onnx.packing.codecs.work import Work
 
 Array = NDArray[Any]
 
@@ -32,8 +33,7 @@ class Budget:
         given: bytes of the streams: the work that decoding needs grows with them.
 
     Attributes:
-        nodes: operators run so far.
-        nbytes: bytes of their results.
+        work: what was run so far.
     """
 
     def __init__(self, max_bytes: int, given: int) -> None:
@@ -42,8 +42,7 @@ class Budget:
         self._steps = _FREE_STEPS + _STEPS_PER_BYTE * given
         self._held = 0
         self._owners: dict[int, weakref.ref[Array]] = {}
-        self.nodes = 0
-        self.nbytes = 0
+        self.work = Work()
 
     def take(self, shape: Sequence[int], dtype: np.dtype[Any], steps: int = 4) -> None:
         """Checks and counts a result before it is made, with its steps per element.
@@ -52,9 +51,7 @@ class Budget:
             ValueError: there is no such shape.
             Prune2OnnxError: it is too large, or all arrays together are.
         """
-        size = self.check(shape, dtype)
-        self.nbytes += size * dtype.itemsize
-        self.spend(size * steps)
+        self.spend(self.check(shape, dtype) * steps)
 
     def check(self, shape: Sequence[int], dtype: np.dtype[Any]) -> int:
         """Checks an array before it is made, as `take` does, without counting it.

@@ -310,10 +310,15 @@ def _lines(report: Report) -> list[_Line]:
     if a.load_ms is not None and b.load_ms is not None:
         change = f"{_signed(b.load_ms - a.load_ms, 1)} ms, once a session"
         lines += [_Line("Load time", f"{a.load_ms:.1f} ms", f"{b.load_ms:.1f} ms", change)]
+    if a.load_cpu_ms is not None and b.load_cpu_ms is not None:
+        x, y = a.load_cpu_ms, b.load_cpu_ms
+        change = f"{y / x:.2f} of dense" if x > 0 else ""
+        lines += [_Line("CPU time of a load", f"{x:.1f} ms", f"{y:.1f} ms", change)]
     if a.peak_rss_bytes is not None and b.peak_rss_bytes is not None:
         x, y = a.peak_rss_bytes, b.peak_rss_bytes
         sign = "+" if y >= x else _MINUS
-        change = f"{sign}{bytes_text(abs(y - x))}; both hold the runtime"
+        part = f", {y / x:.2f} of dense" if x > 0 else ""
+        change = f"{sign}{bytes_text(abs(y - x))}{part}; both hold the runtime"
         lines += [_Line("Peak memory of a load", bytes_text(x), bytes_text(y), change)]
     return lines
 

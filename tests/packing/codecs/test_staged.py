@@ -25,7 +25,8 @@ from prune2onnx.packing.codecs.staged.pieces import pieces_of
 from prune2onnx.packing.codecs.weight import Weight
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
-from prune2onnx.runtime.validate import check_weights, folds
+from prune2onnx.runtime.folding import folds
+from prune2onnx.runtime.validate import check_weights
 
 RNG = np.random.default_rng(0)
 

@@ -117,6 +117,8 @@ def test_the_page_shows_goal_and_result(run, page):
         "this includes 0, so the examples show no significant difference",
         "+2.0 ms, once a session",
         "0.50 of dense",
+        "1.25 of dense",  # CPU time of a load
+        "+3.0 MB, 1.05 of dense; both hold the runtime",
         "Zeros alone save no time",
         "prune2onnx compress --recipe recipe.yaml -o again",
         "prune2onnx validate model.onnx --reference dense.onnx --data 'folder:my images'",
@@ -234,15 +236,17 @@ def test_a_run_that_learned_no_threshold_has_its_other_curves(tmp_path):
     assert "No epoch was trained" in page_of(tmp_path)
 
 
-def test_an_older_run_has_a_page_without_an_interval(tmp_path):
+def test_an_older_run_has_a_page_without_what_it_did_not_measure(page, tmp_path):
     report = made_run(tmp_path)
     content = report.to_dict()
     del content["paired"], content["notes"], content["dense"]["macs"], content["budget"]
+    del content["unfolded"], content["dense"]["load_cpu_ms"]
     (tmp_path / "report.json").write_text(json.dumps(content))
     for name in ("history.json", "recipe.yaml"):
         (tmp_path / name).unlink()
     text = Reader(page_of(tmp_path)).text
     assert "+0.50 points" in text and "95 %:" not in text and "has no confidence interval" in text
+    assert "CPU time of a load" not in text and "CPU time of a load" in Reader(page).text
 
 
 def test_a_network_without_data_has_a_page(tmp_path):
@@ -255,11 +259,13 @@ def test_a_network_without_data_has_a_page(tmp_path):
         validation=None,
         paired=None,
         folded=False,
+        unfolded=("fc1.weight",),
         budget=(),
     )
     text = Reader(page_of(tmp_path)).text
     assert "the error was not measured" in text and "was not run: no such operator" in text
-    assert "not folded" in text and "Test error" not in text
+    assert "not folded onnxruntime decodes fc1.weight at every inference" in text
+    assert "Test error" not in text
 
 
 def test_weights_of_an_anonymous_file_are_found_by_shape_and_nonzeros(run, tmp_path):

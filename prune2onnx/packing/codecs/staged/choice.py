@@ -17,6 +17,7 @@ from prune2onnx.packing.codecs.staged.floats import MOST_PATCHES
 from prune2onnx.packing.codecs.staged.large import Large, Survey
 from prune2onnx.packing.codecs.values.levels import level_codes
 from prune2onnx.packing.codecs.weight import numpy_type
+from prune2onnx.packing.codecs.work import DENSE_NS, MADE_NS, READ_NS, SCATTERED_NS
 
 SIMPLE_BELOW = 18
 """The operator set that has BitwiseOr."""
@@ -30,11 +31,16 @@ LEAST_TOTAL = 1 << 20
 MOST_LOW = 8
 """Most bits of a gap that are stored as they are."""
 
-_NS = {"gap": 55.0, "planes": 26.0, "few": 13.0, "many": 20.0}
-"""CPU time of an entry, in nanoseconds, by onnxruntime 1.32 on a server's core: of one that is not
-zero, a float, one of few or of many values. Besides, a zero takes 4, and a byte of a result 1."""
-_FEW = 64
-_DENSE_NS = 2.4  # of a byte of a dense weight
+_TOUCHED = {
+    "codes": (25.0, 27.0, 2.2),
+    "planes": (51.0, 56.0, 2.3),
+    "halves": (32.0, 36.0, 2.3),
+    "entries": (84.0, 101.0, 9.4),
+    "zeros": (16.0, 16.0, 4.0),
+}
+"""Bytes that decoding makes besides the weight itself, reads, and puts in places or sums up: for
+each element of a weight in codes, in planes, in half precision; for each nonzero behind gaps, and
+besides for each element there."""
 _SAVED_NS = 80.0  # of a byte that is saved: fetching it at 100 Mbit/s
 
 
@@ -107,7 +113,7 @@ def chosen(
         name = one.weight.name
         best = min(ways, key=lambda how: ways[how])
         saved = dense[name] - ways[best]
-        allowed = _DENSE_NS * one.weight.nbytes + _SAVED_NS * saved
+        allowed = DENSE_NS * one.weight.nbytes + _SAVED_NS * saved
         if saved > 0 and decoding_ns(one, best) <= allowed:
             found[name] = best
         else:
@@ -122,13 +128,17 @@ def decoding_ns(one: Known, how: Method) -> float:
     """About how much CPU time decoding takes."""
     size = one.weight.size
     if how.positions == "gap":
-        own = _NS["gap"] * one.survey.entries + 4.0 * size
+        counts = {"entries": one.survey.entries, "zeros": size}
     elif how.values.name == "planes":
-        own = _NS["planes"] * size
+        half = one.weight.working == TensorProto.FLOAT16
+        counts = {"halves" if half else "planes": size}
     else:
-        assert one.survey.book is not None
-        own = _NS["few" if one.survey.book.values.size <= _FEW else "many"] * size
-    return float(own + size * numpy_type(one.weight.working).itemsize)
+        counts = {"codes": size}
+    spent = MADE_NS * size * numpy_type(one.weight.working).itemsize
+    for what, count in counts.items():
+        made, read, scattered = _TOUCHED[what]
+        spent += count * (MADE_NS * made + READ_NS * read + SCATTERED_NS * scattered)
+    return spent
 
 
 def fitting(one: Known) -> list[Method]:

@@ -74,6 +74,11 @@ def pack_file(
         Prune2OnnxError: the file cannot be read, normalized, or written.
     """
     options = options or PackOptions()
+    if options.portable and options.form != "packed":
+        raise RecipeError(
+            f"--portable and --format {options.form}: such a file has no decoder to write out; "
+            "give one of them"
+        )
     given = read(source)
     normal, changed = given.normal, given.is_upgraded
     notes = list(normal.notes)
@@ -99,7 +104,11 @@ def pack_file(
         result, rows = to_sparse(normal.model)
     else:
         packed = pack_normalized(
-            normal, load=options.load, quantized=quantized, anonymize=options.anonymize
+            normal,
+            load=options.load,
+            quantized=quantized,
+            anonymize=options.anonymize,
+            portable=options.portable,
         )
         result, rows = packed.model, packed.rows
         if not is_packed(result):

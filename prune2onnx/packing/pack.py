@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -44,6 +45,8 @@ from prune2onnx.packing.codecs import (
     staged,
 )
 from prune2onnx.packing.inline import inlined
+from prune2onnx.packing.portable import BOUNDS, OPSET, STAGE_SIZE, is_slow
+from prune2onnx.packing.portable import portable as written_out
 from prune2onnx.packing.quantized import Quantized, step_of
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
@@ -76,6 +79,7 @@ def pack(
     load: Load = "balanced",
     quantized: Mapping[str, Quantized] | None = None,
     anonymize: bool = False,
+    portable: bool = False,
 ) -> Packed:
     """Writes each weight in few bytes that decode to it, bit for bit.
 
@@ -89,13 +93,20 @@ def pack(
         anonymize: whether weights get the shortest names, in the file and in what is unpacked from
             it (the rows keep the original ones), and the decoder's nodes may stand in the graph in
             place of a call (`inline`).
+        portable: whether the decoder's nodes stand in the graph in any case, in operators that
+            OpenVINO folds, too (`portable`). The file is larger, and onnxruntime takes more time
+            and memory to open it.
 
     Raises:
         Prune2OnnxError: the model cannot be normalized (`graph.normalize`), is packed and damaged,
             or `quantized` does not fit it.
     """
     return pack_normalized(
-        normalize(unpack(model)), load=load, quantized=quantized, anonymize=anonymize
+        normalize(unpack(model)),
+        load=load,
+        quantized=quantized,
+        anonymize=anonymize,
+        portable=portable,
     )
 
 
@@ -105,6 +116,7 @@ def pack_normalized(
     load: Load = "balanced",
     quantized: Mapping[str, Quantized] | None = None,
     anonymize: bool = False,
+    portable: bool = False,
     check: bool = True,
 ) -> Packed:
     """As `pack`, for a model that is unpacked and normalized.
@@ -114,6 +126,7 @@ def pack_normalized(
         load: as for `pack`.
         quantized: as for `pack`.
         anonymize: as for `pack`.
+        portable: as for `pack`.
         check: whether to decode the result and compare its checksum.
     """
     model, reasons, quantized = normal.model, dict(normal.reasons), quantized or {}
@@ -138,15 +151,22 @@ def pack_normalized(
     dense = {tensor.name: framed(tensor.ByteSize()) for tensor in tensors}
     gained = {tensor.name: dense[tensor.name] - _notes_nbytes(tensor) for tensor in tensors}
     methods: dict[str, Method] = {}
+    staged_opset = max(opset, OPSET) if portable else opset
     if load == "balanced":
-        methods, stay = staged.chosen(weights, gained, opset)
+        bounds = BOUNDS if portable else staged.GATED
+        methods, stay = staged.chosen(weights, gained, staged_opset, bounds)
         reasons |= stay
     others = [weight for weight in weights if weight.name not in {*methods, *reasons}]
-    made = plan(
-        others, gained, opset, load="fast" if load == "fast" else "small", absolute=bool(methods)
-    )
+    given = partial(plan, others, gained, opset, absolute=bool(methods))
+    made = given(load="fast" if load == "fast" else "small")
+    if portable and load == "balanced" and is_slow(made):
+        made = given(load="fast")
     large = [weight for weight in weights if weight.name in methods]
-    result, nbytes = _written(model, made, large, methods)
+    stage_size = STAGE_SIZE if portable else staged.STAGE_SIZE
+    result, nbytes = _written(model, made, large, methods, staged_opset, stage_size)
+    arrays = {weight.name: weight.array for weight in weights}
+    if portable:
+        result = written_out(result, arrays, facts=not anonymize)
     if check:
         verify(result)
     if anonymize:
@@ -156,7 +176,6 @@ def pack_normalized(
     if methods and nbytes_of(result) >= nbytes_of(model):
         reasons |= dict.fromkeys(methods, "the file would not be smaller")
         methods, result = {}, model
-    arrays = {weight.name: weight.array for weight in weights}
     rows = []
     for tensor in tensors:
         name = tensor.name
@@ -248,6 +267,8 @@ def _written(
     made: Plan,
     large: Sequence[Weight] = (),
     methods: Mapping[str, Method] = MappingProxyType({}),
+    opset: int = 0,
+    stage_size: int = staged.STAGE_SIZE,
 ) -> tuple[ModelProto, dict[str, int]]:
     """The packed model, and the bytes of each coded weight."""
     result = ModelProto()
@@ -269,9 +290,7 @@ def _written(
         functions += made.bundle.functions
     if large:
         places = {tensor.name: place for place, tensor in enumerate(model.graph.initializer)}
-        opset = opset_of(model.opset_import)
-        assert opset is not None
-        written = staged.encode(large, methods, places, opset, names.shortest)
+        written = staged.encode(large, methods, places, opset, names.shortest, stage_size)
         result.graph.node.extend(written.nodes)
         result.graph.initializer.extend(written.streams)
         result.graph.value_info.extend(written.places)

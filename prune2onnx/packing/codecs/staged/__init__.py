@@ -13,8 +13,18 @@ Small weights are not worth a call of their own; `bundle` writes them all in one
 
 from __future__ import annotations
 
-from prune2onnx.packing.codecs.staged.choice import chosen
+from prune2onnx.packing.codecs.staged.choice import GATED, Bounds, chosen
 from prune2onnx.packing.codecs.staged.encode import encode
-from prune2onnx.packing.codecs.staged.functions import GATES
+from prune2onnx.packing.codecs.staged.functions import CONSTANTS, GATES, RESOLVE
+from prune2onnx.packing.codecs.staged.pieces import STAGE_SIZE
 
-__all__ = ["GATES", "chosen", "encode"]
+__all__ = [
+    "CONSTANTS",
+    "GATED",
+    "GATES",
+    "RESOLVE",
+    "STAGE_SIZE",
+    "Bounds",
+    "chosen",
+    "encode",
+]

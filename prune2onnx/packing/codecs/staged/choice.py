@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,26 @@ from prune2onnx.packing.codecs.weight import MAX_LEVELS, Weight
 SIMPLE_BELOW = 18
 """The operator set that has BitwiseOr."""
 
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which weights are large.
+
+    Attributes:
+        size: least elements of one.
+        own: least elements of one that has a codebook, and so nodes, of its own.
+        total: least elements of all together.
+    """
+
+    size: int
+    own: int
+    total: int
+
+
 LEAST_TOTAL = 1 << 20
 """Elements of large weights from which on stages are worth their functions: about 7 kB."""
+
+GATED = Bounds(LEAST_SIZE, LEAST_SIZE, LEAST_TOTAL)
 
 MOST_LOW = 8
 """Most bits of a gap that are stored as they are."""
@@ -35,7 +54,7 @@ _SAVED_NS = 80.0  # of a byte that is saved: fetching it at 100 Mbit/s
 
 
 def chosen(
-    weights: Sequence[Weight], dense: Mapping[str, int], opset: int
+    weights: Sequence[Weight], dense: Mapping[str, int], opset: int, bounds: Bounds = GATED
 ) -> tuple[dict[str, Method], dict[str, str]]:
     """The large weights that are decoded in stages.
 
@@ -46,16 +65,17 @@ def chosen(
         weights: all that may be coded.
         dense: name -> bytes it takes.
         opset: of the model.
+        bounds: which weights are large.
 
     Returns:
         Name -> method; and name -> why it stays dense. Nothing in a model that is small.
     """
     found: dict[str, Method] = {}
     stay: dict[str, str] = {}
-    if sum(one.array.size for one in weights if one.array.size >= LEAST_SIZE) < LEAST_TOTAL:
+    if sum(n for one in weights if (n := one.array.size) >= bounds.size) < bounds.total:
         return found, stay
     for weight in weights:
-        ways = {how: estimate(weight, how, opset) for how in fitting(weight)}
+        ways = {how: estimate(weight, how, opset) for how in fitting(weight, bounds)}
         if not ways:
             continue
         best = min(ways, key=lambda how: ways[how])
@@ -83,9 +103,9 @@ def decoding_ns(weight: Weight, how: Method) -> float:
     return float(own + weight.values.nbytes)
 
 
-def fitting(weight: Weight) -> list[Method]:
+def fitting(weight: Weight, bounds: Bounds = GATED) -> list[Method]:
     """The methods by which a weight can be decoded in stages."""
-    if weight.array.size < LEAST_SIZE or not weight.shape[0]:
+    if weight.array.size < bounds.size or not weight.shape[0]:
         return []
     found = []
     if weight.indexed is not None:
@@ -96,6 +116,8 @@ def fitting(weight: Weight) -> list[Method]:
         name = "gap-levels" if _on_levels(weight) else "gap-codebook"
         if weight.indexed_nonzero[1].size < MAX_LEVELS:  # and zero
             found.append(method(name))
+    if weight.array.size < bounds.own:
+        found = [one for one in found if one.values.name != "codebook"]
     return found
 
 

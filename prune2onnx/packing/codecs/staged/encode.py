@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from prune2onnx.packing.codecs.methods import Method
-from prune2onnx.packing.codecs.staged.pieces import pieces_of
+from prune2onnx.packing.codecs.staged.pieces import STAGE_SIZE, pieces_of
 from prune2onnx.packing.codecs.staged.storages import Kind, Storage, storage_of
 from prune2onnx.packing.codecs.staged.writer import Staged, Writer
 from prune2onnx.packing.codecs.weight import Weight
@@ -17,6 +17,7 @@ def encode(
     places: Mapping[str, int],
     opset: int,
     fresh: Callable[[], str],
+    stage_size: int = STAGE_SIZE,
 ) -> Staged:
     """Writes weights in stages.
 
@@ -26,9 +27,10 @@ def encode(
         places: weight name -> its index among all initializers of the dense model.
         opset: of the model.
         fresh: gives names that are not in the model.
+        stage_size: least elements of a stage.
     """
     writer = Writer(places, opset, fresh)
-    pieces = pieces_of(weights)
+    pieces = pieces_of(weights, stage_size)
     gates = writer.gates(max(piece.stage for piece in pieces) + 1)
     kinds = {weight.name: Kind.of(weight, methods[weight.name]) for weight in weights}
     storages: dict[Kind, Storage] = {}

@@ -7,6 +7,7 @@ metadata entry (`inline`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -206,9 +207,8 @@ def _values(model: ModelProto) -> Values:
     constants = {}
     for tensor in model.graph.initializer:
         shapes[tensor.name], types[tensor.name] = list(tensor.dims), tensor.data_type
-        array = numpy_helper.to_array(tensor)
-        if array.size <= _SMALL:
-            constants[tensor.name] = array
+        if math.prod(tensor.dims) <= _SMALL:
+            constants[tensor.name] = numpy_helper.to_array(tensor)
     return Values(shapes, types, constants)
 
 

@@ -9,7 +9,8 @@ stands here in their place it does compute meanwhile, and exactly:
 2. CumSum: MatMul with a triangle of ones, in blocks, and the same for the sums of blocks. A running
    count, which is the sum of ones: Range.
 3. BitShift: Div, or Mul and Mod, in int32.
-4. ScatterElements and ScatterND of bytes: the same in int32.
+4. Max of a single operand, which some converters lack: Concat.
+5. ScatterElements and ScatterND of bytes: the same in int32.
 
 Each becomes a call of a function, which `inline.expanded` writes out.
 """
@@ -88,6 +89,8 @@ class Rewriter:
                     same[node.output[0]] = node.input[0]
                     continue
                 node = self._shifted(node)
+            elif node.op_type == "Max":
+                node = helper.make_node("Concat", node.input, node.output, axis=0)
             elif node.op_type in ("ScatterElements", "ScatterND"):
                 node = self._scattered(node)
             result.append(node)

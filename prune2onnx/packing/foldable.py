@@ -9,7 +9,8 @@ stands here in their place it does compute meanwhile, and exactly:
 2. CumSum: MatMul with a triangle of ones, in blocks, and the same for the sums of blocks. A running
    count, which is the sum of ones: Range.
 3. BitShift: Div, or Mul and Mod, in int32.
-4. Max of a single operand, which some converters lack: Concat.
+4. ConstantOfShape, which tract takes to be float64: Expand. Max of a single operand, which some
+   converters lack: Concat.
 5. ScatterElements and ScatterND of bytes: the same in int32.
 
 Each becomes a call of a function, which `inline.expanded` writes out.
@@ -89,6 +90,8 @@ class Rewriter:
                     same[node.output[0]] = node.input[0]
                     continue
                 node = self._shifted(node)
+            elif node.op_type == "ConstantOfShape":
+                node = self._filled(node)
             elif node.op_type == "Max":
                 node = helper.make_node("Concat", node.input, node.output, axis=0)
             elif node.op_type in ("ScatterElements", "ScatterND"):
@@ -123,9 +126,10 @@ class Rewriter:
         rows = int(np.prod(shape)) // size  # the axis is the last one that is longer than 1
         body = Body("", 1)
         if self._is_ones(source) and number == _I32 and not exclusive and rows == 1:
-            bounds = (size, 0, -1) if reverse else (1, size + 1, 1)
             body = Body("", 0)
+            bounds = (0, size, 1) if reverse else (1, size + 1, 1)  # tract counts none downwards
             total = body.node("Range", *(body.constant(bound) for bound in bounds))
+            total = body.node("Sub", body.constant(size), total) if reverse else total
         else:
             flat = body.node("Reshape", body.inputs[0], body.indices(rows, size))
             total = _sums(body, flat, rows, size, number)
@@ -158,6 +162,13 @@ class Rewriter:
         return self._call(
             body.function(body.node("Cast", wide, to=TensorProto.UINT8), opset=self.opset), node
         )
+
+    def _filled(self, node: NodeProto) -> NodeProto:
+        fill = attribute(node, "value", helper.make_tensor("", TensorProto.FLOAT, [1], [0.0]))
+        body = Body("", 1)
+        value = body.node("Constant", value=fill)
+        filled = body.node("Expand", value, body.inputs[0])
+        return self._call(body.function(filled, opset=self.opset), node)
 
     def _scattered(self, node: NodeProto) -> NodeProto:
         number = self.values.types[node.input[0]]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -18,7 +19,7 @@ from prune2onnx.graph.domain import DOMAIN, DOMAIN_VERSION, OP
 from prune2onnx.graph.names import Names
 from prune2onnx.graph.protobuf import copy_but, keep
 from prune2onnx.graph.shapes import extents_of, inferred, values_in
-from prune2onnx.graph.walk import is_constant, used_in
+from prune2onnx.graph.walk import attribute, is_constant, used_in
 from prune2onnx.graph.walk import opset as opset_of
 from prune2onnx.packing.codecs.bundle import checksum
 from prune2onnx.packing.codecs.function import Body
@@ -39,6 +40,9 @@ OPSET = 18
 """The operator set whose stages are written out: nothing of them is left that older ones lack."""
 
 _EITHER = "either"
+
+_TABLE = 1024
+"""Most elements of a table that is stored in float32 for the sake of engines without bfloat16."""
 
 _SMALL = 64
 """Elements of a constant that a shape, an axis or a shift may come from."""
@@ -93,6 +97,7 @@ def _foldable(decoder: ModelProto, names: Names) -> ModelProto:
     written = expanded(_with(decoder, decoder.graph.node, functions), names)
     written.graph.ClearField("value_info")  # of places
     _lift(written, names)
+    _widen(written)
     values = _values(written)
     rewriter = Rewriter(values, opset)
     nodes = rewriter.rewrite(written.graph.node)
@@ -177,14 +182,14 @@ def _lift(model: ModelProto, names: Names) -> None:
     found: dict[bytes, str] = {}
     same: dict[str, str] = {}
     for node in filter(is_constant, graph.node):
-        (attribute,) = node.attribute
-        if attribute.name == "value":
+        (held,) = node.attribute
+        if held.name == "value":
             tensor = TensorProto()
-            tensor.CopyFrom(attribute.t)
+            tensor.CopyFrom(held.t)
             tensor.ClearField("name")
         else:  # `Body.constant` writes nothing else
-            tensor = TensorProto(data_type=TensorProto.INT64, dims=[len(attribute.ints)])
-            tensor.int64_data.extend(attribute.ints)
+            tensor = TensorProto(data_type=TensorProto.INT64, dims=[len(held.ints)])
+            tensor.int64_data.extend(held.ints)
         key = tensor.SerializeToString(deterministic=True)
         if key not in found:
             tensor.name = found[key] = names.shortest()
@@ -193,6 +198,21 @@ def _lift(model: ModelProto, names: Names) -> None:
     keep(graph.node, lambda node: not is_constant(node))
     for node in graph.node:
         node.input[:] = [same.get(name, name) for name in node.input]
+
+
+def _widen(model: ModelProto) -> None:
+    """Makes float32 of small tables in bfloat16, which tract lacks; their Cast has no effect then."""
+    tables = {
+        tensor.name: tensor
+        for tensor in model.graph.initializer
+        if tensor.data_type == TensorProto.BFLOAT16 and math.prod(tensor.dims) <= _TABLE
+    }
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    only = {node.input[0] for node in casts if attribute(node, "to") == TensorProto.FLOAT}
+    only -= used_in(node for node in model.graph.node if node.op_type != "Cast")
+    for name in only & tables.keys():
+        array = numpy_helper.to_array(tables[name]).astype(np.float32)
+        tables[name].CopyFrom(numpy_helper.from_array(array, name))
 
 
 def _values(model: ModelProto) -> Values:

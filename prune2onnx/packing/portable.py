@@ -201,7 +201,7 @@ def _lift(model: ModelProto, names: Names) -> None:
 
 
 def _widen(model: ModelProto) -> None:
-    """Makes float32 of small tables in bfloat16, which tract lacks; their Cast has no effect then."""
+    """Makes float32 of small tables in bfloat16, which tract lacks; their Cast does nothing."""
     tables = {
         tensor.name: tensor
         for tensor in model.graph.initializer

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from onnx import FunctionProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from prune2onnx.graph.domain import DOMAIN, DOMAIN_VERSION, OP
 from prune2onnx.graph.names import Names
 from prune2onnx.graph.protobuf import copy_but, keep
-from prune2onnx.graph.shapes import extents_of, inferred, values_in
+from prune2onnx.graph.shapes import extents_of, values_in, without_weights
 from prune2onnx.graph.walk import attribute, is_constant, used_in
 from prune2onnx.graph.walk import opset as opset_of
 from prune2onnx.packing.codecs.bundle import checksum
@@ -98,6 +99,7 @@ def _foldable(decoder: ModelProto, names: Names) -> ModelProto:
     written.graph.ClearField("value_info")  # of places
     _lift(written, names)
     _widen(written)
+    _add_constants(written, names)
     values = _values(written)
     rewriter = Rewriter(values, opset)
     nodes = rewriter.rewrite(written.graph.node)
@@ -200,6 +202,21 @@ def _lift(model: ModelProto, names: Names) -> None:
         node.input[:] = [same.get(name, name) for name in node.input]
 
 
+def _add_constants(model: ModelProto, names: Names) -> None:
+    """Adds sizes and gates: shapes are inferred from constants alone."""
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    same: dict[str, str] = {}
+    for node in model.graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        known = [tensors[name] for name in node.input if name in tensors]
+        if node.op_type != "Add" or len(known) != 2:
+            continue
+        if all(t.data_type == TensorProto.INT64 and math.prod(t.dims) <= _SMALL for t in known):
+            one, other = map(numpy_helper.to_array, known)
+            same[node.output[0]] = name = names.shortest()
+            model.graph.initializer.append(numpy_helper.from_array(one + other, name))
+
+
 def _widen(model: ModelProto) -> None:
     """Makes float32 of small tables in bfloat16, which tract lacks; their Cast does nothing."""
     tables = {
@@ -217,7 +234,8 @@ def _widen(model: ModelProto) -> None:
 
 def _values(model: ModelProto) -> Values:
     """Shapes, element types and small constants of a decoder."""
-    graph = inferred(model).graph
+    # without propagating data: that takes a message for each element of a vector
+    graph = onnx.shape_inference.infer_shapes(without_weights(model)).graph
     shapes, types = {}, {}
     for value in values_in(graph):
         extents = extents_of(value)

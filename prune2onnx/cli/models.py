@@ -62,6 +62,11 @@ _external = click.option(
 @click.option(
     "--anonymize", is_flag=True, help="rename weights to the shortest names, for a smaller file"
 )
+@click.option(
+    "--portable",
+    is_flag=True,
+    help="write the decoder into the graph, without functions, so that OpenVINO reads it, too",
+)
 @click.option("--bits", type=float, help="lossy: about so many bits per weight on average, 1 to 8")
 @click.option("--prune", type=float, help="lossy: fraction of the weights to make zero, 0 to 1")
 @click.option(
@@ -81,6 +86,7 @@ def pack(
     strip: bool,
     shrink: bool,
     anonymize: bool,
+    portable: bool,
     bits: float | None,
     prune: float | None,
     max_rel_error: float | None,
@@ -111,6 +117,7 @@ def pack(
         input_options_of(data, input_shapes),
         external,
         anonymize,
+        portable,
     )
     with weights_progress() as progress:
         result = pack_file(source, target, options, progress=progress)

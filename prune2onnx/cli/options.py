@@ -121,7 +121,7 @@ _GROUPS = {
     BUDGET: ("target_density", "target_macs", "trials"),
     DATA: ("validation", "batch_size", "augment.shift", "augment.flip", "seed"),
     MODEL: ("start", "distill", "temperature", "teacher", "precision"),
-    OUTPUT: ("int8", "anonymize", "opset"),
+    OUTPUT: ("int8", "anonymize", "portable", "opset"),
 }
 """Heading -> settings of the recipe under it; the settings of a phase are under its name."""
 

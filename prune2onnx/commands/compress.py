@@ -307,7 +307,9 @@ def _packed(
     choice = choose(
         shrunk, labelled(shrunk, data, Int8Options(max_drop=allowed)), steps=fitted.steps
     )
-    packed = pack(strip(choice.made.model).model, anonymize=recipe.anonymize)
+    packed = pack(
+        strip(choice.made.model).model, anonymize=recipe.anonymize, portable=recipe.portable
+    )
     nbytes = packed.model.ByteSize()
     why = ""
     if not choice.is_faster:

@@ -86,6 +86,11 @@ def pack_file(
         Prune2OnnxError: the file cannot be read, normalized, or written.
     """
     options = options or PackOptions()
+    if options.portable and options.form != "packed":
+        raise RecipeError(
+            f"--portable and --format {options.form}: such a file has no decoder to write out; "
+            "give one of them"
+        )
     given = read(source, lazily=True)
     normal, changed = given.normal, given.is_upgraded
     notes = list(normal.notes)
@@ -116,6 +121,7 @@ def pack_file(
                 load=options.load,
                 quantized=quantized,
                 anonymize=options.anonymize,
+                portable=options.portable,
                 progress=progress,
                 spill=spill,
             )

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from prune2onnx.graph.outside import is_outside
 from prune2onnx.graph.tensors import array_of, rows_of
 from prune2onnx.packing.codecs import MAX_NBYTES, WORKING, staged
-from prune2onnx.packing.codecs.staged import Counted, Done, Known, Large
+from prune2onnx.packing.codecs.staged import Bounds, Counted, Done, Known, Large
 from prune2onnx.packing.codecs.values.dictionary import regular_nbytes
 from prune2onnx.packing.codecs.weight import Weight
 from prune2onnx.packing.quantized import Quantized, step_of
@@ -30,19 +30,23 @@ _SAMPLE = 1 << 16
 _FAR_LESS = 2.0
 
 
-def are_many(tensors: Sequence[TensorProto]) -> bool:
+def are_many(tensors: Sequence[TensorProto], bounds: Bounds) -> bool:
     """Whether there is so much in large weights that stages pay."""
-    large = [tensor for tensor in tensors if _is_large(tensor)]
-    return sum(map(_size, large)) >= staged.LEAST_TOTAL
+    large = [tensor for tensor in tensors if _is_large(tensor, bounds)]
+    return sum(map(_size, large)) >= bounds.total
 
 
 def surveyed(
-    tensors: Sequence[TensorProto], quantized: Mapping[str, Quantized], done: Done
+    tensors: Sequence[TensorProto],
+    bounds: Bounds,
+    quantized: Mapping[str, Quantized],
+    done: Done,
 ) -> list[Known]:
     """Looks once at each large weight.
 
     Args:
         tensors: weights that may be coded.
+        bounds: which of them are large.
         quantized: name -> codes, codebook and scale, where they are known.
         done: is told what has been read.
     """
@@ -54,7 +58,7 @@ def surveyed(
     def rows_in_memory(index: int, begin: int, end: int) -> NDArray[Any]:
         return array(index)[begin:end]
 
-    large = [tensor for tensor in tensors if _is_large(tensor)]
+    large = [tensor for tensor in tensors if _is_large(tensor, bounds)]
     weights = []
     for index, tensor in enumerate(large):
         inside = partial(rows_in_memory, index)
@@ -71,8 +75,8 @@ def surveyed(
     return found
 
 
-def _is_large(tensor: TensorProto) -> bool:
-    if tensor.data_type not in WORKING or not tensor.dims or _size(tensor) < staged.LEAST_SIZE:
+def _is_large(tensor: TensorProto, bounds: Bounds) -> bool:
+    if tensor.data_type not in WORKING or not tensor.dims or _size(tensor) < bounds.size:
         return False
     itemsize = 4 if tensor.data_type == TensorProto.FLOAT else 8
     return _size(tensor) * itemsize <= MAX_NBYTES

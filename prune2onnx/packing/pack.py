@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal
 
@@ -50,6 +51,8 @@ from prune2onnx.packing.codecs.work import Work
 from prune2onnx.packing.inline import inlined
 from prune2onnx.packing.large import are_many, is_regular, step_in, surveyed, with_scale
 from prune2onnx.packing.load_cost import Prediction, predict
+from prune2onnx.packing.portable import BOUNDS, OPSET, STAGE_SIZE, is_slow
+from prune2onnx.packing.portable import portable as written_out
 from prune2onnx.packing.quantized import Quantized, step_of
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
@@ -100,6 +103,7 @@ def pack(
     load: Load = "balanced",
     quantized: Mapping[str, Quantized] | None = None,
     anonymize: bool = False,
+    portable: bool = False,
 ) -> Packed:
     """Writes each weight in few bytes that decode to it, bit for bit.
 
@@ -113,13 +117,20 @@ def pack(
         anonymize: whether weights get the shortest names, in the file and in what is unpacked from
             it (the rows keep the original ones), and the decoder's nodes may stand in the graph in
             place of a call (`inline`).
+        portable: whether the decoder's nodes stand in the graph in any case, in operators that
+            OpenVINO folds, too (`portable`). The file is larger, and onnxruntime takes more time
+            and memory to open it.
 
     Raises:
         Prune2OnnxError: the model cannot be normalized (`graph.normalize`), is packed and damaged,
             or `quantized` does not fit it.
     """
     return pack_normalized(
-        normalize(unpack(model)), load=load, quantized=quantized, anonymize=anonymize
+        normalize(unpack(model)),
+        load=load,
+        quantized=quantized,
+        anonymize=anonymize,
+        portable=portable,
     )
 
 
@@ -129,6 +140,7 @@ def pack_normalized(
     load: Load = "balanced",
     quantized: Mapping[str, Quantized] | None = None,
     anonymize: bool = False,
+    portable: bool = False,
     check: bool = True,
     progress: Progress = lambda name, done, total: None,
     spill: Spill | None = None,
@@ -140,6 +152,7 @@ def pack_normalized(
         load: as for `pack`.
         quantized: as for `pack`.
         anonymize: as for `pack`.
+        portable: as for `pack`.
         check: whether to decode the result and compare its checksum.
         progress: is told how far large weights have come: each is read, written and checked.
         spill: takes the streams of large weights, so that they do not stay in memory.
@@ -157,10 +170,11 @@ def pack_normalized(
     reasons = _obstacles(model) | reasons
     tensors = model.graph.initializer
     free = [tensor for tensor in tensors if tensor.name not in reasons]
+    bounds = BOUNDS if portable else staged.GATED
     large: list[Known] = []
-    if load == "balanced" and are_many(free):
+    if load == "balanced" and are_many(free, bounds):
         done = _Progress(progress, sum(declared_nbytes(tensor) or 0 for tensor in free))
-        large = surveyed(free, quantized, done)
+        large = surveyed(free, bounds, quantized, done)
     else:
         done = _Progress(progress, 0)
     apart = {one.weight.name for one in large}
@@ -168,7 +182,8 @@ def pack_normalized(
     weights, large = _with_scales(weights, large)
     dense = {tensor.name: framed(tensor_nbytes(tensor)) for tensor in tensors}
     gained = {tensor.name: dense[tensor.name] - _notes_nbytes(tensor) for tensor in tensors}
-    methods, stay = staged.chosen(large, gained, opset)
+    staged_opset = max(opset, OPSET) if portable else opset
+    methods, stay = staged.chosen(large, gained, staged_opset, bounds)
     for one in large:
         name = one.weight.name
         if name in methods and is_regular(one, staged.estimate(one, methods[name], opset)):
@@ -180,11 +195,26 @@ def pack_normalized(
         if tensor.name in known and tensor.name not in {*methods, *reasons}:
             others[tensor.name] = _weight(tensor, quantized.get(tensor.name))
     ordered = [others[tensor.name] for tensor in free if tensor.name in others]
-    made = plan(
-        ordered, gained, opset, load="fast" if load == "fast" else "small", absolute=bool(methods)
-    )
+    given = partial(plan, ordered, gained, opset, absolute=bool(methods))
+    made = given(load="fast" if load == "fast" else "small")
+    if portable and load == "balanced" and is_slow(made):
+        made = given(load="fast")
     large = [one for one in large if one.weight.name in methods]
-    result, nbytes = _written(model, made, large, methods, done, spill)
+    stage_size = STAGE_SIZE if portable else staged.STAGE_SIZE
+    result, nbytes = _written(
+        model,
+        made,
+        large,
+        methods,
+        opset=staged_opset,
+        stage_size=stage_size,
+        done=done,
+        spill=None if portable else spill,
+    )
+    if portable:
+        written = {*made.methods, *methods}
+        arrays = {tensor.name: array_of(tensor) for tensor in free if tensor.name in written}
+        result = written_out(result, arrays, facts=not anonymize)
     work = verify(result, done) if check else None
     if anonymize:
         result = min(inlined(result), result, key=nbytes_of)
@@ -296,6 +326,9 @@ def _written(
     made: Plan,
     large: Sequence[Known] = (),
     methods: Mapping[str, Method] = MappingProxyType({}),
+    *,
+    opset: int = 0,
+    stage_size: int = staged.STAGE_SIZE,
     done: Done = lambda name, nbytes: None,
     spill: Spill | None = None,
 ) -> tuple[ModelProto, dict[str, int]]:
@@ -319,11 +352,16 @@ def _written(
         functions += made.bundle.functions
     if large:
         places = {tensor.name: place for place, tensor in enumerate(model.graph.initializer)}
-        opset = opset_of(model.opset_import)
-        assert opset is not None
         store = stored if spill is None else spill.tensor
         written = staged.encode(
-            large, methods, places, opset, names.shortest, store=store, done=done
+            large,
+            methods,
+            places,
+            opset,
+            names.shortest,
+            stage_size=stage_size,
+            store=store,
+            done=done,
         )
         if spill is not None:
             spill.finish()

@@ -22,14 +22,14 @@ from prune2onnx.graph.file import InvalidModelError, load
 from prune2onnx.graph.protobuf import copy_but, framed, keep, tensor_nbytes
 from prune2onnx.graph.tensors import element_type, raw_of
 from prune2onnx.graph.walk import used_in
-from prune2onnx.packing.codecs import decode, described, entropy_nbytes
+from prune2onnx.packing.codecs import METHODS, decode, described, entropy_nbytes
 from prune2onnx.packing.codecs.bundle import facts_of
 from prune2onnx.packing.codecs.evaluator import weights_of
 from prune2onnx.packing.codecs.limits import Budget
 from prune2onnx.packing.codecs.operators import stored
 from prune2onnx.packing.codecs.staged import GATES
 from prune2onnx.packing.codecs.work import Work
-from prune2onnx.packing.inline import is_packed, outlined
+from prune2onnx.packing.inline import FACTS_KEY, decoder, is_packed, outlined
 
 FUNCTIONS_IR = 8
 """The first IR version with model-local functions; onnxruntime 1.17 reads up to IR 9."""
@@ -43,7 +43,7 @@ IR_KEY = "prune2onnx.ir_version"
 
 NOTES_KEY = "prune2onnx.tensors"
 
-KEYS = (MARK, IR_KEY, NOTES_KEY)
+KEYS = (MARK, IR_KEY, NOTES_KEY, FACTS_KEY)
 
 
 Decoding = tuple[NodeProto, dict[str, NDArray[Any]]]
@@ -216,11 +216,10 @@ def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = 
         arrays: its decoded weights (`coded`), if they are at hand.
     """
     arrays = coded(model).arrays if arrays is None else arrays
-    model = outlined(model)
-    calls = _calls(model)
+    calls = decoder(model) or _calls(model)
     streams = {source for node in calls for source in node.input}
     graph = GraphProto(name="decode", node=calls)
-    between = _between(calls)
+    between = {name for node in calls for name in node.output} - arrays.keys()
     graph.value_info.extend(v for v in model.graph.value_info if v.name in between)
     graph.initializer.extend(t for t in model.graph.initializer if t.name in streams)
     declared = _declared_types(model)
@@ -231,6 +230,29 @@ def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = 
     result.opset_import.extend(e for e in model.opset_import if e.domain in ("", DOMAIN))
     result.functions.extend(f for f in model.functions if f.domain == DOMAIN)
     return result
+
+
+def facts_by_weight(model: ModelProto) -> dict[str, tuple[int, int, int]]:
+    """What decode calls say about each weight, in the order of their places in the dense model.
+
+    Returns:
+        Name -> how many initializers stand between it and the coded weight before it, its method's
+        number, its bytes.
+    """
+    calls = _calls(outlined(model))
+    places = _places(calls, _between(calls))
+    own = {
+        name: facts
+        for node in calls
+        for name, facts in zip(node.output, described(node), strict=True)
+    }
+    found, before = {}, -1
+    for name, place in sorted(places.items(), key=lambda item: item[1]):
+        method = own[name].method
+        number = METHODS.index(method) if method is not None else -1
+        found[name] = (place - before - 1, number, own[name].nbytes)
+        before = place
+    return found
 
 
 def verify(model: ModelProto, done: Callable[[str, int], None] = lambda name, nbytes: None) -> Work:

@@ -42,6 +42,7 @@ class PackOptions:
         inputs: for `max_rel_error` of outputs, where their data are given, and for comparing them.
         external: name of a data file for large weights.
         anonymize: as for `packing.pack`.
+        portable: as for `packing.pack`.
     """
 
     load: Literal["small", "balanced", "fast"] = "balanced"
@@ -54,6 +55,7 @@ class PackOptions:
     inputs: InputOptions = RANDOM_INPUTS
     external: str | None = None
     anonymize: bool = False
+    portable: bool = False
 
     @property
     def lossy(self) -> bool:

@@ -176,11 +176,13 @@ class FileOptions:
     Attributes:
         opset: ONNX operator set, 18 or newer.
         anonymize: whether weights get the shortest names, as for `packing.pack`.
+        portable: whether the decoder stands in the graph, as for `packing.pack`.
         multiple: convolutions keep a multiple of so many channels, as for `shrinking.shrink`.
     """
 
     opset: int = 18
     anonymize: bool = False
+    portable: bool = False
     multiple: int = 1
 
 
@@ -253,6 +255,11 @@ class Recipe(_Section):
         description="rename weights to the shortest names, for a smaller file; inputs and outputs "
         "keep their names",
     )
+    portable: bool = Field(
+        False,
+        description="write the decoder into the graph, so that OpenVINO opens the file, too; it is "
+        "larger",
+    )
     int8: bool | None = Field(
         None,
         description="compute in int8, in layers that lose little accuracy by it, and only if that "
@@ -299,7 +306,7 @@ class Recipe(_Section):
     def file(self) -> FileOptions:
         """Options of the file that is written."""
         multiple = self.channels.multiple or (BLOCK if self.goal == "size" else 2 * BLOCK)
-        return FileOptions(self.opset, self.anonymize, multiple)
+        return FileOptions(self.opset, self.anonymize, self.portable, multiple)
 
     @property
     def searches(self) -> bool:

@@ -99,7 +99,10 @@ class Deployment:
         """The file with all inputs, and one without unused inputs where there are any."""
         shrunk = self.shrunk(model)
         gathered = rewritten(shrunk, gather_inputs).model
-        pack = partial(pack_normalized, anonymize=self._file.anonymize, check=check)
+        file = self._file
+        pack = partial(
+            pack_normalized, anonymize=file.anonymize, portable=file.portable, check=check
+        )
         for graph in (shrunk,) if gathered == shrunk else (shrunk, gathered):
             normalized = normalize(graph if rewrite is None else rewrite(graph))
             yield pack(normalized, quantized=on_steps(normalized.model, steps))

@@ -110,6 +110,23 @@ def test_pack_has_options_for_what_a_file_is_for(tmp_path):
     assert sizes(tmp_path / "f.onnx") < sizes(small)
 
 
+def test_a_portable_file_is_read_by_every_verb(tmp_path):
+    source = save(networks.mlp(), tmp_path / "in.onnx")[0]
+    packed, back, shrunk, again = (tmp_path / f"{name}.onnx" for name in "pbsa")
+    run("pack", source, packed, "--portable")
+    assert not load(packed).functions and sizes(packed) < sizes(source)
+    facts = json.loads(run("inspect", packed, "--json").stdout)["weights"]
+    assert {"planes"} <= {weight["codec"] for weight in facts}
+    assert json.loads(run("validate", packed, "--json").stdout)["folded"]
+    run("unpack", packed, back)
+    assert back.read_bytes() == source.read_bytes()
+    run("shrink", packed, shrunk)
+    run("pack", packed, again)
+    assert load(again).functions and sizes(again) < sizes(packed)
+    sparse = ("--portable", "--format", "sparse-initializer")
+    assert "has no decoder" in run("pack", source, back, *sparse, status=2).stderr
+
+
 def test_pack_is_lossy_on_request(tmp_path):
     source = save(networks.scaled(), tmp_path / "in.onnx")[0]
     (whole,), out = sizes(source), tmp_path / "out.onnx"

@@ -304,9 +304,17 @@ DAMAGED = {
         [array("m", np.eye(2)), array("v", np.ones(2)), node("MatMul", "m v", "y")],
         "MatMul: float64 .* no matrix and vector",
     ),
-    "a product of matrices": (
-        [array("m", np.eye(2, dtype=np.int64)), node("MatMul", "m m", "y")],
-        "MatMul: .* no matrix and vector",
+    "a product of matrices that do not fit": (
+        [
+            array("m", np.eye(2, dtype=np.int64)),
+            array("w", np.eye(3, dtype=np.int64)),
+            node("MatMul", "m w", "y"),
+        ],
+        "MatMul: .* no matrix and vector or matrix that fit",
+    ),
+    "a product of stacks": (
+        [array("m", np.ones((2, 2, 2), np.int64)), node("MatMul", "m m", "y")],
+        "MatMul: .* no matrix and vector or matrix that fit",
     ),
     "the larger of two": ([node("Max", "s s", "y")], "Max: 2 operands, 1 expected"),
     "no permutation": ([node("Transpose", "s", "y", perm=[0, 0])], "Transpose: "),

@@ -31,6 +31,7 @@ from prune2onnx.packing.codecs.methods import method as by_name
 from prune2onnx.packing.codecs.plan import estimates
 from prune2onnx.packing.codecs.staged import Known, Large, survey
 from prune2onnx.packing.pack import _written
+from prune2onnx.packing.portable import portable
 
 _MOST_NBYTES = 8192  # of a seed: many are run a second
 
@@ -146,6 +147,11 @@ def seeds() -> Iterator[tuple[str, ModelProto]]:
     for path in sorted(FIXTURES.glob("*.onnx")):
         if path.stat().st_size < _MOST_NBYTES:
             yield path.stem, ModelProto.FromString(path.read_bytes())
+    weights = [weight("a", np.float32, (12, 10), 0.2, 9)]
+    written = {coder: packed(weights, METHODS[6], coder) for coder in ("huffman", "rice", "none")}
+    written["stages"] = in_stages(weights, {"a": by_name("gap-codebook")}, 18)
+    for name, model in written.items():
+        yield f"portable-{name}", portable(model, {"a": weights[0].array})
 
 
 def mutated(model: ModelProto, random: Random, others: list[ModelProto]) -> ModelProto:

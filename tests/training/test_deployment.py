@@ -8,6 +8,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
+from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.unpack import unpack
 from prune2onnx.runs.recipe import FileOptions
 from prune2onnx.training.deployment import Deployment
@@ -135,3 +136,9 @@ def test_anonymous_weights_have_the_shortest_names():
     )
     assert anonymous.ByteSize() < named.ByteSize() - 30
     assert b"0.weight" not in anonymous.SerializeToString()
+
+
+def test_a_portable_file_has_no_functions():
+    model = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 10))
+    packed = Deployment((200,), FileOptions(portable=True)).pack(model).model
+    assert is_packed(packed) and not packed.functions

@@ -262,10 +262,11 @@ def _reduce_sum(budget: Budget, x: Array, axes: Array, keepdims: int = 1) -> Arr
 
 def _matmul(budget: Budget, a: Array, b: Array) -> Array:
     dtype = _same_type(a, b)
-    if dtype.kind not in "iu" or a.ndim != 2 or b.shape != a.shape[1:]:
-        raise ValueError(f"{dtype} {list(a.shape)} times {list(b.shape)}, no matrix and vector")
-    budget.take(a.shape[:1], dtype)
-    budget.spend(6 * a.size)
+    if dtype.kind not in "iu" or a.ndim != 2 or not 0 < b.ndim < 3 or a.shape[1] != b.shape[0]:
+        what = f"{dtype} {list(a.shape)} times {list(b.shape)}"
+        raise ValueError(f"{what}, no matrix and vector or matrix that fit")
+    budget.take((*a.shape[:1], *b.shape[1:]), dtype)
+    budget.spend(6 * a.size * (b.size // max(1, b.shape[0])))
     return np.asarray(a @ b)
 
 

@@ -14,15 +14,19 @@ A weight is read a few rows at a time (`large`): once to see what is in it, and 
 
 from __future__ import annotations
 
-from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE, LEAST_TOTAL, Known, chosen, estimate
+from prune2onnx.packing.codecs.staged.choice import GATED, Bounds, Known, chosen, estimate
 from prune2onnx.packing.codecs.staged.encode import Done, encode, in_order
-from prune2onnx.packing.codecs.staged.functions import GATES
+from prune2onnx.packing.codecs.staged.functions import CONSTANTS, GATES, RESOLVE
 from prune2onnx.packing.codecs.staged.large import Counted, Large, survey
+from prune2onnx.packing.codecs.staged.pieces import STAGE_SIZE
 
 __all__ = [
+    "CONSTANTS",
+    "GATED",
     "GATES",
-    "LEAST_SIZE",
-    "LEAST_TOTAL",
+    "RESOLVE",
+    "STAGE_SIZE",
+    "Bounds",
     "Counted",
     "Done",
     "Known",

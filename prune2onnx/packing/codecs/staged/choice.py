@@ -25,8 +25,30 @@ SIMPLE_BELOW = 18
 LEAST_SIZE = 1 << 16
 """Elements from which on a weight is decoded in stages."""
 
+
 LEAST_TOTAL = 1 << 20
 """Elements of large weights from which on stages are worth their functions: about 7 kB."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Which weights are large.
+
+    Attributes:
+        size: least elements of one.
+        own: least elements of one that has a codebook, and so nodes, of its own.
+        total: least elements of all together.
+    """
+
+    size: int
+    own: int
+    total: int
+
+
+GATED = Bounds(LEAST_SIZE, LEAST_SIZE, LEAST_TOTAL)
+"""Those that are decoded in stages behind gates."""
+
+GATED = Bounds(LEAST_SIZE, LEAST_SIZE, LEAST_TOTAL)
 
 MOST_LOW = 8
 """Most bits of a gap that are stored as they are."""
@@ -89,7 +111,7 @@ class Known:
 
 
 def chosen(
-    weights: Sequence[Known], dense: Mapping[str, int], opset: int
+    weights: Sequence[Known], dense: Mapping[str, int], opset: int, bounds: Bounds = GATED
 ) -> tuple[dict[str, Method], dict[str, str]]:
     """The large weights that are decoded in stages.
 
@@ -100,6 +122,7 @@ def chosen(
         weights: all large ones that may be coded.
         dense: name -> bytes it takes.
         opset: of the model.
+        bounds: which weights are large.
 
     Returns:
         Name -> method; and name -> why it stays dense. Those that no method fits are in neither.
@@ -107,7 +130,7 @@ def chosen(
     found: dict[str, Method] = {}
     stay: dict[str, str] = {}
     for one in weights:
-        ways = {how: estimate(one, how, opset) for how in fitting(one)}
+        ways = {how: estimate(one, how, opset) for how in fitting(one, bounds)}
         if not ways:
             continue
         name = one.weight.name
@@ -141,7 +164,7 @@ def decoding_ns(one: Known, how: Method) -> float:
     return spent
 
 
-def fitting(one: Known) -> list[Method]:
+def fitting(one: Known, bounds: Bounds = GATED) -> list[Method]:
     """The methods by which a weight can be decoded in stages."""
     found: list[Method] = []
     if one.weight.element_type == TensorProto.BFLOAT16 and not one.survey.finite:
@@ -154,6 +177,8 @@ def fitting(one: Known) -> list[Method]:
     sparse = one.survey.entries < one.weight.size / 2
     if sparse and others is not None and others.values.size < MAX_VALUES:  # and zero
         found.append(method("gap-levels" if one.is_on_levels else "gap-codebook"))
+    if one.weight.size < bounds.own:
+        found = [how for how in found if how.values.name != "codebook"]
     return found
 
 

@@ -17,7 +17,7 @@ from prune2onnx.graph.protobuf import tensor
 from prune2onnx.packing.codecs.methods import Method
 from prune2onnx.packing.codecs.staged.choice import Known
 from prune2onnx.packing.codecs.staged.large import Large
-from prune2onnx.packing.codecs.staged.pieces import Piece, pieces_of, together
+from prune2onnx.packing.codecs.staged.pieces import STAGE_SIZE, Piece, pieces_of, together
 from prune2onnx.packing.codecs.staged.storages import Kind, Ready, Storage, storage_of
 from prune2onnx.packing.codecs.staged.writer import Gated, Staged, Writer
 
@@ -37,6 +37,7 @@ def encode(
     opset: int,
     fresh: Callable[[], str],
     *,
+    stage_size: int = STAGE_SIZE,
     store: Callable[[str, NDArray[Any], int], TensorProto] = tensor,
     done: Done = lambda name, nbytes: None,
 ) -> Staged:
@@ -48,12 +49,13 @@ def encode(
         places: weight name -> its index among all initializers of the dense model.
         opset: of the model.
         fresh: gives names that are not in the model.
+        stage_size: least elements of a stage.
         store: makes an initializer of a name, an array and ONNX's number of its type.
         done: is told what has been written.
     """
     writer = Writer(places, opset, fresh, store)
     first, repeated = _without_repetition(weights)
-    pieces = pieces_of([one.weight for one in first])
+    pieces = pieces_of([one.weight for one in first], stage_size)
     gates = writer.gates(max(piece.stage for piece in pieces) + 1)
     kinds = {one.weight.name: Kind.of(one, methods[one.weight.name]) for one in first}
     alike: dict[Kind, list[Known]] = {}

@@ -29,8 +29,11 @@ MOST_GATES = 8
 """With ten a Conv and its BatchNormalization stayed apart, with twelve decoder nodes were left."""
 
 GATES = "z"
+CONSTANTS = "y"
 JOIN = "j"
 END = "k"
+RESOLVE = ("e0", "e1")
+"""The functions that put escapes in their places, without low bits of their own and with them."""
 
 _U8, _I32, _I64 = TensorProto.UINT8, TensorProto.INT32, TensorProto.INT64
 
@@ -55,7 +58,7 @@ def gates(count: int, opset: int) -> FunctionProto:
 
 def constants(opset: int) -> FunctionProto:
     """y(gate) -> 0 [1], 4 [1] and 0 to 7 [8, 1], uint8, which are known when the gate is."""
-    body = Body("y", 1)
+    body = Body(CONSTANTS, 1)
     (gate,) = body.inputs
     wholes = [body.indices(4), body.constant(list(range(8)), (8, 1), _I64)]
     late = [gate, *(body.node("Add", whole, gate) for whole in wholes)]
@@ -110,11 +113,6 @@ def _field(body: Body, late: str, stored: str, width: int) -> str:
     return body.node("Concat", _shifted(body, values, 2, "RIGHT"), lower, axis=0)
 
 
-def resolve_name(low: bool) -> str:
-    """The function that puts escapes in their places."""
-    return "e1" if low else "e0"
-
-
 def resolve(low: bool, opset: int) -> FunctionProto:
     """e(words, places, next level's words, table) -> words without escapes, uint8 [n].
 
@@ -122,7 +120,7 @@ def resolve(low: bool, opset: int) -> FunctionProto:
         low: whether escapes have low bits of their own.
         opset: of the model.
     """
-    body = Body(resolve_name(low), 4)
+    body = Body(RESOLVE[low], 4)
     words, places, following, table = body.inputs
     flat = body.node("Reshape", places, body.indices(-1))
     own = body.node("Slice", following, body.indices(0), body.node("Shape", flat))

@@ -69,10 +69,10 @@ class Piece:
         return scale
 
 
-def pieces_of(weights: Sequence[Large]) -> list[Piece]:
-    """Cuts weights into pieces, in stages of about as many elements."""
+def pieces_of(weights: Sequence[Large], least: int = STAGE_SIZE) -> list[Piece]:
+    """Cuts weights into pieces, in stages of about as many elements, and at least so many."""
     total = sum(weight.size for weight in weights)
-    count = max(1, min(MOST_GATES, total // STAGE_SIZE))
+    count = max(1, min(MOST_GATES, total // least))
     ends = [total * (stage + 1) / count for stage in range(count)]
     found: list[Piece] = []
     done, stage = 0, 0

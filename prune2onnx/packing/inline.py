@@ -14,6 +14,7 @@ from prune2onnx.graph.domain import DOMAIN, MARK, OP
 from prune2onnx.graph.names import Names
 from prune2onnx.graph.protobuf import copy_but
 from prune2onnx.graph.walk import opset, used_in
+from prune2onnx.packing.short_names import restored
 
 
 def inlined(model: ModelProto) -> ModelProto:
@@ -49,14 +50,17 @@ def inlined(model: ModelProto) -> ModelProto:
 
 
 def outlined(model: ModelProto) -> ModelProto:
-    """A model whose decoder is written out, with a decode call instead; any other as it is.
+    """A packed model with a decode call and the weights' own names; any other as it is.
 
     Args:
         model: not modified.
+
+    Raises:
+        Prune2OnnxError: the names in its metadata are damaged.
     """
     nodes = _decoder(model)
     if not nodes:
-        return model
+        return restored(model)
     rest = model.graph.node[len(nodes) :]
     made = {name: None for node in nodes for name in node.output if name}
     taken = dict.fromkeys(n for node in nodes for n in node.input if n and n not in made)
@@ -77,7 +81,7 @@ def outlined(model: ModelProto) -> ModelProto:
     result.graph.node.extend(rest)
     result.functions.append(function)
     result.opset_import.add(domain=DOMAIN, version=1)
-    return result
+    return restored(result)
 
 
 def is_packed(model: ModelProto) -> bool:

@@ -46,10 +46,14 @@ from prune2onnx.packing.codecs import (
 from prune2onnx.packing.inline import inlined
 from prune2onnx.packing.quantized import Quantized, step_of
 from prune2onnx.packing.rows import WeightRow
+from prune2onnx.packing.short_names import shortened
 from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
 
 Load = Literal["small", "balanced", "fast"]
 """What a file is made for: few bytes, or a session that opens in little time and memory."""
+
+_SHORT_NAMES = 0.99
+"""Largest size of a file with short names, relative to the same with the weights' own names."""
 
 LEAST_NBYTES = 16
 """Smaller tensors stay dense: their entry in the decode call would take as many bytes."""
@@ -151,6 +155,11 @@ def pack_normalized(
         verify(result)
     if anonymize:
         result = min(inlined(result), result, key=nbytes_of)
+    else:
+        named = shortened(result)
+        named = min(inlined(named), named, key=nbytes_of)
+        if nbytes_of(named) < _SHORT_NAMES * nbytes_of(result):
+            result = named
     reasons |= made.reasons
     methods = {**made.methods, **methods}
     if methods and nbytes_of(result) >= nbytes_of(model):
@@ -298,7 +307,7 @@ def _written(
     if notes:
         result.metadata_props.add(key=NOTES_KEY, value=json.dumps(notes, ensure_ascii=False))
     return result, {
-        name: facts.nbytes
+        name: facts.nbytes or 0
         for node in calls
         for name, facts in zip(node.output, described(node), strict=True)
     }

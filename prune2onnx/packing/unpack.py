@@ -191,7 +191,7 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
             raise Prune2OnnxError(f"{min(twice)}: decoded twice; the file is damaged")
         arrays |= decoded
         found = described(node)
-        if all(facts.method is not None for facts in found):
+        if all(facts.nbytes is not None for facts in found):
             bounds = dict.fromkeys(decoded, 0.0)
         else:  # the file does not say how its bytes divide; far larger weights are all alike
             small = sum(array.nbytes for array in decoded.values()) <= _MEASURED_NBYTES
@@ -203,11 +203,13 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
         for name, facts in zip(node.output, found, strict=True):
             if name not in decoded:
                 continue
+            codec = "written out" if node.op_type == OP else f"version 1: {node.op_type}"
             if facts.method is not None:
-                how[name] = (facts.method.name, facts.nbytes)
-            else:
-                codec = "written out" if node.op_type == OP else f"version 1: {node.op_type}"
-                how[name] = (codec, round(nbytes * bounds[name] / sum(bounds.values())))
+                codec = facts.method.name
+            own = facts.nbytes
+            if own is None:
+                own = round(nbytes * bounds[name] / sum(bounds.values()))
+            how[name] = (codec, own)
     stages = sum(len(node.output) for node in _calls(model) if node.op_type == GATES)
     return Coded(arrays, how, budget.nodes, budget.nbytes, stages)
 

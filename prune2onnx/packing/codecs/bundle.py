@@ -36,6 +36,9 @@ GROUP_LIMIT = 1 << 29
 FACTS = "i"
 """The attribute of a call that holds what decoding does not need."""
 
+UNKNOWN = -1
+"""In place of a weight's bytes, where the file does not keep them."""
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -207,12 +210,12 @@ class Described:
     Attributes:
         skip: initializers between it and the coded weight before it.
         method: how it is written; None where the file does not say.
-        nbytes: its bytes in the streams.
+        nbytes: its bytes in the streams; None where the file does not say.
     """
 
     skip: int = 0
     method: Method | None = None
-    nbytes: int = 0
+    nbytes: int | None = None
 
 
 def described(node: NodeProto) -> list[Described]:
@@ -223,7 +226,7 @@ def described(node: NodeProto) -> list[Described]:
     found = []
     for skip, number, nbytes in zip(facts[::3], facts[1::3], facts[2::3], strict=True):
         method = METHODS[number] if 0 <= number < len(METHODS) else None
-        found.append(Described(skip, method, nbytes))
+        found.append(Described(skip, method, None if nbytes == UNKNOWN else nbytes))
     return found
 
 

@@ -31,7 +31,7 @@ VALUES = (RAW, PLANES, CODEBOOK, LEVELS)
 METHODS = tuple(Method(where, values) for where in ("all", "gap", "mask") for values in VALUES)
 """Every method; a file holds their indices. Append only: those of a new kind of values go last."""
 
-ALL_LEVELS, GAP_LEVELS = Method("all", LEVELS), Method("gap", LEVELS)
+GAP_LEVELS = Method("gap", LEVELS)
 
 
 def method(name: str) -> Method:

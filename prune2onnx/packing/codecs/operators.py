@@ -86,14 +86,15 @@ def _quotient(a: Array, b: Array) -> Array:
 
 
 def _remainder(a: Array, b: Array) -> Array:
-    _check_division(a, b)
-    return np.asarray(a % b)
+    if a.dtype.kind not in "iu":
+        raise ValueError(f"a remainder of {a.dtype}")
+    if b.size and b.min() < 1:
+        raise ValueError("a division by a negative number, or by zero")
+    return np.asarray(a % b)  # of the divisor's sign, as in ONNX
 
 
 def _check_division(a: Array, b: Array) -> None:
     # ONNX rounds a quotient towards zero, numpy rounds down: equal where nothing is negative.
-    if a.dtype.kind not in "iu":
-        raise ValueError(f"a remainder of {a.dtype}")
     if a.size and b.size and (a.min() < 0 or b.min() < 1):
         raise ValueError("a division of or by a negative number, or by zero")
 
@@ -102,6 +103,14 @@ def _power(a: Array, b: Array) -> Array:
     if b.size and not 0 <= float(b.min()) <= float(b.max()) <= 62:
         raise ValueError("an exponent out of range")
     return np.asarray(a**b)
+
+
+def _largest(budget: Budget, *inputs: Array) -> Array:
+    if len(inputs) == 1:
+        return _elementwise(np.copy, 1)(budget, *inputs)
+    if inputs and inputs[0].dtype.kind not in "iu":  # of NaN and -0.0 runtimes differ
+        raise ValueError(f"the largest of {inputs[0].dtype}")
+    return _elementwise(np.maximum)(budget, *inputs)
 
 
 def _constant(budget: Budget, **attributes: Any) -> Array:
@@ -260,10 +269,10 @@ def _reduce_sum(budget: Budget, x: Array, axes: Array, keepdims: int = 1) -> Arr
 
 def _matmul(budget: Budget, a: Array, b: Array) -> Array:
     dtype = _same_type(a, b)
-    if dtype.kind not in "iu" or a.ndim != 2 or b.shape != a.shape[1:]:
+    if dtype.kind not in "iu" or a.ndim + b.ndim != 3 or a.shape[-1] != b.shape[0]:
         raise ValueError(f"{dtype} {list(a.shape)} times {list(b.shape)}, no matrix and vector")
-    budget.take(a.shape[:1], dtype)
-    budget.spend(6 * a.size)
+    budget.take(a.shape[:1] if a.ndim == 2 else b.shape[1:], dtype)
+    budget.spend(6 * max(a.size, b.size))
     return np.asarray(a @ b)
 
 
@@ -390,7 +399,7 @@ OPERATORS: Mapping[str, Callable[..., Array | list[Array]]] = {
     "Identity": _identity,
     "Less": _elementwise(np.less),
     "MatMul": _matmul,
-    "Max": _elementwise(np.copy, 1),
+    "Max": _largest,
     "Mod": _elementwise(_remainder, steps=8),
     "Mul": _elementwise(np.multiply),
     "Neg": _elementwise(np.negative, 1),

@@ -157,7 +157,8 @@ def pack_normalized(
         result = min(inlined(result), result, key=nbytes_of)
     else:
         named = shortened(result)
-        named = min(inlined(named), named, key=nbytes_of)
+        if named is not result:  # the facts that a call holds are in the metadata, too
+            named = min(inlined(named), named, key=nbytes_of)
         if nbytes_of(named) < _SHORT_NAMES * nbytes_of(result):
             result = named
     reasons |= made.reasons

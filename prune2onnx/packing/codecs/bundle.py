@@ -93,8 +93,12 @@ def encode(
     functions = streams.finish(opset)
     outputs = [found[weight.name][0] for weight in weights]
     facts = [checksum([(weight.name, weight.array) for weight in weights])]
+    # The bits of a Rice code are shared out by estimates: together not more than there are.
+    held = sum(len(each.raw_data) for each in body.given)
+    estimated = sum(nbytes for _, nbytes in found.values())
+    part = min(1.0, held / max(estimated, 1.0))
     for weight, skip in zip(weights, skips or [0] * len(weights), strict=True):
-        facts += [skip, METHODS.index(methods[weight.name]), round(found[weight.name][1])]
+        facts += [skip, METHODS.index(methods[weight.name]), round(part * found[weight.name][1])]
     node = helper.make_node(OP, [], [weight.name for weight in weights], domain=DOMAIN)
     packed = TensorProto(dims=[len(facts)], data_type=TensorProto.INT64, int64_data=facts)
     node.attribute.append(AttributeProto(name=FACTS, type=AttributeProto.TENSOR, t=packed))

@@ -285,6 +285,16 @@ def _top_k(budget: Budget, x: Array, count: Array) -> list[Array]:
     return [x[order], order]
 
 
+def _arg_max(budget: Budget, x: Array, axis: int = 0, keepdims: int = 1) -> Array:
+    axis = _axis(axis, x)
+    if x.dtype.kind not in "iu" or not x.shape[axis]:
+        raise ValueError(f"the place of the largest of {x.dtype} {list(x.shape)}")
+    shape = [1 if each == axis else extent for each, extent in enumerate(x.shape)]
+    budget.take(shape, np.dtype(np.int64))
+    budget.spend(4 * x.size)
+    return np.asarray(x.argmax(axis=axis, keepdims=bool(keepdims)))
+
+
 def _concat(budget: Budget, *inputs: Array, axis: int) -> Array:
     dtype = _same_type(*inputs)
     budget.take((sum(x.size for x in inputs),), dtype, 2)
@@ -384,6 +394,7 @@ def _copied(budget: Budget, x: Array, body: GraphProto, num_scan_inputs: int) ->
 OPERATORS: Mapping[str, Callable[..., Array | list[Array]]] = {
     "Abs": _elementwise(np.abs, 1),
     "Add": _elementwise(np.add),
+    "ArgMax": _arg_max,
     "BitShift": _shifted,
     "BitwiseOr": _either,
     "Cast": _cast,

@@ -146,7 +146,8 @@ def encode(numbers: NDArray[np.int64], block: int | None = None) -> Stream:
     sizes = [block] if block else BLOCKS
     tried = [(*path, size) for size in sizes for path in _paths(numbers, size)]
     _, path, turning, size = min(tried, key=lambda one: one[0])
-    first = int(path[0]) + turning
+    choices = (int(path[0]) + turning, int(path[0]) - 1)
+    first = next((k for k in choices if k in (0, 2, size)), choices[0])  # constants that exist
     steps = np.diff(path, prepend=first)
     turns = steps < 0 if turning else steps > 0
     low = np.maximum(path, 0)[np.arange(1, numbers.size + 1) // size]

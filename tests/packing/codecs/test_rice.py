@@ -79,6 +79,7 @@ CASES = {
         run_of("x", np.flatnonzero(RNG.random(ROWS.size) < ROWS) + 1, rising=True)
     ],
     "ever rarer": [run_of("x", np.cumsum(1 << np.arange(20)), rising=True)],
+    "zeros and others in turn": [run_of("s", np.tile(np.repeat([0, 90], 200), 20))],
     "zeros, others, zeros": [
         run_of("s", np.repeat([0, 1, 0], 2000) * RNG.integers(500, 1500, 6000))
     ],

@@ -149,7 +149,7 @@ def _nodes_nbytes(group: Group, rows: _Rows) -> int:
     """About the bytes of the nodes and constants that depend on the choice of rows."""
     scaled = group.weights[0].scale is not None and group.scale is None
     if rows.by_weight:
-        return 75 + 150 + (9 if scaled else 5) * len(group.weights)
+        return 75 + 145 + (8 if scaled else 4) * len(group.weights)
     return 75 * rows.signed + 22 * len(group.weights) * scaled
 
 
@@ -201,10 +201,10 @@ def _write_rising(group: Group, streams: Streams, rising: RisingEntries) -> Vect
 
 def _which(group: Group, body: Body, place: str) -> str:
     """A value with the weights, by their numbers, in which places are; the first place is 1."""
-    ends = np.cumsum([weight.array.size for weight in group.weights])[:-1]
-    after = body.node("Less", body.constant(ends.tolist(), (ends.size, 1)), place)
-    after = body.node("Cast", after, to=TensorProto.INT32)
-    return body.node("MatMul", body.constant([1] * ends.size), after)
+    ends = np.cumsum([weight.array.size for weight in group.weights]) + 1
+    before = body.node("Less", place, body.constant(ends.tolist(), (ends.size, 1)))
+    before = body.node("Cast", before, to=TensorProto.UINT8)
+    return body.node("ArgMax", before, keepdims=0)  # the first whose end is behind the place
 
 
 def _table(group: Group, streams: Streams, book: NDArray[Any]) -> str:

@@ -77,6 +77,8 @@ def restored(model: ModelProto) -> ModelProto:
     calls = [node for node in model.graph.node if node.domain == DOMAIN]
     if not text or len(calls) != 1 or calls[0].op_type != OP:
         return model
+    if not all(isinstance(name, str) for name in calls[0].output):
+        return model  # not UTF-8, which whoever decodes it refuses
     checksum, lines = _read(text)
     outputs = sorted(calls[0].output, key=lambda name: (len(name), [*map(_LETTERS.find, name)]))
     if len(outputs) != len(lines) or len({name for *_, name in lines}) != len(lines):

@@ -46,6 +46,7 @@ from prune2onnx.callables import load_callable
 from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing import codecs
+from prune2onnx.packing.inline import outlined
 from prune2onnx.packing.sparse import to_sparse
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -186,7 +187,7 @@ def line(case: Case, output: Path | None) -> str:
     dense = strip(normalize(case.build()).model).model
     content = dense.SerializeToString()
     began = time.perf_counter()
-    packed = pack(dense)
+    packed = pack(dense, short_names=True)
     seconds = time.perf_counter() - began
     again = {t.name: numpy_helper.to_array(t) for t in unpack(packed.model).graph.initializer}
     for tensor in dense.graph.initializer:
@@ -202,7 +203,7 @@ def line(case: Case, output: Path | None) -> str:
     size = sum(int(np.prod(t.dims)) for t in weights.values())
     coded = [row for row in packed.rows if row.codec != "dense" and row.name in weights]
     bound = sum(entropy_nbytes(weights[row.name]) for row in coded)
-    streams = {name for node in packed.model.graph.node[:1] for name in node.input}
+    streams = {name for node in outlined(packed.model).graph.node[:1] for name in node.input}
     stored = sum(len(t.raw_data) for t in packed.model.graph.initializer if t.name in streams)
     stored -= sum(r.nbytes for r in packed.rows if r.codec != "dense" and r.name not in weights)
     ratio = stored / bound if bound else float("nan")

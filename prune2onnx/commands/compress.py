@@ -308,7 +308,10 @@ def _packed(
         shrunk, labelled(shrunk, data, Int8Options(max_drop=allowed)), steps=fitted.steps
     )
     packed = pack(
-        strip(choice.made.model).model, anonymize=recipe.anonymize, portable=recipe.portable
+        strip(choice.made.model).model,
+        anonymize=recipe.anonymize,
+        portable=recipe.portable,
+        short_names=True,
     )
     nbytes = packed.model.ByteSize()
     why = ""

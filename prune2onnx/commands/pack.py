@@ -122,6 +122,7 @@ def pack_file(
                 quantized=quantized,
                 anonymize=options.anonymize,
                 portable=options.portable,
+                short_names=options.strip,
                 progress=progress,
                 spill=spill,
             )

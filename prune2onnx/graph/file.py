@@ -19,7 +19,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.files import alone_in, keep_inputs, replacing, write_whole
 from prune2onnx.graph.checks import check_expansion, check_parts
-from prune2onnx.graph.domain import DOMAIN
+from prune2onnx.graph.domain import DOMAIN, MARK, OP
 from prune2onnx.graph.outside import (
     LEAST_NBYTES,
     is_outside,
@@ -86,6 +86,11 @@ def load(path: str | Path, max_bytes: int | None = None, *, lazily: bool = False
     model = _whole(path, max_bytes, lazily)
     _drop_repeated_keys(model)
     check_expansion(model, path)
+    if _is_decoder_alone(model):
+        raise Prune2OnnxError(
+            f"{path}: a decoder is in the graph, the metadata of packed weights are missing; the "
+            "file is cut short, copy it again"
+        )
     defined = {function.name for function in model.functions if function.domain == DOMAIN}
     for node in model.graph.node:
         if node.domain == DOMAIN and node.op_type not in defined:
@@ -102,6 +107,20 @@ def load(path: str | Path, max_bytes: int | None = None, *, lazily: bool = False
             f"{path}: not a valid ONNX model: {one_line(error)[:1000]}", model
         ) from error
     return model
+
+
+def _is_decoder_alone(model: ModelProto) -> bool:
+    """Whether a decoder is written out (docs/FORMAT.md) without the metadata behind the graph."""
+    if any(entry.key == MARK for entry in model.metadata_props):
+        return False
+    known = {tensor.name for tensor in model.graph.initializer}
+    for index, node in enumerate(model.graph.node):
+        if node.domain or not known.issuperset(filter(None, node.input)):
+            return False
+        if node.name:
+            return node.name == OP and index > 0
+        known.update(node.output)
+    return False
 
 
 def _whole(path: Path, max_bytes: int | None, lazily: bool) -> ModelProto:

@@ -3,8 +3,9 @@
 1. Notes: doc strings, metadata, the producer, names of nodes, inferred types of inner values.
 2. Attributes that repeat a default, and weights that nothing uses.
 3. Shapes stored for a Reshape that only flattens: it becomes a Flatten.
-4. Long names of inner values. Inputs, outputs and weights keep theirs; `names.anonymize` shortens
-   those of weights.
+4. Long names of inner values and of constants of int64, such as shapes and axes, which are also
+   stored in fewer bytes. Inputs, outputs and weights keep theirs; `names.anonymize` shortens those
+   of weights.
 
 The graph computes what it did before. Values of weights do not matter here; `shrinking` removes
 weights that are zero.
@@ -17,14 +18,25 @@ from collections.abc import Callable
 from typing import Any
 
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    helper,
+    numpy_helper,
+)
 
-from prune2onnx.graph.domain import DOMAIN
+from prune2onnx.graph.domain import DOMAIN, MARK, OP
 from prune2onnx.graph.names import Names, rename
 from prune2onnx.graph.protobuf import keep
 from prune2onnx.graph.rewritten import Changes, Rewritten, rewritten
 from prune2onnx.graph.shapes import shapes_of
 from prune2onnx.graph.walk import DEFAULT_DOMAINS, bodies, nodes_in, opset, used_in
+
+_MOST_CONSTANT_NBYTES = 1 << 16
+"""Longest constant that is stored in another way."""
 
 _MODEL_NOTES = ("producer_name", "producer_version", "doc_string", "domain", "model_version")
 
@@ -54,12 +66,14 @@ _IMPLIED: dict[str, dict[str, Callable[[AttributeProto], bool]]] = {
 def strip(model: ModelProto) -> Rewritten:
     """Removes what running a model does not need (see above).
 
-    Functions are left as they are, and so is the decode call of a packed model.
+    Functions are left as they are, and so is the decoder of a packed model.
 
     Args:
         model: any; not modified.
     """
-    return rewritten(model, drop_notes, drop_implied, flatten, drop_unused, shorten_names)
+    return rewritten(
+        model, drop_notes, drop_implied, flatten, drop_unused, shorten_constants, shorten_names
+    )
 
 
 def drop_notes(model: ModelProto, changes: Changes) -> None:
@@ -67,8 +81,21 @@ def drop_notes(model: ModelProto, changes: Changes) -> None:
     for field in _MODEL_NOTES:
         model.ClearField(field)
     keep(model.metadata_props, lambda entry: entry.key.split(".")[0] == DOMAIN)
+    last = next((node for node in reversed(_decoder(model)) if not node.domain), None)
     _notes(model.graph)
     model.graph.name = "g"
+    if last is not None:
+        last.name = OP
+
+
+def _decoder(model: ModelProto) -> list[NodeProto]:
+    """The nodes of a packed model's decoder (docs/FORMAT.md)."""
+    nodes = list(model.graph.node)
+    if any(entry.key == MARK for entry in model.metadata_props):
+        for index, node in enumerate(nodes):
+            if node.name == OP and not node.domain:
+                return nodes[: index + 1]
+    return [node for node in nodes if node.domain == DOMAIN]
 
 
 def drop_implied(model: ModelProto, changes: Changes) -> None:
@@ -148,21 +175,41 @@ def _is(default: AttributeProto, attribute: AttributeProto) -> bool:
     return bool(one == other)
 
 
+def shorten_constants(model: ModelProto, changes: Changes) -> None:
+    """Stores int64 in a byte or two for each entry, where that is shorter than in eight."""
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.INT64 or not tensor.HasField("raw_data"):
+            continue
+        if len(tensor.raw_data) > _MOST_CONSTANT_NBYTES:
+            continue
+        values = numpy_helper.to_array(tensor).reshape(-1).tolist()
+        short = TensorProto(name=tensor.name, dims=tensor.dims, data_type=TensorProto.INT64)
+        short.int64_data.extend(values)
+        if short.ByteSize() < tensor.ByteSize():
+            tensor.CopyFrom(short)
+
+
 def shorten_names(model: ModelProto, changes: Changes) -> None:
-    """Gives inner values the shortest names."""
+    """Gives inner values, and constants of int64, the shortest names."""
     graph = model.graph
     fixed = {value.name for value in (*graph.input, *graph.output)}
-    fixed.update(tensor.name for tensor in graph.initializer)
+    constants = [t for t in graph.initializer if t.data_type == TensorProto.INT64]
+    fixed.update(t.name for t in graph.initializer if t.data_type != TensorProto.INT64)
     fixed.update(sparse.values.name for sparse in graph.sparse_initializer)
     fixed.update(note.tensor_name for note in graph.quantization_annotation)
+    for node in _decoder(model):
+        fixed.update((*node.input, *node.output))
     names = Names(model)
     renamed: dict[str, str] = {}
     short = names.shortest()
     for node in graph.node:
-        if node.domain == DOMAIN:
-            continue
         for index, name in enumerate(node.output):
             if len(name) > len(short) and name not in fixed and names.defined_once(name):
                 renamed[name] = node.output[index] = short
                 short = names.shortest()
+    for tensor in () if model.training_info else constants:
+        name = tensor.name
+        if len(name) > len(short) and name not in fixed and names.defined_once(name):
+            renamed[name] = tensor.name = short
+            short = names.shortest()
     rename(graph, renamed)

@@ -22,6 +22,7 @@ from prune2onnx.graph.names import Names
 from prune2onnx.graph.protobuf import copy_but, keep
 from prune2onnx.graph.walk import opset, used_in
 from prune2onnx.packing.codecs.bundle import FACTS
+from prune2onnx.packing.short_names import restored
 
 FACTS_KEY = "prune2onnx.weights"
 """The metadata entry of a written-out decoder that holds what a call's attribute `i` would."""
@@ -126,17 +127,17 @@ def expanded(model: ModelProto, names: Names) -> ModelProto:
 
 
 def outlined(model: ModelProto) -> ModelProto:
-    """A model whose decoder is written out, with a decode call instead; any other as it is.
+    """A packed model with a decode call and the weights' own names; any other as it is.
 
     Args:
         model: not modified.
 
     Raises:
-        Prune2OnnxError: its facts are damaged.
+        Prune2OnnxError: its facts or names are damaged.
     """
     nodes = decoder(model)
     if not nodes:
-        return model
+        return restored(model)
     rest = model.graph.node[len(nodes) :]
     made = {name: None for node in nodes for name in node.output if name}
     taken = dict.fromkeys(n for node in nodes for n in node.input if n and n not in made)
@@ -169,7 +170,7 @@ def outlined(model: ModelProto) -> ModelProto:
     result.graph.node.extend(rest)
     result.functions.append(function)
     result.opset_import.add(domain=DOMAIN, version=1)
-    return result
+    return restored(result)
 
 
 def is_packed(model: ModelProto) -> bool:

@@ -55,10 +55,14 @@ from prune2onnx.packing.portable import BOUNDS, OPSET, STAGE_SIZE, is_slow
 from prune2onnx.packing.portable import portable as written_out
 from prune2onnx.packing.quantized import Quantized, step_of
 from prune2onnx.packing.rows import WeightRow
+from prune2onnx.packing.short_names import shortened
 from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
 
 Load = Literal["small", "balanced", "fast"]
 """What a file is made for: few bytes, or a session that opens in little time and memory."""
+
+_SHORT_NAMES = 0.99
+"""Largest size of a file with short names, relative to the same with the weights' own names."""
 
 LEAST_NBYTES = 16
 """Smaller tensors stay dense: their entry in the decode call would take as many bytes."""
@@ -104,6 +108,7 @@ def pack(
     quantized: Mapping[str, Quantized] | None = None,
     anonymize: bool = False,
     portable: bool = False,
+    short_names: bool = False,
 ) -> Packed:
     """Writes each weight in few bytes that decode to it, bit for bit.
 
@@ -117,6 +122,8 @@ def pack(
         anonymize: whether weights get the shortest names, in the file and in what is unpacked from
             it (the rows keep the original ones), and the decoder's nodes may stand in the graph in
             place of a call (`inline`).
+        short_names: whether a small file may keep the weights' own names in its metadata alone, and
+            its decoder in the graph: `unpack` gives them back, other tools see short names.
         portable: whether the decoder's nodes stand in the graph in any case, in operators that
             OpenVINO folds, too (`portable`). The file is larger, and onnxruntime takes more time
             and memory to open it.
@@ -131,6 +138,7 @@ def pack(
         quantized=quantized,
         anonymize=anonymize,
         portable=portable,
+        short_names=short_names,
     )
 
 
@@ -141,6 +149,7 @@ def pack_normalized(
     quantized: Mapping[str, Quantized] | None = None,
     anonymize: bool = False,
     portable: bool = False,
+    short_names: bool = False,
     check: bool = True,
     progress: Progress = lambda name, done, total: None,
     spill: Spill | None = None,
@@ -153,6 +162,7 @@ def pack_normalized(
         quantized: as for `pack`.
         anonymize: as for `pack`.
         portable: as for `pack`.
+        short_names: as for `pack`.
         check: whether to decode the result and compare its checksum.
         progress: is told how far large weights have come: each is read, written and checked.
         spill: takes the streams of large weights, so that they do not stay in memory.
@@ -218,6 +228,12 @@ def pack_normalized(
     work = verify(result, done) if check else None
     if anonymize:
         result = min(inlined(result), result, key=nbytes_of)
+    elif short_names:
+        named = shortened(result)
+        if named is not result:  # the facts that a call holds are in the metadata, too
+            named = min(inlined(named), named, key=nbytes_of)
+        if nbytes_of(named) < _SHORT_NAMES * nbytes_of(result):
+            result = named
     reasons |= made.reasons
     methods = {**made.methods, **methods}
     before, after = nbytes_of(model), nbytes_of(result)
@@ -391,7 +407,7 @@ def _written(
     if notes:
         result.metadata_props.add(key=NOTES_KEY, value=json.dumps(notes, ensure_ascii=False))
     return result, {
-        name: facts.nbytes
+        name: facts.nbytes or 0
         for node in calls
         for name, facts in zip(node.output, described(node), strict=True)
     }

@@ -188,7 +188,7 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
             raise Prune2OnnxError(f"{min(twice)}: decoded twice; the file is damaged")
         arrays |= decoded
         found = described(node)
-        if all(facts.method is not None for facts in found):
+        if all(facts.nbytes is not None for facts in found):
             bounds = dict.fromkeys(decoded, 0.0)
         else:  # the file does not say how its bytes divide; far larger weights are all alike
             small = sum(array.nbytes for array in decoded.values()) <= _MEASURED_NBYTES
@@ -200,11 +200,13 @@ def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
         for name, facts in zip(node.output, found, strict=True):
             if name not in decoded:
                 continue
+            codec = "written out" if node.op_type == OP else f"version 1: {node.op_type}"
             if facts.method is not None:
-                how[name] = (facts.method.name, facts.nbytes)
-            else:
-                codec = "written out" if node.op_type == OP else f"version 1: {node.op_type}"
-                how[name] = (codec, round(nbytes * bounds[name] / sum(bounds.values())))
+                codec = facts.method.name
+            own = facts.nbytes
+            if own is None:
+                own = round(nbytes * bounds[name] / sum(bounds.values()))
+            how[name] = (codec, own)
     return Coded(arrays, how, budget.work)
 
 
@@ -250,7 +252,7 @@ def facts_by_weight(model: ModelProto) -> dict[str, tuple[int, int, int]]:
     for name, place in sorted(places.items(), key=lambda item: item[1]):
         method = own[name].method
         number = METHODS.index(method) if method is not None else -1
-        found[name] = (place - before - 1, number, own[name].nbytes)
+        found[name] = (place - before - 1, number, own[name].nbytes or 0)
         before = place
     return found
 

@@ -101,7 +101,11 @@ class Deployment:
         gathered = rewritten(shrunk, gather_inputs).model
         file = self._file
         pack = partial(
-            pack_normalized, anonymize=file.anonymize, portable=file.portable, check=check
+            pack_normalized,
+            anonymize=file.anonymize,
+            portable=file.portable,
+            short_names=True,
+            check=check,
         )
         for graph in (shrunk,) if gathered == shrunk else (shrunk, gathered):
             normalized = normalize(graph if rewrite is None else rewrite(graph))

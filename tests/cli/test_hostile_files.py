@@ -24,6 +24,7 @@ from prune2onnx.cli.main import main
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.file import load
 from prune2onnx.graph.normalize import normalize
+from prune2onnx.packing.inline import outlined
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
 from prune2onnx.shrinking.shrink import shrink as shrunk
@@ -221,7 +222,7 @@ def test_no_session_is_opened_of_a_file_from_a_stranger(verb, tmp_path, monkeypa
 
 @pytest.mark.parametrize("way", ["initializer", "input", "node"])
 def test_a_coded_weight_has_its_name_to_itself(way, tmp_path):
-    packed = pack(mlp()).model
+    packed = outlined(pack(mlp()).model)
     name = next(n for n in packed.graph.node if n.domain == "prune2onnx").output[0]
     if way == "initializer":
         packed.graph.initializer.append(numpy_helper.from_array(np.float32([1]), name))
@@ -276,7 +277,7 @@ def test_nodes_in_any_order_that_onnxruntime_runs_are_sorted_first(tmp_path):
 
 
 def test_streams_that_others_read_stay_and_no_input_is_left_of_the_others():
-    packed = pack(mlp()).model
+    packed = outlined(pack(mlp()).model)
     stream = next(n for n in packed.graph.node if n.domain == "prune2onnx").input[0]
     tensor = next(t for t in packed.graph.initializer if t.name == stream)
     shared = ModelProto.FromString(packed.SerializeToString())

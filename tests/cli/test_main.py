@@ -206,9 +206,11 @@ def test_a_network_that_onnxruntime_cannot_run_is_packed_and_validated_in_part(t
 def test_there_is_a_warning_about_a_file_that_another_tool_inflated(dense, tmp_path):
     from onnx.inliner import inline_local_functions
 
+    from prune2onnx.packing.inline import outlined
+
     packed, inflated = tmp_path / "packed.onnx", tmp_path / "inflated.onnx"
     run("pack", dense, packed)
-    save(inline_local_functions(load(packed)), inflated)
+    save(inline_local_functions(outlined(load(packed))), inflated)
     assert "took its decoder apart" in refused("inspect", inflated, status=0)
     assert (
         "took its decoder apart" in json.loads(run("inspect", inflated, "--json").stdout)["warning"]

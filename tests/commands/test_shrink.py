@@ -14,6 +14,7 @@ import prune2onnx
 from prune2onnx.cli.main import main
 from prune2onnx.errors import MismatchError
 from prune2onnx.graph.file import load
+from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
 from prune2onnx.shrinking.shrink import Shrunk
@@ -118,7 +119,7 @@ def test_a_packed_file_is_unpacked_and_says_so(tmp_path):
         value = np.asarray(array, np.float32)
         tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
     packed = pack(given).model
-    assert packed.functions
+    assert is_packed(packed)
     made, _, stderr = shrunk(packed, tmp_path)
     assert "pack it again" in stderr and not made.functions
     assert tuple(made.graph.initializer[0].dims) == (400 - dead, 6)

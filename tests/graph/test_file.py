@@ -17,6 +17,7 @@ from prune2onnx.graph import file as onnxfile
 from prune2onnx.graph.file import load, save
 from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.shapes import without_weights
+from prune2onnx.packing.inline import outlined
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
 
@@ -115,7 +116,7 @@ def test_a_file_that_is_cut_short_is_refused_wherever_the_cut(packed, tmp_path):
 
 
 def test_a_missing_decode_function_is_named(tmp_path):
-    packed = pack(model(numpy_helper.from_array(weight(0, 0.05), "w"))).model
+    packed = outlined(pack(model(numpy_helper.from_array(weight(0, 0.05), "w"))).model)
     del packed.functions[:]
     onnx.save(packed, tmp_path / "m.onnx")
     with pytest.raises(Prune2OnnxError, match=r"m\.onnx: w: its decode function .* is missing"):

@@ -12,6 +12,7 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.domain import DOMAIN, MARK
 from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.protobuf import framed
+from prune2onnx.packing.inline import outlined
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.sparse import to_sparse
@@ -101,7 +102,7 @@ def test_any_element_type_has_a_row():
 
 def inlined(packed: ModelProto) -> ModelProto:
     """Like a tool that replaces calls by the nodes of their functions."""
-    result = inline_local_functions(packed)
+    result = inline_local_functions(outlined(packed))
     assert not any(node.domain == DOMAIN for node in result.graph.node)
     return result
 

@@ -1,7 +1,5 @@
 """Packing changes bytes and nothing else: weights, nodes, results and optimised graphs stay."""
 
-import sys
-
 import freeze
 import ml_dtypes
 import numpy as np
@@ -30,8 +28,8 @@ from prune2onnx.graph.domain import DOMAIN, MARK
 from prune2onnx.graph.file import load, save
 from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.protobuf import framed
-from prune2onnx.packing.codecs import METHODS
-from prune2onnx.packing.inline import is_packed
+from prune2onnx.packing.codecs import METHODS, entropy_nbytes
+from prune2onnx.packing.inline import is_packed, outlined
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.quantized import Quantized
@@ -253,7 +251,7 @@ def test_one_step_for_all_takes_fewer_bytes():
     assert one.ByteSize() < pack(small_network(OWN_STEPS)).model.ByteSize() - 100
 
 
-def test_weights_that_are_much_denser_than_others_are_written_apart(monkeypatch):
+def test_one_code_follows_weights_of_different_densities():
     rng = np.random.default_rng(6)
     thin = rng.integers(-2, 3, (100, 400)) * (rng.random((100, 400)) < 0.02)
     thick = rng.integers(-2, 3, (100, 16)) * (rng.random((100, 16)) < 0.7)
@@ -264,24 +262,11 @@ def test_weights_that_are_much_denser_than_others_are_written_apart(monkeypatch)
     tensors = {"thick": thick.astype(np.float32), "thin": thin.astype(np.float32)}
     dense = model(nodes, tensors, {"x": ["N", 100]}, {"a": ["N", 16], "b": ["N", 400]})
     packed = pack(dense)
-    assert {r.name: r.codec for r in packed.rows} == {"thick": "levels", "thin": "gap-levels"}
+    assert {row.codec for row in packed.rows} == {"gap-levels"}
     assert unpack(packed.model) == dense
     assert_equal(run(packed.model), run(dense))
-    monkeypatch.setattr(sys.modules["prune2onnx.packing.codecs.plan"], "_MOST_APART", 0)
-    together = pack(dense)
-    assert {row.codec for row in together.rows} == {"gap-levels"}
-    assert packed.model.ByteSize() < together.model.ByteSize() - 200
-
-
-def test_anonymous_weights_take_fewer_bytes():
-    dense = small_network(OWN_STEPS)
-    named, packed = pack(dense), pack(dense, anonymize=True)
-    assert packed.model.ByteSize() < named.model.ByteSize() - 80
-    assert [row.name for row in packed.rows] == [row.name for row in named.rows]
-    back = unpack(packed.model)
-    assert max(len(tensor.name) for tensor in back.graph.initializer) == 1
-    assert sorted(weights(back).values()) == sorted(weights(dense).values())
-    assert_equal(run(packed.model), run(dense))
+    entropy = sum(entropy_nbytes(array) for array in tensors.values())
+    assert packed.model.ByteSize() < 1.1 * entropy + 1300
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -300,15 +285,18 @@ def test_rows_name_every_initializer_and_account_for_their_bytes(build, load):
         assert bool(row.reason) == (row.codec == "dense")
         if row.codec == "dense":
             assert row.nbytes == framed(tensor.ByteSize())
-    streams = {name for node in packed.model.graph.node if node.domain == DOMAIN
+    streams = {name for node in outlined(packed.model).graph.node if node.domain == DOMAIN
                for name in node.input}  # fmt: skip
     held = sum(len(t.raw_data) for t in packed.model.graph.initializer if t.name in streams)
     own = sum(row.nbytes for row in packed.rows if row.codec != "dense")
     # The rest: lane starts, padded words, and tables for all weights.
     assert 0.85 * held - 100 < own <= held + len(packed.rows)
     seen = {row.name: row for row in inspect(packed.model).rows}
+    exact = not any(entry.key == MARK and entry.value for entry in packed.model.metadata_props)
     for row in packed.rows:
-        assert (seen[row.name].codec, seen[row.name].nbytes) == (row.codec, row.nbytes)
+        assert seen[row.name].codec == row.codec
+        # With short names the file does not keep the bytes of each weight: they are estimated.
+        assert seen[row.name].nbytes == row.nbytes or not exact
 
 
 def test_names_of_streams_are_free_ones():
@@ -318,14 +306,14 @@ def test_names_of_streams_are_free_ones():
         node.input[0] = {"h": "a", "r": "b", "l": "c", "q": "d"}.get(node.input[0], node.input[0])
     packed = pack(dense).model
     onnx.checker.check_model(packed, full_check=True)
-    (call,) = (node for node in packed.graph.node if node.domain == DOMAIN)
+    (call,) = (node for node in outlined(packed).graph.node if node.domain == DOMAIN)
     assert not set("abcdxy") & set(call.input)
     assert all(len(name) <= 2 for name in call.input)
     assert_equal(run(packed), run(dense))
 
 
 def test_the_call_keeps_the_weights_names_and_comes_first():
-    dense, packed = convnet(), pack(convnet()).model
+    dense, packed = convnet(), outlined(pack(convnet()).model)
     call, *rest = packed.graph.node
     assert call.domain == DOMAIN and rest == list(dense.graph.node)
     order = [t.name for t in dense.graph.initializer]
@@ -401,8 +389,7 @@ def test_where_packing_hardly_saves_bytes_every_row_has_a_reason_or_a_codec():
         assert packed.model.ByteSize() < dense.ByteSize() or packed.model == dense
         assert all(row.reason for row in packed.rows if row.codec == "dense")
         outcomes.add(packed.rows[0].reason)
-    # First the decode functions alone are too large, then the whole file is; in the end neither.
-    assert {"the file would not be smaller", ""} <= outcomes
+    assert "" in outcomes and len(outcomes) > 1
 
 
 def test_what_stays_dense_says_why():

@@ -16,6 +16,7 @@ from tiny import blobs, tiny_conv
 from prune2onnx.data import batches
 from prune2onnx.errors import MismatchError, Prune2OnnxError
 from prune2onnx.graph.file import file_nbytes, save
+from prune2onnx.packing.inline import is_packed, outlined
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import coded, unpack
 from prune2onnx.runs.report import Measured
@@ -68,13 +69,13 @@ def test_the_optimised_graph_is_the_dense_one(dense, packed):
     assert folds(packed)
     level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     assert sorted(operators(packed, level)) == sorted(operators(dense, level))
-    assert any(node.domain == "prune2onnx" for node in packed.graph.node)
+    assert is_packed(packed)
 
 
 def test_a_decoder_that_stays_in_the_graph_is_found(packed):
     """A stream that a caller may replace is no constant, so nothing after it can be folded."""
     kept = copy.deepcopy(packed)
-    call = next(node for node in kept.graph.node if node.domain == "prune2onnx")
+    call = next(node for node in outlined(kept).graph.node if node.domain == "prune2onnx")
     stream = next(t for t in kept.graph.initializer if t.name == call.input[0])
     kept.graph.input.append(
         helper.make_tensor_value_info(stream.name, stream.data_type, stream.dims)

@@ -36,6 +36,9 @@ GROUP_LIMIT = 1 << 29
 FACTS = "i"
 """The attribute of a call that holds what decoding does not need."""
 
+UNKNOWN = -1
+"""In place of a weight's bytes, where the file does not keep them."""
+
 
 @dataclass(frozen=True)
 class Bundle:
@@ -90,8 +93,12 @@ def encode(
     functions = streams.finish(opset)
     outputs = [found[weight.name][0] for weight in weights]
     facts = [checksum([(weight.name, weight.array) for weight in weights])]
+    # The bits of a Rice code are shared out by estimates: together not more than there are.
+    held = sum(len(each.raw_data) for each in body.given)
+    estimated = sum(nbytes for _, nbytes in found.values())
+    part = min(1.0, held / max(estimated, 1.0))
     for weight, skip in zip(weights, skips or [0] * len(weights), strict=True):
-        facts += [skip, METHODS.index(methods[weight.name]), round(found[weight.name][1])]
+        facts += [skip, METHODS.index(methods[weight.name]), round(part * found[weight.name][1])]
     node = helper.make_node(OP, [], [weight.name for weight in weights], domain=DOMAIN)
     packed = TensorProto(dims=[len(facts)], data_type=TensorProto.INT64, int64_data=facts)
     node.attribute.append(AttributeProto(name=FACTS, type=AttributeProto.TENSOR, t=packed))
@@ -208,12 +215,12 @@ class Described:
     Attributes:
         skip: initializers between it and the coded weight before it.
         method: how it is written; None where the file does not say.
-        nbytes: its bytes in the streams.
+        nbytes: its bytes in the streams; None where the file does not say.
     """
 
     skip: int = 0
     method: Method | None = None
-    nbytes: int = 0
+    nbytes: int | None = None
 
 
 def described(node: NodeProto) -> list[Described]:
@@ -224,7 +231,7 @@ def described(node: NodeProto) -> list[Described]:
     found = []
     for skip, number, nbytes in zip(facts[::3], facts[1::3], facts[2::3], strict=True):
         method = METHODS[number] if 0 <= number < len(METHODS) else None
-        found.append(Described(skip, method, nbytes))
+        found.append(Described(skip, method, None if nbytes == UNKNOWN else nbytes))
     return found
 
 

@@ -14,9 +14,11 @@ import string
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from onnx import FunctionProto, TensorProto, helper
 
 from prune2onnx.graph.domain import DOMAIN, DOMAIN_VERSION
+from prune2onnx.graph.protobuf import tensor
 
 
 def varints(values: Sequence[int], shape: tuple[int, ...], element_type: int) -> TensorProto:
@@ -61,9 +63,9 @@ class Body:
         """A name that is used nowhere yet."""
         return next(self._names)
 
-    def give(self, tensor: TensorProto) -> str:
+    def give(self, stored: TensorProto) -> str:
         """Adds an input that holds this tensor."""
-        self.given.append(tensor)
+        self.given.append(stored)
         self._proto.input.append(self.fresh())
         return self._proto.input[-1]
 
@@ -127,14 +129,14 @@ class Body:
         shape = shape or (() if isinstance(values, int) else (len(flat),))
         key = (*flat, shape, element_type)
         if key not in self._constants:
-            tensor = varints(flat, shape, element_type)
+            stored = varints(flat, shape, element_type)
             if self._once:
-                name = self.give(tensor)
+                name = self.give(stored)
             elif element_type == TensorProto.INT64 and len(shape) == 1 and len(flat) < 5:
                 name = self.node("Constant", value_ints=flat)  # a tensor is longer
             else:
-                tensor.ClearField("name")
-                name = self.node("Constant", value=tensor)
+                stored.ClearField("name")
+                name = self.node("Constant", value=stored)
             self._constants[key] = name
         return self._constants[key]
 
@@ -162,6 +164,15 @@ class Body:
         if self._calls:
             self._proto.opset_import.add(domain=DOMAIN, version=DOMAIN_VERSION)
         return self._proto
+
+
+def zeros_of(body: Body, shape: Sequence[int], element_type: int) -> str:
+    """Adds a constant of zeros."""
+    value: dict[str, Any] = {}
+    if element_type != TensorProto.FLOAT:
+        kind = helper.tensor_dtype_to_np_dtype(element_type)
+        value["value"] = tensor("", np.zeros(1, kind), element_type)
+    return body.node("ConstantOfShape", body.indices(*shape), **value)
 
 
 def _short_names(letters: str) -> Iterator[str]:

@@ -21,10 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from prune2onnx.graph.protobuf import tensor
+from prune2onnx.packing.codecs import rice
+from prune2onnx.packing.codecs.function import zeros_of
 from prune2onnx.packing.codecs.huffman import about_bits, coded_bits
 from prune2onnx.packing.codecs.streams import Streams
-from prune2onnx.packing.codecs.values.kind import Group, RisingEntries, Written
+from prune2onnx.packing.codecs.values.kind import Group, RisingEntries, Vector, Written
 from prune2onnx.packing.codecs.values.lookup import padded
 from prune2onnx.packing.codecs.weight import Weight, bits_of, narrowest, numpy_type, ranked
 
@@ -86,12 +87,12 @@ def write(group: Group, streams: Streams) -> dict[str, tuple[str, float]]:
     """
     if group.positions == "all":
         entries = [weight.values for weight in group.weights]
-        flat, bits = write_values(group, streams, entries)
+        vector = Vector(*write_values(group, streams, entries))
     elif group.positions == "gap":
-        flat, bits = _gap(group, streams)
+        vector = _gap(group, streams)
     else:
-        flat, bits = _mask(group, streams)
-    names = _split(group, streams, flat, bits)
+        vector = Vector(*_mask(group, streams))
+    names, bits = _split(group, streams, vector)
     return {
         weight.name: (name, part / 8)
         for weight, name, part in zip(group.weights, names, bits, strict=True)
@@ -139,7 +140,7 @@ def gaps_of(
     return gaps, real
 
 
-def _gap(group: Group, streams: Streams) -> tuple[str, list[float]]:
+def _gap(group: Group, streams: Streams) -> Vector:
     body = streams.body
     offsets = np.cumsum([0, *(weight.array.size for weight in group.weights)])
     indices = [
@@ -148,39 +149,37 @@ def _gap(group: Group, streams: Streams) -> tuple[str, list[float]]:
     if not any(index.size for index in indices):
         indices[0] = np.zeros(1, np.int64)
     if streams.coder == "rice":
-        index, values, bits = _rice_gaps(group, streams, indices)
-    else:
-        index, gap_bits, entries = _symbol_gaps(group, streams, indices)
-        values, bits = write_values(group, streams, entries)
-        bits = [a + b for a, b in zip(bits, gap_bits, strict=True)]
-    dtype = numpy_type(group.working)
-    zero: dict[str, Any] = {}
-    if group.working != TensorProto.FLOAT:
-        zero["value"] = tensor("", np.zeros(1, dtype), group.working)
-    if streams.coder != "rice" and group.is_single and len(group.weights[0].shape) > 1:
+        return _rising(group, streams, indices)
+    index, gap_bits, entries = _symbol_gaps(group, streams, indices)
+    values, bits = write_values(group, streams, entries)
+    bits = [a + b for a, b in zip(bits, gap_bits, strict=True)]
+    if group.is_single and len(group.weights[0].shape) > 1:
         # Directly into the weight's shape: a Reshape of the result would be another copy.
         shape = group.weights[0].shape
         wide = body.node("Reshape", index, body.indices(-1, 1))
         step = body.constant([math.prod(shape[axis + 1 :]) for axis in range(len(shape))])
         place = body.node("Mod", body.node("Div", wide, step), body.constant(list(shape)))
         place = body.node("Cast", place, to=TensorProto.INT64)
-        zeros = body.node("ConstantOfShape", body.indices(*shape), **zero)
-        return body.node("ScatterND", zeros, place, values), bits
-    zeros = body.node("ConstantOfShape", body.indices(group.size), **zero)
-    return body.node("ScatterElements", zeros, index, values), bits
+        zeros = zeros_of(body, shape, group.working)
+        return Vector(body.node("ScatterND", zeros, place, values), bits)
+    zeros = zeros_of(body, (group.size,), group.working)
+    return Vector(body.node("ScatterElements", zeros, index, values), bits)
 
 
-def _rice_gaps(
-    group: Group, streams: Streams, indices: list[NDArray[np.int64]]
-) -> tuple[str, str, list[float]]:
-    """Entries with Rice codes: a value with indices, one with values, and the bits of weights."""
+def _rising(group: Group, streams: Streams, indices: list[NDArray[np.int64]]) -> Vector:
+    """Entries with Rice codes: an integer is an index plus 1, so it may be the first one."""
     entries = [weight.values[weight.nonzero] for weight in group.weights]
-    rising = RisingEntries(np.concatenate(indices), entries)
-    if together := group.values.write_rising(group, streams, rising):
+    places = np.concatenate(indices)
+    if together := group.values.write_rising(group, streams, RisingEntries(places, entries)):
         return together
-    index, gap_bits = streams.indices(indices)
+    index = streams.rising_integers(places + 1)
     values, bits = write_values(group, streams, entries)
-    return index, values, [a + b for a, b in zip(bits, gap_bits, strict=True)]
+    each = rice.rising_bits(places) / places.size
+    zeros = zeros_of(streams.body, (group.size + 1,), group.working)
+    scattered = streams.body.node("ScatterElements", zeros, index, values)
+    return Vector(
+        scattered, [b + each * own.size for b, own in zip(bits, indices, strict=True)], leading=1
+    )
 
 
 def _symbol_gaps(
@@ -276,9 +275,10 @@ def _is_shaped(group: Group, streams: Streams) -> bool:
     return group.positions == "all" and group.values.is_looked_up
 
 
-def _split(group: Group, streams: Streams, flat: str, bits: list[float]) -> list[str]:
-    """Splits the vector of a group into its weights; adds the bits of scales to `bits`."""
-    body = streams.body
+def _split(group: Group, streams: Streams, vector: Vector) -> tuple[list[str], list[float]]:
+    """Splits the vector of a group into its weights; their bits are those of scales, too."""
+    body, bits = streams.body, vector.bits
+    is_scaled = vector.scaled or group.scale is not None
     families = [
         list(members)
         for _, members in itertools.groupby(
@@ -287,16 +287,18 @@ def _split(group: Group, streams: Streams, flat: str, bits: list[float]) -> list
             key=lambda weight: family_key(weight) if len(weight.shape) > 1 else weight.name,
         )
     ]
-    pieces = body.split(flat, *(sum(w.array.size for w in family) for family in families))
-    factors = _factors(group, streams, bits)
+    sizes = [sum(w.array.size for w in family) for family in families]
+    _, *pieces = body.split(vector.name, vector.leading, *sizes)
+    factors = {} if is_scaled else _factors(group, streams, bits)
     names: list[str] = []
     for piece, family in zip(pieces, families, strict=True):
         shape = family[0].shape
-        copied = (len(families) > 1 and len(shape) == 1) or _is_shaped(group, streams)
+        copied = len(shape) == 1 and (len(families) > 1 or vector.leading > 0)
+        copied = copied or _is_shaped(group, streams)
         if len(shape) > 1 and not copied:
             rows = sum(weight.shape[0] for weight in family)
             piece = body.node("Reshape", piece, body.indices(rows, *shape[1:]))
-        if family[0].scale is not None and not group.scale and family[0].name not in factors:
+        if family[0].scale is not None and not is_scaled and family[0].name not in factors:
             piece = body.node("Mul", piece, _scale(family, streams, bits, len(names)))
             copied = True
         parts = body.split(piece, *(weight.shape[0] for weight in family))
@@ -310,7 +312,7 @@ def _split(group: Group, streams: Streams, flat: str, bits: list[float]) -> list
                 # last folded operator is an alias such as Reshape (issue 29788).
                 part = body.copy(part, group.working)
             names.append(part)
-    return names
+    return names, bits
 
 
 def _factors(group: Group, streams: Streams, bits: list[float]) -> dict[str, str]:
@@ -319,7 +321,7 @@ def _factors(group: Group, streams: Streams, bits: list[float]) -> dict[str, str
     single: dict[int, NDArray[np.float32]] = {}
     for _, family in families:
         scales = {index: weight.scale for index, weight in family if weight.scale is not None}
-        if not group.scale and all(scale.size == 1 for scale in scales.values()):
+        if all(scale.size == 1 for scale in scales.values()):
             single |= {index: scale.reshape(1) for index, scale in scales.items()}
     if not single:
         return {}

@@ -35,7 +35,7 @@ METHODS = (
 )
 """Every method; a file holds their indices. Append only: those of a new kind of values go last."""
 
-ALL_LEVELS, GAP_LEVELS = Method("all", LEVELS), Method("gap", LEVELS)
+GAP_LEVELS = Method("gap", LEVELS)
 
 
 def method(name: str) -> Method:

@@ -88,14 +88,15 @@ def _quotient(a: Array, b: Array) -> Array:
 
 
 def _remainder(a: Array, b: Array) -> Array:
-    _check_division(a, b)
-    return np.asarray(a % b)
+    if a.dtype.kind not in "iu":
+        raise ValueError(f"a remainder of {a.dtype}")
+    if b.size and b.min() < 1:
+        raise ValueError("a division by a negative number, or by zero")
+    return np.asarray(a % b)  # of the divisor's sign, as in ONNX
 
 
 def _check_division(a: Array, b: Array) -> None:
     # ONNX rounds a quotient towards zero, numpy rounds down: equal where nothing is negative.
-    if a.dtype.kind not in "iu":
-        raise ValueError(f"a remainder of {a.dtype}")
     if a.size and b.size and (a.min() < 0 or b.min() < 1):
         raise ValueError("a division of or by a negative number, or by zero")
 
@@ -104,6 +105,14 @@ def _power(a: Array, b: Array) -> Array:
     if b.size and not 0 <= float(b.min()) <= float(b.max()) <= 62:
         raise ValueError("an exponent out of range")
     return np.asarray(a**b)
+
+
+def _largest(budget: Budget, *inputs: Array) -> Array:
+    if len(inputs) == 1:
+        return _elementwise(np.copy, 1)(budget, *inputs)
+    if inputs and inputs[0].dtype.kind not in "iu":  # of NaN and -0.0 runtimes differ
+        raise ValueError(f"the largest of {inputs[0].dtype}")
+    return _elementwise(np.maximum)(budget, *inputs)
 
 
 def _constant(budget: Budget, **attributes: Any) -> Array:
@@ -262,10 +271,11 @@ def _reduce_sum(budget: Budget, x: Array, axes: Array, keepdims: int = 1) -> Arr
 
 def _matmul(budget: Budget, a: Array, b: Array) -> Array:
     dtype = _same_type(a, b)
-    if dtype.kind not in "iu" or a.ndim != 2 or not 0 < b.ndim < 3 or a.shape[1] != b.shape[0]:
+    fit = 0 < a.ndim < 3 and 0 < b.ndim < 3 and a.ndim + b.ndim > 2
+    if dtype.kind not in "iu" or not fit or a.shape[-1] != b.shape[0]:
         what = f"{dtype} {list(a.shape)} times {list(b.shape)}"
-        raise ValueError(f"{what}, no matrix and vector or matrix that fit")
-    budget.take((*a.shape[:1], *b.shape[1:]), dtype)
+        raise ValueError(f"{what}, no matrices or vectors that fit")
+    budget.take((*a.shape[:-1], *b.shape[1:]), dtype)
     budget.spend(6 * a.size * (b.size // max(1, b.shape[0])))
     return np.asarray(a @ b)
 
@@ -277,6 +287,16 @@ def _top_k(budget: Budget, x: Array, count: Array) -> list[Array]:
     budget.take(x.shape, np.dtype(np.int64), 100)
     order = np.argsort(~x, kind="stable")[:wanted].copy()  # equal elements keep their order
     return [x[order], order]
+
+
+def _arg_max(budget: Budget, x: Array, axis: int = 0, keepdims: int = 1) -> Array:
+    axis = _axis(axis, x)
+    if x.dtype.kind not in "iu" or not x.shape[axis]:
+        raise ValueError(f"the place of the largest of {x.dtype} {list(x.shape)}")
+    shape = [1 if each == axis else extent for each, extent in enumerate(x.shape)]
+    budget.take(shape, np.dtype(np.int64))
+    budget.spend(4 * x.size)
+    return np.asarray(x.argmax(axis=axis, keepdims=bool(keepdims)))
 
 
 def _concat(budget: Budget, *inputs: Array, axis: int) -> Array:
@@ -378,6 +398,7 @@ def _copied(budget: Budget, x: Array, body: GraphProto, num_scan_inputs: int) ->
 OPERATORS: Mapping[str, Callable[..., Array | list[Array]]] = {
     "Abs": _elementwise(np.abs, 1),
     "Add": _elementwise(np.add),
+    "ArgMax": _arg_max,
     "BitShift": _shifted,
     "BitwiseOr": _either,
     "Cast": _cast,
@@ -393,7 +414,7 @@ OPERATORS: Mapping[str, Callable[..., Array | list[Array]]] = {
     "Identity": _identity,
     "Less": _elementwise(np.less),
     "MatMul": _matmul,
-    "Max": _elementwise(np.copy, 1),
+    "Max": _largest,
     "Mod": _elementwise(_remainder, steps=8),
     "Mul": _elementwise(np.multiply),
     "Neg": _elementwise(np.negative, 1),

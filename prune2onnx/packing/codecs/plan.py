@@ -7,7 +7,7 @@ a group and the decoder add. The few best plans are then written, and their real
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from prune2onnx.packing.codecs import rice
 from prune2onnx.packing.codecs.bundle import Bundle, encode, grouped
 from prune2onnx.packing.codecs.groups import FILLED_GAPS, family_key, gaps_of, masks_of
-from prune2onnx.packing.codecs.methods import ALL_LEVELS, GAP_LEVELS, METHODS, Method
-from prune2onnx.packing.codecs.rice import Run
+from prune2onnx.packing.codecs.methods import GAP_LEVELS, METHODS, Method
 from prune2onnx.packing.codecs.streams import Coder, coded_nbytes
 from prune2onnx.packing.codecs.values.kind import Entries
 from prune2onnx.packing.codecs.weight import (
@@ -33,13 +33,13 @@ MAX_NBYTES = 1 << 30
 """Largest dense weight that is coded: from 1.27 on onnxruntime folds no larger output (PR 28055),
 so it would be decoded at every inference."""
 
-GROUP_NBYTES: Mapping[Coder, int] = {"huffman": 150, "rice": 250, "none": 150}
+GROUP_NBYTES: Mapping[Coder, int] = {"huffman": 150, "rice": 150, "none": 150}
 """About how many bytes a group adds: its nodes, and with a Rice code those of its sequences."""
 
 FAMILY_NBYTES = 60
 """About how many bytes each family adds to a group."""
 
-CODER_NBYTES: Mapping[Coder, int] = {"huffman": 2300, "rice": 200, "none": 60}
+CODER_NBYTES: Mapping[Coder, int] = {"huffman": 2300, "rice": 600, "none": 60}
 """About how many bytes the nodes of an entropy coder add."""
 
 SMALL_NBYTES = 65536
@@ -47,9 +47,6 @@ SMALL_NBYTES = 65536
 
 RICE_SIZE = 1 << 21
 """Most elements for which a Rice code is tried: with more of them, other codes are smaller."""
-
-_MOST_APART = 64
-"""Most weights for which `_densest_apart` is tried."""
 
 _WEIGHT_NBYTES = 12
 """Bytes of a weight besides its streams and its name: entries in Split, Concat and the call."""
@@ -97,7 +94,7 @@ def estimates(weight: Weight, coder: Coder = "huffman") -> dict[Method, float]:
     fillers = 0
     if coder == "rice" or nonzero.size < 0.9 * weight.array.size:
         if coder == "rice":
-            positions["gap"] = Run("", nonzero, rising=True).bits / 8 if nonzero.size else 0.0
+            positions["gap"] = rice.rising_bits(nonzero) / 8 if nonzero.size else 0.0
         else:
             ((gaps,), _) = gaps_of([nonzero], FILLED_GAPS[0])
             fillers = gaps.size - nonzero.size
@@ -109,7 +106,8 @@ def estimates(weight: Weight, coder: Coder = "huffman") -> dict[Method, float]:
         if method.positions not in positions:
             continue
         filled = fillers if method.positions == "gap" else 0
-        entries = Entries(weight, coder, method.positions == "all", filled)
+        rising = method.positions == "gap" and coder == "rice"
+        entries = Entries(weight, coder, method.positions == "all", filled, rising)
         value = method.values.estimate(entries)
         if value is not None:
             found[method] = positions[method.positions] + value + _WEIGHT_NBYTES + len(weight.name)
@@ -176,12 +174,11 @@ def _planned(
     if absolute:
         skips = places
     bundle = encode(chosen, best, opset, coder=coder, skips=skips) if chosen else None
-    if coder == "rice" and len(chosen) <= _MOST_APART:
-        thin = {n: GAP_LEVELS if GAP_LEVELS in costs[n] else method for n, method in best.items()}
-        for methods in (thin, *_densest_apart(chosen, best), *_densest_apart(chosen, thin)):
-            other = encode(chosen, methods, opset, coder=coder, skips=skips)
-            if bundle is None or other.nbytes < bundle.nbytes:
-                bundle, best = other, methods
+    thin = {n: GAP_LEVELS if GAP_LEVELS in costs[n] else method for n, method in best.items()}
+    if coder == "rice" and thin != best:
+        other = encode(chosen, thin, opset, coder=coder, skips=skips)
+        if bundle is None or other.nbytes < bundle.nbytes:
+            bundle, best = other, thin
     saved = sum(dense[name] for name in best)
     if bundle is None or bundle.nbytes >= saved:
         for name in best:
@@ -192,21 +189,6 @@ def _planned(
             why = "the nodes for weights like it take more bytes than they save"
             reasons.setdefault(weight.name, why)
     return Plan(bundle, best, reasons)
-
-
-def _densest_apart(
-    weights: Sequence[Weight], methods: Mapping[str, Method]
-) -> Iterator[dict[str, Method]]:
-    """The same methods, except that the densest weights, ever more of them, code all elements.
-
-    A group has one Rice code for its positions, which is inefficient where some members are much
-    denser than others.
-    """
-    apart = dict(methods)
-    sparse = [weight for weight in weights if methods[weight.name] == GAP_LEVELS]
-    for weight in sorted(sparse, key=lambda one: -one.nonzero.size / one.array.size):
-        apart = apart | {weight.name: ALL_LEVELS}
-        yield apart
 
 
 def _total(result: Plan, dense: Mapping[str, int]) -> int:

@@ -28,8 +28,9 @@ Coder = Literal["huffman", "rice", "none"]
 SEGMENT_NBYTES = 30
 """Bytes that a Huffman segment adds: its code, a lane start, half a word, entries in constants."""
 
-RUN_NBYTES = 150
-"""About how many bytes each further sequence with a Rice code adds: its nodes."""
+RUN_NBYTES = 25
+"""About how many bytes each further sequence with a Rice code adds: its place in constants and in
+nodes."""
 
 STREAM_BITS = 3 * (huffman.MAX_BITS >> 2)
 """Most bits of codewords in a stream; beyond, another stream is begun."""
@@ -98,20 +99,11 @@ class Streams:
             else self.body.node("Cast", name, to=TensorProto.FLOAT)
         )
 
-    def indices(self, parts: Sequence[NDArray[np.int64]]) -> tuple[str, list[float]]:
-        """A value that holds ascending indices, int64 [n], with a Rice code.
-
-        Args:
-            parts: the indices, those of several weights in a row.
-
-        Returns:
-            The value's name, and the bits each part takes.
-        """
-        run = rice.Run(self.body.fresh(), np.concatenate(parts), rising=True)
+    def rising_integers(self, integers: NDArray[np.int64]) -> str:
+        """A value that holds ascending integers, int32 [n], the first at least 1 (Rice code)."""
+        run = rice.Run(self.body.fresh(), integers, rising=True)
         self.rising.append(run)
-        ends = np.cumsum([part.size for part in parts])
-        taken = np.cumsum(np.append(0, run.parts[0] + 1 + run.code.low))
-        return run.name, np.diff(taken[ends], prepend=0).astype(float).tolist()
+        return run.name
 
     def symbols(self, symbols: NDArray[np.uint8], base: int = 0) -> str:
         """A value that holds `symbols + base + origin`, integers [n]."""
@@ -151,8 +143,7 @@ class Streams:
             width = 4 if run.max() < 16 else 8
             return [float(width * part.size) for part in parts]
         if self.coder == "rice":
-            code, _ = rice.code_of(np.bincount(run))
-            return [float(code.bits(part)) for part in parts]
+            return [rice.about_bits(np.bincount(part)) for part in parts]
         lengths = np.array(huffman.code_of(run).lengths)
         return [float(lengths[part].sum()) for part in parts]
 
@@ -253,7 +244,7 @@ def coded_nbytes(counts: NDArray[np.integer[Any]], coder: Coder) -> float:
     if coder == "huffman":
         return huffman.about_bits(counts) / 8 + SEGMENT_NBYTES
     if coder == "rice":
-        return rice.code_of(-np.sort(-counts))[1] / 8
+        return rice.about_bits(-np.sort(-counts)) / 8
     return float(counts.sum()) * (0.5 if np.flatnonzero(counts).max(initial=0) < 16 else 1)
 
 

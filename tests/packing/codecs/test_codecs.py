@@ -31,12 +31,10 @@ from prune2onnx.packing.codecs import (
     huffman,
     huffman_graph,
     plan,
-    rice,
     streams,
 )
 from prune2onnx.packing.codecs import evaluator as evaluate
 from prune2onnx.packing.codecs.book import MAX_VALUES
-from prune2onnx.packing.codecs.function import Body
 from prune2onnx.packing.codecs.groups import FILLED_GAPS, gaps_of, masks_of
 from prune2onnx.packing.codecs.limits import Budget
 from prune2onnx.packing.codecs.plan import CODER_NBYTES, estimates, refusal
@@ -474,62 +472,6 @@ def test_the_functions_stay_small():
             assert steps < 2 * jumps  # and stands in files of 100 kB or more
     made = written([cases("float32")["15 levels"]], BY_NAME["gap-codebook"])
     assert made.functions[-1].ByteSize() < 1000
-
-
-# --- Rice codes ------------------------------------------------------------------------------
-
-
-def rice_decoded(runs: list[rice.Run]) -> list[np.ndarray]:
-    """What the nodes for these sequences make of their stream."""
-    body = Body("w", once=True)
-    rice.write(body, runs)
-    function = body.function(*(run.name for run in runs), opset=13)
-    call = helper.make_node("w", [], [run.name for run in runs], domain=DOMAIN)
-    streams = [numpy_helper.to_array(tensor) for tensor in body.given]
-    return evaluate.evaluate(call, streams, {"w": function}, Budget(1 << 30, 1 << 20))
-
-
-@given(
-    rising=st.lists(st.sets(st.integers(0, 5000), min_size=1, max_size=60), max_size=2),
-    symbols=st.lists(
-        st.tuples(st.lists(st.integers(0, 300), min_size=1, max_size=60), st.integers(0, 9)),
-        max_size=3,
-    ),
-)
-@settings(deadline=None, max_examples=100)
-def test_any_sequences_survive_rice(rising, symbols):
-    runs = [rice.Run(f"x{n}", np.array(sorted(each)), rising=True) for n, each in enumerate(rising)]
-    runs += [rice.Run(f"s{n}", np.array(each), base=base) for n, (each, base) in enumerate(symbols)]
-    if runs:
-        for run, got in zip(runs, rice_decoded(runs), strict=True):
-            want = run.integers if run.rising else run.integers + 1 + run.base
-            assert got.tolist() == want.tolist()
-
-
-def test_the_rice_code_of_the_format_page(monkeypatch):
-    monkeypatch.setattr(rice, "_NODES_BITS", 0)
-    runs = [rice.Run("x", np.array([5, 30]), rising=True), rice.Run("s", np.array([0, 2]))]
-    assert [run.code for run in runs] == [rice.Code(3), rice.Code(0)]
-    stream = [f"{byte:08b}" for byte in rice.encode(runs).ravel()]
-    assert "".join(stream) == "011111" + "010001" + "1001"
-    assert [got.tolist() for got in rice_decoded(runs)] == [[5, 30], [1, 3]]
-
-
-def test_rice_codes_are_near_the_entropy_of_random_positions():
-    rng = np.random.default_rng(0)
-    for density in (0.3, 0.1, 0.03, 0.003):
-        places = np.flatnonzero(rng.random(200_000) < density)
-        entropy = entropy_bits(np.array([places.size, 200_000 - places.size]))
-        run = rice.Run("x", places, rising=True)
-        assert entropy < 1.01 * run.bits < 1.07 * entropy
-
-
-def test_a_rice_code_is_chosen_with_its_nodes():
-    assert rice.code_of(np.array([9000, 10]))[0] == rice.Code(0)
-    assert rice.code_of(np.full(15, 100_000))[0] == rice.Code(4, flat=True)
-    # Remainders of seven bits would be a few bytes shorter, but take more nodes.
-    assert rice.rising_code(np.cumsum(np.full(300, 100))) == rice.Code(8)
-    assert rice.rising_code(np.cumsum(np.full(30_000, 100))) == rice.Code(6)
 
 
 # --- properties ------------------------------------------------------------------------------

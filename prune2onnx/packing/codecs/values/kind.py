@@ -26,6 +26,23 @@ Written = tuple[str, list[float]]
 
 
 @dataclass(frozen=True)
+class Vector:
+    """A group's vector in the decode function.
+
+    Attributes:
+        name: of the value, [leading + elements of the group].
+        bits: that each weight takes.
+        leading: elements before the first weight's, which mean nothing.
+        scaled: whether the weights' scales are in it.
+    """
+
+    name: str
+    bits: list[float]
+    leading: int = 0
+    scaled: bool = False
+
+
+@dataclass(frozen=True)
 class ValueKind:
     """A kind of stored values.
 
@@ -35,9 +52,8 @@ class ValueKind:
             store them.
         write: adds the values of a group's entries, [n] for each weight, to the streams, and the
             nodes that make one vector of them.
-        write_rising: the same with positions that have a Rice code, values and positions in one
-            sequence, where that is smaller: (name of the positions, name of the values, bits of
-            each weight); else None.
+        write_rising: adds positions and values in one sequence with a Rice code, where that is
+            smaller, and the nodes that make the group's vector; else None.
         keeps_storage: whether values are stored in `Weight.storage`, so that a group has one such
             type; otherwise codes are stored.
         is_looked_up: whether a table gives the values: looking them up can give the weight's shape,
@@ -50,7 +66,7 @@ class ValueKind:
     name: str
     estimate: Callable[[Entries], float | None]
     write: Callable[[Group, Streams, list[NDArray[Any]]], Written]
-    write_rising: Callable[[Group, Streams, RisingEntries], tuple[str, str, list[float]] | None] = (
+    write_rising: Callable[[Group, Streams, RisingEntries], Vector | None] = (
         lambda group, streams, entries: None
     )
     keeps_storage: bool = False
@@ -68,12 +84,14 @@ class Entries:
         coder: the entropy code.
         every: whether they are those of all elements, or of the nonzero ones.
         fillers: entries of +0 that bridge long gaps between nonzeros.
+        rising: whether positions are gaps with a Rice code, which values may be written with.
     """
 
     weight: Weight
     coder: Coder
     every: bool
     fillers: int
+    rising: bool = False
 
     @cached_property
     def values(self) -> NDArray[Any]:

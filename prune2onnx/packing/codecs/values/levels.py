@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from prune2onnx.packing.codecs import rice
+from prune2onnx.packing.codecs.function import Body, zeros_of
 from prune2onnx.packing.codecs.huffman import coded_bits
 from prune2onnx.packing.codecs.streams import SEGMENT_NBYTES, Streams, coded_nbytes
 from prune2onnx.packing.codecs.values.kind import (
@@ -17,9 +20,11 @@ from prune2onnx.packing.codecs.values.kind import (
     Group,
     RisingEntries,
     ValueKind,
+    Vector,
     Written,
 )
 from prune2onnx.packing.codecs.values.lookup import looked_up, padded
+from prune2onnx.packing.codecs.weight import entropy_bits
 
 BOOK = np.array([0, *itertools.chain.from_iterable((k, -k) for k in range(1, 128)), -128])
 """The codebook of "levels": a code's integer is BOOK[code], the smallest magnitudes first."""
@@ -30,8 +35,11 @@ _FLOAT_LEVELS = 20
 
 _LEVEL_CODES = np.argsort(BOOK.astype(np.int8).view(np.uint8)).astype(np.uint8)
 
-_SYMBOLS_NBYTES = 170
-"""About how many bytes the nodes for a sequence of symbols with a Rice code take."""
+_SYMBOLS_NBYTES = 20
+"""About how many more bytes the nodes for a sequence of symbols take than those for rows."""
+
+_MOST_BY_WEIGHT = 1 << 22
+"""Most comparisons of an entry with a weight's bound."""
 
 
 def level_codes(values: NDArray[Any], fills: bool) -> NDArray[np.uint8] | None:
@@ -68,7 +76,8 @@ def _estimate(entries: Entries) -> float | None:
     if coder == "huffman":
         nbytes = coded_bits(counts) / 8 + SEGMENT_NBYTES
     elif coder == "rice":
-        nbytes = rice.code_of(counts)[1] / 8
+        # In one sequence with positions they take about their entropy.
+        nbytes = (entropy_bits(counts) if entries.rising else rice.about_bits(counts)) / 8
     else:
         nbytes = coded_nbytes(counts, coder)
     return nbytes + 0.1 * int(codes.max())
@@ -88,32 +97,114 @@ def _write(group: Group, streams: Streams, entries: list[NDArray[Any]]) -> Writt
     return looked_up(group, streams, table, name), bits
 
 
-def _write_rising(
-    group: Group, streams: Streams, rising: RisingEntries
-) -> tuple[str, str, list[float]] | None:
-    """Writes places and levels in one sequence: entries are sorted by level, then by place.
+@dataclass(frozen=True)
+class _Rows:
+    """Levels as numbers of rows, in which the places of entries are counted.
 
-    With N elements in the group, an entry is written as place + N * number of its level.
+    Attributes:
+        numbers: each entry's row, int64 [n].
+        levels: row -> level or magnitude; where rows are counted from each weight's lowest
+            magnitude, weight -> that.
+        signed: whether rows are of magnitudes, and a bit behind the place is the sign.
+        by_weight: whether rows are counted from each weight's lowest magnitude.
     """
-    every = np.concatenate(rising.entries)
-    if not every.size:
+
+    numbers: NDArray[np.int64]
+    levels: NDArray[np.int64]
+    signed: bool = False
+    by_weight: bool = False
+
+
+def _rows(group: Group, rising: RisingEntries) -> Iterator[_Rows]:
+    """Every way to number rows that fits."""
+    every = np.concatenate(rising.entries).astype(np.int64)
+    yield _Rows(*_by_frequency(every))
+    if group.working == TensorProto.FLOAT:
+        yield _Rows(*_by_frequency(np.abs(every)), signed=True)
+        scales = [weight.scale.size for weight in group.weights if weight.scale is not None]
+        count = len(group.weights)
+        if count > 1 and max(scales, default=1) == 1 and every.size * count <= _MOST_BY_WEIGHT:
+            least = [np.abs(part).min() if part.size else 1 for part in rising.entries]
+            each = np.repeat(least, [part.size for part in rising.entries])
+            own = np.asarray(least, np.int64)
+            yield _Rows(np.abs(every) - each.astype(np.int64), own, signed=True, by_weight=True)
+
+
+def _by_frequency(levels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of levels, and the levels by them, the most frequent first."""
+    found, places, counts = np.unique(levels, return_inverse=True, return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return np.argsort(order)[places], found[order]
+
+
+def _integers(group: Group, rising: RisingEntries, rows: _Rows) -> NDArray[np.int64]:
+    """What is written, ascending: the row, then the place, then (`signed`) the sign."""
+    found = rows.numbers * (group.size + 1) + rising.places + 1
+    if rows.signed:
+        found = 2 * found + (np.concatenate(rising.entries) < 0)
+    return np.sort(found)
+
+
+def _nodes_nbytes(group: Group, rows: _Rows) -> int:
+    """About the bytes of the nodes and constants that depend on the choice of rows."""
+    scaled = group.weights[0].scale is not None and group.scale is None
+    if rows.by_weight:
+        return 75 + 145 + (8 if scaled else 4) * len(group.weights)
+    return 75 * rows.signed + 22 * len(group.weights) * scaled
+
+
+def _write_rising(group: Group, streams: Streams, rising: RisingEntries) -> Vector | None:
+    """Writes places and levels in one sequence: entries are sorted by level, then by place."""
+    count = sum(part.size for part in rising.entries)
+    if not count:
         return None
-    book, row = np.unique(every, return_inverse=True)
-    both = np.sort(row * np.int64(group.size) + rising.places)
-    apart = rice.Run("", rising.places, rising=True).bits
-    codes = level_codes(every, True)
+    tried: list[tuple[float, float, int, _Rows]] = []
+    for rows in _rows(group, rising):
+        nbytes = rice.rising_bits(_integers(group, rising, rows)) / 8
+        tried.append((nbytes + _nodes_nbytes(group, rows), nbytes, len(tried), rows))
+    cost, nbytes, _, rows = min(tried)
+    codes = level_codes(np.concatenate(rising.entries), True)
     assert codes is not None  # `_estimate` made sure
-    apart += rice.code_of(np.bincount(codes))[1]
-    together = rice.Run("", both, rising=True).bits
-    if together / 8 >= apart / 8 + _SYMBOLS_NBYTES:
+    apart = (rice.rising_bits(rising.places) + rice.about_bits(np.bincount(codes))) / 8
+    apart += _SYMBOLS_NBYTES
+    if cost - _nodes_nbytes(group, _Rows(rows.numbers, rows.levels)) >= apart:
         return None
     body = streams.body
-    name, _ = streams.indices([both])
-    size = body.constant(group.size, element_type=TensorProto.INT64)
-    table = _table(group, streams, book)
-    values = body.node("Gather", table, body.node("Div", name, size))
-    bits = [together * part.size / every.size for part in rising.entries]
-    return body.node("Mod", name, size), values, bits
+    integers = streams.rising_integers(_integers(group, rising, rows))
+    row_size = body.constant((1 + rows.signed) * (group.size + 1))
+    row = body.node("Div", integers, row_size)
+    place = body.node("Mod", integers, row_size)
+    if rows.signed:
+        two, minus_one = body.constant(2), body.constant(-1)
+        sign = body.node("Pow", minus_one, body.node("Mod", place, two))
+        place = body.node("Div", place, two)
+        scale = streams.table(np.full(1, group.scale)) if group.scale is not None else ""
+        if rows.by_weight:
+            which = _which(group, body, place)
+            least = body.node("Gather", body.constant(rows.levels.tolist()), which)
+            level = body.node("Add", row, least)
+            scales = [weight.scale for weight in group.weights if weight.scale is not None]
+            if scales and not scale:
+                table = streams.table(np.concatenate([one.reshape(1) for one in scales]))
+                scale = body.node("Gather", table, which)
+        else:
+            level = body.node("Gather", body.constant(rows.levels.tolist()), row)
+        values = body.node("Cast", body.node("Mul", level, sign), to=TensorProto.FLOAT)
+        values = body.node("Mul", values, scale) if scale else values
+    else:
+        values = body.node("Gather", _table(group, streams, rows.levels), row)
+    zeros = zeros_of(body, (group.size + 1,), group.working)
+    vector = body.node("ScatterElements", zeros, place, values)
+    bits = [8 * nbytes * part.size / count for part in rising.entries]
+    return Vector(vector, bits, leading=1, scaled=rows.by_weight)
+
+
+def _which(group: Group, body: Body, place: str) -> str:
+    """A value with the weights, by their numbers, in which places are; the first place is 1."""
+    ends = np.cumsum([weight.array.size for weight in group.weights]) + 1
+    before = body.node("Less", place, body.constant(ends.tolist(), (ends.size, 1)))
+    before = body.node("Cast", before, to=TensorProto.UINT8)
+    return body.node("ArgMax", before, keepdims=0)  # the first whose end is behind the place
 
 
 def _table(group: Group, streams: Streams, book: NDArray[Any]) -> str:

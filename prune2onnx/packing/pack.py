@@ -376,6 +376,7 @@ def _written(
             opset,
             names.shortest,
             stage_size=stage_size,
+            matrices=stage_size == staged.STAGE_SIZE,
             store=store,
             done=done,
         )

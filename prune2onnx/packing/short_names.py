@@ -64,6 +64,11 @@ def shortened(model: ModelProto) -> ModelProto:
     return result
 
 
+def has_short_names(model: ModelProto) -> bool:
+    """Whether weights have other names in a packed model than their own."""
+    return any(entry.key == MARK and entry.value for entry in model.metadata_props)
+
+
 def restored(model: ModelProto) -> ModelProto:
     """A packed model with the weights' own names; any other as it is.
 

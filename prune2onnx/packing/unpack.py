@@ -30,6 +30,7 @@ from prune2onnx.packing.codecs.operators import stored
 from prune2onnx.packing.codecs.staged import GATES
 from prune2onnx.packing.codecs.work import Work
 from prune2onnx.packing.inline import FACTS_KEY, decoder, is_packed, outlined
+from prune2onnx.packing.short_names import has_short_names
 
 FUNCTIONS_IR = 8
 """The first IR version with model-local functions; onnxruntime 1.17 reads up to IR 9."""
@@ -218,6 +219,8 @@ def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = 
         arrays: its decoded weights (`coded`), if they are at hand.
     """
     arrays = coded(model).arrays if arrays is None else arrays
+    if has_short_names(model):
+        model = outlined(model)
     calls = decoder(model) or _calls(model)
     streams = {source for node in calls for source in node.input}
     graph = GraphProto(name="decode", node=calls)

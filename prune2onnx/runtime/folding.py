@@ -18,6 +18,8 @@ import onnxruntime as ort
 from onnx import ModelProto
 
 from prune2onnx.graph.walk import nodes_in
+from prune2onnx.packing.inline import outlined
+from prune2onnx.packing.short_names import has_short_names
 from prune2onnx.packing.unpack import coded, unpack
 from prune2onnx.runtime.session import session
 
@@ -83,7 +85,8 @@ def folding(
     weights = coded(packed).arrays if weights is None else weights
     for name, level in LEVELS.items():
         found = optimised(packed, level)
-        made = {output for node in found.graph.node for output in node.output}
+        named = optimised(outlined(packed), level) if has_short_names(packed) else found
+        made = {output for node in named.graph.node for output in node.output}
         ours = Counter(_operators(found))
         theirs = Counter(operators(unpacked, level))
         seen = Folding(

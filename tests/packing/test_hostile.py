@@ -302,7 +302,7 @@ DAMAGED = {
     ),
     "a product of floats": (
         [array("m", np.eye(2)), array("v", np.ones(2)), node("MatMul", "m v", "y")],
-        "MatMul: float64 .* no matrix and vector",
+        "MatMul: float64 .* no matrices or vectors that fit",
     ),
     "a product of matrices that do not fit": (
         [
@@ -310,13 +310,16 @@ DAMAGED = {
             array("w", np.eye(3, dtype=np.int64)),
             node("MatMul", "m w", "y"),
         ],
-        "MatMul: .* no matrix and vector or matrix that fit",
+        "MatMul: .* no matrices or vectors that fit",
     ),
     "a product of stacks": (
         [array("m", np.ones((2, 2, 2), np.int64)), node("MatMul", "m m", "y")],
-        "MatMul: .* no matrix and vector or matrix that fit",
+        "MatMul: .* no matrices or vectors that fit",
     ),
-    "the larger of two": ([node("Max", "s s", "y")], "Max: 2 operands, 1 expected"),
+    "the larger of floats": (
+        [array("m", np.eye(2)), node("Max", "m m", "y")],
+        "Max: the largest of float64",
+    ),
     "no permutation": ([node("Transpose", "s", "y", perm=[0, 0])], "Transpose: "),
     "a division by zero": ([node("Div", "s s", "y")], "Div: a division"),
     "a remainder of zero": ([node("Mod", "s s", "y")], "Mod: a division"),

@@ -238,7 +238,7 @@ OWN_STEPS = {
 @pytest.mark.parametrize("steps", [OWN_STEPS, dict.fromkeys(OWN_STEPS, 0.013)], ids=["own", "one"])
 def test_multiples_of_a_step_are_found_and_written_together(steps):
     dense = small_network(steps)
-    packed = pack(dense)
+    packed = pack(dense, short_names=True)
     assert {row.codec for row in packed.rows} == {"gap-levels"}
     assert packed.model.ByteSize() < 1800
     assert unpack(packed.model) == dense
@@ -261,7 +261,7 @@ def test_one_code_follows_weights_of_different_densities():
     ]
     tensors = {"thick": thick.astype(np.float32), "thin": thin.astype(np.float32)}
     dense = model(nodes, tensors, {"x": ["N", 100]}, {"a": ["N", 16], "b": ["N", 400]})
-    packed = pack(dense)
+    packed = pack(dense, short_names=True)
     assert {row.codec for row in packed.rows} == {"gap-levels"}
     assert unpack(packed.model) == dense
     assert_equal(run(packed.model), run(dense))

@@ -19,7 +19,8 @@ from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.portable import portable
 from prune2onnx.packing.unpack import coded, unpack
-from prune2onnx.runtime.validate import check_weights, folds
+from prune2onnx.runtime.folding import folds
+from prune2onnx.runtime.validate import check_weights
 
 FROZEN = sorted(path.name for path in freeze.FOLDER.glob("v[23]-*.onnx"))
 

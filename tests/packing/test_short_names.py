@@ -53,7 +53,7 @@ def text_of(packed):
 
 def test_own_names_come_back_with_everything_else():
     normal = normalize(dense()).model
-    packed = pack(normal).model
+    packed = pack(normal, short_names=True).model
     names = {name for node in packed.graph.node for name in (*node.input, *node.output)}
     assert not names & set(NAMES)
     assert unpack(packed) == normal
@@ -65,15 +65,15 @@ def test_own_names_come_back_with_everything_else():
 
 def test_a_huffman_coded_file_keeps_its_call():
     normal = normalize(convnet()).model
-    packed = pack(normal).model
+    packed = pack(normal, short_names=True).model
     if shortened(packed) is packed:
-        packed = pack(normal, load="small").model
+        packed = pack(normal, load="small", short_names=True).model
     assert weights(unpack(packed)) == weights(normal)
     assert not optimised(decode_graph(packed)).node
 
 
 def test_the_call_is_as_it_was_but_for_the_bytes_of_each_weight():
-    packed = pack(dense(NAMES[:2])).model
+    packed = pack(dense(NAMES[:2]), short_names=True).model
     call = next(node for node in outlined(packed).graph.node if node.domain == DOMAIN)
     assert list(call.output) == NAMES[:2]
     assert coded(packed).how[NAMES[0]][0] == "gap-levels"
@@ -85,13 +85,13 @@ def test_short_names_are_in_the_order_of_the_page():
     arrays = {name: np.full((3, 3), number, np.float32) for number, name in enumerate(names)}
     nodes = [helper.make_node("Sum", names, ["y"])]
     normal = normalize(model(nodes, arrays, {}, {"y": [3, 3]})).model
-    packed = pack(normal).model
+    packed = pack(normal, short_names=True).model
     assert entry(packed).value
     assert unpack(packed) == normal
 
 
 def test_names_that_are_damaged_are_refused():
-    packed = pack(dense()).model
+    packed = pack(dense(), short_names=True).model
     text = text_of(packed)
     first, *lines = text.split("\n")
     cases = {
@@ -115,7 +115,7 @@ def test_names_that_are_damaged_are_refused():
 
 
 def test_a_text_that_expands_without_end_is_refused():
-    packed = pack(dense()).model
+    packed = pack(dense(), short_names=True).model
     entry(packed).value = base64.b64encode(zlib.compress(bytes(1 << 26))).decode()
     with pytest.raises(Prune2OnnxError, match="longer than"):
         unpack(packed)
@@ -124,7 +124,7 @@ def test_a_text_that_expands_without_end_is_refused():
 @pytest.mark.parametrize("name", ["with\na line break"])
 def test_names_that_do_not_fit_a_line_stay(name):
     normal = normalize(dense([name, *NAMES[:2]])).model
-    packed = pack(normal).model
+    packed = pack(normal, short_names=True).model
     assert not entry(packed).value
     assert unpack(packed) == normal
 
@@ -133,7 +133,7 @@ def test_names_of_declared_values_stay():
     normal = normalize(dense()).model
     declared = helper.make_tensor_value_info(NAMES[0], 1, [32, 32])
     normal.graph.value_info.append(declared)
-    packed = pack(normal).model
+    packed = pack(normal, short_names=True).model
     assert not entry(packed).value and NAMES[0] in packed.graph.node[0].output
     assert unpack(packed) == normal
 

@@ -10,7 +10,8 @@ from onnx import helper
 from prune2onnx.packing.codecs.values.dictionary import _Numbers
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
-from prune2onnx.runtime.validate import check_weights, folds
+from prune2onnx.runtime.folding import folds
+from prune2onnx.runtime.validate import check_weights
 
 RNG = np.random.default_rng(0)
 

@@ -63,6 +63,15 @@ _TOUCHED = {
 """Bytes that decoding makes besides the weight itself, reads, and puts in places or sums up: for
 each element of a weight in codes, in planes, in half precision; for each nonzero behind gaps, and
 besides for each element there."""
+_IN_SHAPE = (6.0, 6.0)
+"""Bytes of these that it makes and reads less for a float of a large matrix."""
+
+MATRIX_SIZE = 1 << 19
+"""Least elements of a piece that is made in its shape: calls of its own cost as much as copies."""
+
+MATRIX_ROW = 512
+"""Least elements of its rows, each of which has a table."""
+
 _SAVED_NS = 80.0  # of a byte that is saved: fetching it at 100 Mbit/s
 
 
@@ -157,7 +166,12 @@ def decoding_ns(one: Known, how: Method) -> float:
         counts = {"halves" if half else "planes": size}
     else:
         counts = {"codes": size}
-    spent = MADE_NS * size * numpy_type(one.weight.working).itemsize
+    itemsize = numpy_type(one.weight.working).itemsize
+    spent = MADE_NS * size * itemsize
+    shape = one.weight.shape
+    is_matrix = len(shape) == 2 and shape[1] >= MATRIX_ROW and size >= MATRIX_SIZE
+    if how.positions == "all" and is_matrix and itemsize == 4:
+        spent -= size * (MADE_NS * _IN_SHAPE[0] + READ_NS * _IN_SHAPE[1])
     for what, count in counts.items():
         made, read, scattered = _TOUCHED[what]
         spent += count * (MADE_NS * made + READ_NS * read + SCATTERED_NS * scattered)

@@ -38,6 +38,7 @@ def encode(
     fresh: Callable[[], str],
     *,
     stage_size: int = STAGE_SIZE,
+    matrices: bool = True,
     store: Callable[[str, NDArray[Any], int], TensorProto] = tensor,
     done: Done = lambda name, nbytes: None,
 ) -> Staged:
@@ -50,10 +51,11 @@ def encode(
         opset: of the model.
         fresh: gives names that are not in the model.
         stage_size: least elements of a stage.
+        matrices: whether large matrices are made in their shape at once.
         store: makes an initializer of a name, an array and ONNX's number of its type.
         done: is told what has been written.
     """
-    writer = Writer(places, opset, fresh, store)
+    writer = Writer(places, opset, fresh, store, matrices=matrices)
     first, repeated = _without_repetition(weights)
     pieces = pieces_of([one.weight for one in first], stage_size)
     gates = writer.gates(max(piece.stage for piece in pieces) + 1)
@@ -67,11 +69,12 @@ def encode(
         _, kind, inside = vector
         return storages[kind].code(inside)
 
-    vectors = list(_vectors(pieces, gates, kinds, storages))
+    vectors = list(_vectors(pieces, gates, kinds, storages, matrices))
     for (gated, kind, inside), ready in zip(vectors, in_order(code, vectors), strict=True):
         before = writer.nbytes
         flat = ready(gated)
-        writer.split(inside, kind.how, kind.number, flat, writer.nbytes - before)
+        if flat:
+            writer.split(inside, kind.how, kind.number, flat, writer.nbytes - before)
         for piece in inside:
             done(piece.weight.name, piece.nbytes)
     for weight, original in repeated:
@@ -85,13 +88,15 @@ def _vectors(
     gates: Sequence[Gated],
     kinds: Mapping[str, Kind],
     storages: Mapping[Kind, Storage],
+    matrices: bool,
 ) -> Iterator[tuple[Gated, Kind, list[Piece]]]:
     """What is decoded together: stage after stage, kind after kind, families together."""
     for stage, gated in enumerate(gates):
         for kind in storages:
             inside = [p for p in pieces if p.stage == stage and kinds[p.weight.name] == kind]
             inside.sort(key=lambda piece: piece.weight.shape[1:])
-            yield from ((gated, kind, run) for run in together(inside))
+            alone = matrices and kind.may_be_matrix
+            yield from ((gated, kind, run) for run in together(inside, matrices=alone))
 
 
 def _without_repetition(

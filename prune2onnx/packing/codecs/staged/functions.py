@@ -143,6 +143,47 @@ def _looked_up(body: Body, words: str, count: str, table: str) -> str:
     return body.node("GatherElements", table, body.node("Cast", own, to=_I32))
 
 
+def matrix(opset: int, target: int) -> FunctionProto:
+    """t(words, count, shape, table) -> a matrix of values, in the type `target`, unless it is 0.
+
+    The table is [rows, t], or [1, t] with a shape to expand it to as a fifth input: each row of the
+    matrix has one, so that looking up gives the matrix, which else takes three more copies.
+    """
+    body = Body("t" + (f"{target}" if target else ""), 5)
+    words, count, shape, table, wide = body.inputs
+    value = _in_rows(body, words, count, shape, table, wide)
+    if target:
+        value = body.node("Cast", value, to=target)
+    return body.function(value, opset=opset)
+
+
+def _in_rows(body: Body, words: str, count: str, shape: str, table: str, wide: str) -> str:
+    own = body.node("Slice", words, body.indices(0), count)
+    index = body.node("Cast", body.node("Reshape", own, shape), to=_I32)
+    return body.node("GatherElements", body.node("Expand", table, wide), index, axis=1)
+
+
+def float_matrix(short: bool, target: int, opset: int) -> FunctionProto:
+    """u(zero, words, count, shape, units, wide, upper, table, wide[, gate, rows, lower]) -> floats.
+
+    As `floats` and `short_floats`, for matrices, as in `matrix`; name v if short.
+    """
+    name = ("v" if short else "u") + (f"{target}" if target else "")
+    body = Body(name, 9 if short else 12)
+    zero, words, count, shape, units, wide, upper, table, wider, *lower = body.inputs
+    waited = body.node("BitShift", upper, zero, direction="RIGHT")
+    index = body.node("Cast", waited, to=_I32)
+    whole = body.node("GatherElements", body.node("Expand", table, wider), index, axis=1)
+    if lower:
+        own = body.node("Cast", body.node("Slice", lower[2], *lower[:2]), to=TensorProto.FLOAT)
+        whole = body.node("Add", whole, own)
+    unit = _in_rows(body, words, count, shape, units, wide)
+    value = body.node("Mul", whole, unit)
+    if target:
+        value = body.node("Cast", value, to=target)
+    return body.function(value, opset=opset)
+
+
 def floats(opset: int) -> FunctionProto:
     """p(zero, words, count, units, upper, table, gate, lower) -> (table[upper] + lower) * unit."""
     body = Body("p", 8)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE
+from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE, MATRIX_ROW, MATRIX_SIZE
 from prune2onnx.packing.codecs.staged.functions import MOST_GATES
 from prune2onnx.packing.codecs.staged.large import Large
 
@@ -56,6 +56,14 @@ class Piece:
         return self.weight.nbytes * self.size // self.weight.size
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether it may be made in its shape at once: it is large, and its rows are long."""
+        if len(self.shape) != 2 or self.size < MATRIX_SIZE or self.shape[1] < MATRIX_ROW:
+            return False
+        factors = self.factors
+        return factors is None or factors.shape in ((1,), (1, 1), (self.shape[0], 1))
+
+    @property
     def is_whole(self) -> bool:
         """Whether it is all of the weight."""
         return self.end - self.begin == self.weight.shape[0]
@@ -95,11 +103,18 @@ def pieces_of(weights: Sequence[Large], least: int = STAGE_SIZE) -> list[Piece]:
     return found
 
 
-def together(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    """Runs of pieces that are written as one vector, of as many elements as a piece may have."""
-    found: list[list[Piece]] = []
-    size = 0
+def together(pieces: Sequence[Piece], *, matrices: bool) -> list[list[Piece]]:
+    """Runs of pieces that are written as one vector, of as many elements as a piece may have.
+
+    Args:
+        pieces: in a row.
+        matrices: whether one that `is_matrix` stands alone.
+    """
+    found: list[list[Piece]] = [[piece] for piece in pieces if matrices and piece.is_matrix]
+    size = PIECE_SIZE
     for piece in pieces:
+        if matrices and piece.is_matrix:
+            continue
         if not found or size + piece.size > PIECE_SIZE:
             found.append([])
             size = 0

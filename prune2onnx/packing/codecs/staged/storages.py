@@ -20,12 +20,13 @@ from prune2onnx.packing.codecs.staged import floats, functions, words
 from prune2onnx.packing.codecs.staged.choice import Known
 from prune2onnx.packing.codecs.staged.large import Counted
 from prune2onnx.packing.codecs.staged.pieces import Piece
-from prune2onnx.packing.codecs.staged.writer import Gated, Writer
+from prune2onnx.packing.codecs.staged.writer import Gated, Writer, by_words
 from prune2onnx.packing.codecs.values.planes import tables_of
 from prune2onnx.packing.codecs.weight import bits_of, numpy_type
 
 Ready = Callable[[Gated], str]
-"""Writes what was coded, in a stage; gives the name of a value with the pieces in a row."""
+"""Writes what was coded, in a stage; gives the name of a value with the pieces in a row, or ""
+where the only piece has been written whole."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Kind:
     how: Method
     number: int
     own: str = ""
+
+    @property
+    def may_be_matrix(self) -> bool:
+        """Whether matrices of this kind may be made in their shape at once."""
+        return self.how.positions == "all" and self.own != "half"
 
     @classmethod
     def of(cls, one: Known, how: Method) -> Kind:
@@ -70,7 +76,7 @@ def storage_of(writer: Writer, kind: Kind, weights: list[Known]) -> Storage:
     if kind.own == "half":
         return Halves(writer, weights)
     if kind.how.values.name == "planes":
-        return Floats(writer, weights)
+        return Floats(writer, kind, weights)
     books = [one.survey.book for one in weights]
     return Codes(writer, kind, [book for book in books if book is not None])
 
@@ -85,13 +91,38 @@ class Codes:
         counts = np.bincount(place, np.concatenate([book.counts for book in books])).astype(int)
         order = by_count(counts)
         self._book, self._rank = Book(bits), np.argsort(order).astype(np.uint8)
-        self._size = bits.size
+        self._size, self._kind = bits.size, kind
         self._levels = writer.levels(counts[order])
-        self._table = writer.table(self._levels, bits[order].view(values.dtype), kind.number)
+        self._values = bits[order].view(values.dtype)
 
     def code(self, pieces: list[Piece]) -> Ready:
         """As of `Storage`."""
+        if piece := self._writer.matrix(pieces):
+            return self._matrix(piece)
         return self.entries(np.concatenate([self.codes(piece.coded) for piece in pieces]))
+
+    def _matrix(self, piece: Piece) -> Ready:
+        """A matrix, each row of which has a table, with the row's factor in it."""
+        writer, kind = self._writer, self._kind
+        coded = words.encode(self.codes(piece.coded), self._levels)
+        factors = np.ones(1, self._values.dtype) if piece.factors is None else piece.factors
+        table = by_words(self._levels, self._values)
+        if piece.factors is not None:
+            table = table * factors
+        table = table.reshape(-1, table.shape[-1])
+
+        def ready(gated: Gated) -> str:
+            before = writer.nbytes
+            inputs = [writer.words(coded, self._size, gated), writer.count(piece.size)]
+            inputs += [writer.count(*piece.shape), writer.constant(table, kind.number)]
+            inputs.append(writer.count(piece.shape[0], table.shape[1]))
+            target = writer.target(piece, kind.number)
+            function = functions.matrix(writer.opset, 0 if target == kind.number else target)
+            spent = writer.nbytes - before
+            writer.whole(piece, function, inputs, kind.how, kind.number, spent)
+            return ""
+
+        return ready
 
     def entries(self, codes: NDArray[np.uint8]) -> Ready:
         """What these codes stand for."""
@@ -101,7 +132,8 @@ class Codes:
         def ready(gated: Gated) -> str:
             name = writer.words(coded, self._size, gated)
             function = functions.look_up(writer.opset)
-            return writer.call(function, name, writer.count(codes.size), self._table)
+            table = writer.table(self._levels, self._values, self._kind.number)
+            return writer.call(function, name, writer.count(codes.size), table)
 
         return ready
 
@@ -134,12 +166,13 @@ def _exponents(weights: Sequence[Known]) -> NDArray[np.int64]:
 class Floats:
     """Floats in planes."""
 
-    def __init__(self, writer: Writer, weights: list[Known]) -> None:
-        self._writer = writer
+    def __init__(self, writer: Writer, kind: Kind, weights: list[Known]) -> None:
+        self._writer, self._kind = writer, kind
         self._short = short = not weights[0].survey.lower
         self._symbols = _Symbols(writer, _exponents(weights), weights[0].rest_bits)
         units = floats.units(self._symbols.found, short=short)
         self._units = writer.table(self._symbols.levels, units, TensorProto.FLOAT)
+        self._width = by_words(self._symbols.levels, units).size
         self._table = writer.constant(floats.table(short=short))
 
     def code(self, pieces: list[Piece]) -> Ready:
@@ -152,6 +185,8 @@ class Floats:
         symbols = self._symbols.code(planes.exponents)
         upper, lower, places = planes.upper, planes.lower, planes.patches.astype(np.int32)
         del planes
+        if not places.size and (piece := writer.matrix(pieces)):
+            return self._matrix(piece, symbols, upper, lower)
 
         def ready(gated: Gated) -> str:
             count, name = writer.count(size), symbols(gated)
@@ -165,6 +200,33 @@ class Floats:
                 return value
             streams = [writer.stream(places), writer.stream(own)]
             return writer.call(functions.patched(writer.opset), value, *streams)
+
+        return ready
+
+    def _matrix(
+        self,
+        piece: Piece,
+        symbols: Ready,
+        upper: NDArray[np.uint8],
+        lower: NDArray[np.uint16] | None,
+    ) -> Ready:
+        writer, kind = self._writer, self._kind
+
+        def ready(gated: Gated) -> str:
+            before, rows = writer.nbytes, piece.shape[0]
+            inputs = [gated.zero, symbols(gated), writer.count(piece.size)]
+            inputs += [writer.count(*piece.shape), self._units]
+            inputs += [writer.count(rows, self._width), writer.stream(upper.reshape(piece.shape))]
+            inputs += [self._table, writer.count(rows, 256)]
+            if lower is not None:
+                inputs += [gated.gate, writer.count(rows)]
+                inputs.append(writer.stream(lower.reshape(piece.shape)))
+            target = writer.target(piece, kind.number)
+            target = 0 if target == kind.number else target
+            function = functions.float_matrix(lower is None, target, writer.opset)
+            spent = writer.nbytes - before
+            writer.whole(piece, function, inputs, kind.how, kind.number, spent)
+            return ""
 
         return ready
 

@@ -72,6 +72,14 @@ class _Parts:
     nbytes: int
 
 
+def by_words(levels: Levels, values: NDArray[Any]) -> NDArray[Any]:
+    """A table for words: its first entries are of no symbol, modulo 256."""
+    origin = levels[0].origin
+    table = np.zeros(min(values.size + origin, 256), values.dtype)
+    table[(np.arange(values.size) + origin) % 256] = values
+    return table
+
+
 class Writer:
     """Writes calls.
 
@@ -80,6 +88,7 @@ class Writer:
         opset: of the model.
         fresh: gives names that are not in the model.
         store: makes an initializer of a name, an array and ONNX's number of its type.
+        matrices: whether large matrices are made in their shape at once.
 
     Attributes:
         made: what was written so far.
@@ -92,9 +101,12 @@ class Writer:
         opset: int,
         fresh: Callable[[], str],
         store: Callable[[str, NDArray[Any], int], TensorProto],
+        *,
+        matrices: bool,
     ) -> None:
         self.made = Staged()
         self._store = store
+        self._matrices = matrices
         self._places = places
         self.opset, self._fresh = opset, fresh
         self._simple = opset < SIMPLE_BELOW
@@ -188,11 +200,8 @@ class Writer:
         return result
 
     def table(self, levels: Levels, values: NDArray[Any], number: int) -> str:
-        """A table that is looked up by words: its first entries are of no symbol, modulo 256."""
-        origin = levels[0].origin
-        table = np.zeros(min(values.size + origin, 256), values.dtype)
-        table[(np.arange(values.size) + origin) % 256] = values
-        return self.constant(table, number)
+        """A table that is looked up by words."""
+        return self.constant(by_words(levels, values), number)
 
     # --- weights ---
 
@@ -207,7 +216,7 @@ class Writer:
             nbytes: bytes that it takes.
         """
         factors = [None if one.factors is None else self._factor(one) for one in pieces]
-        targets = [one.weight.element_type if one.is_whole else number for one in pieces]
+        targets = [self.target(one, number) for one in pieces]
         function = functions.end(
             f"{functions.END}{self._ends}",
             [piece.shape for piece in pieces],
@@ -217,8 +226,45 @@ class Writer:
             self.opset,
         )
         self._ends += 1
-        outputs = [one.weight.name if one.is_whole else self._fresh() for one in pieces]
+        outputs = [self._output(piece) for piece in pieces]
         self.call_as(function, [flat, *(one for one in factors if one)], outputs)
+        self._made(pieces, outputs, targets, how, number, nbytes)
+
+    def whole(
+        self,
+        piece: Piece,
+        function: FunctionProto,
+        inputs: Sequence[str],
+        how: Method,
+        number: int,
+        nbytes: int,
+    ) -> None:
+        """A piece that a call gives in its shape and type; arguments as of `split`."""
+        output = self._output(piece)
+        self.call_as(function, inputs, [output])
+        self._made([piece], [output], [self.target(piece, number)], how, number, nbytes)
+
+    def matrix(self, pieces: Sequence[Piece]) -> Piece | None:
+        """The piece that is made in its shape at once."""
+        return pieces[0] if self._matrices and len(pieces) == 1 and pieces[0].is_matrix else None
+
+    def target(self, piece: Piece, number: int) -> int:
+        """The type in which a piece leaves its call."""
+        return piece.weight.element_type if piece.is_whole else number
+
+    def _output(self, piece: Piece) -> str:
+        return piece.weight.name if piece.is_whole else self._fresh()
+
+    def _made(
+        self,
+        pieces: Sequence[Piece],
+        outputs: Sequence[str],
+        targets: Sequence[int],
+        how: Method,
+        number: int,
+        nbytes: int,
+    ) -> None:
+        """Adds the facts about pieces that a call gives; joins weights that are complete."""
         size = sum(piece.size for piece in pieces)
         facts, total = [], 0
         for piece, output, target in zip(pieces, outputs, targets, strict=True):

@@ -28,7 +28,7 @@ from prune2onnx.runtime.latency import load_in_fresh_process
 from prune2onnx.runtime.session import session
 
 WIDTH = 768
-LOADS = ("balanced", "small")
+LOADS = ("balanced", "fast", "small")
 
 Form = Callable[[NDArray[np.float32], np.random.Generator], NDArray[np.generic]]
 

@@ -240,7 +240,7 @@ def _deploy(
     write_whole(directory / DENSE, dense.SerializeToString())
     expected = scores_of(fitted.model, data.test, recipe.batch_size)
     shrunk = deployment.shrunk(fitted.model)
-    chosen = _packed(fitted, shrunk, deployment, recipe, data, expected)
+    chosen = _packed(fitted, deployment, recipe, data, expected)
     packed = chosen.packed
     write_whole(directory / MODEL, packed.model.SerializeToString())
     report = validate(
@@ -286,7 +286,6 @@ class _Chosen:
 
 def _packed(
     fitted: Fitted,
-    shrunk: onnx.ModelProto,
     deployment: Deployment,
     recipe: Recipe,
     data: Data,
@@ -299,6 +298,7 @@ def _packed(
 
     if not recipe.tries_int8:
         return _Chosen(as_float(), fitted.error)
+    shrunk = deployment.smallest(fitted.model, fitted.steps)
     got, _ = scores(session(shrunk), batches(data.test, recipe.batch_size))
     check_outputs(MODEL, got, expected)  # against torch: in int8, outputs differ
     allowed = MAX_DROP

@@ -190,9 +190,6 @@ def predict(
 def lighter(load: Prediction, rows: Iterable[WeightRow], *, entropy_coded: bool) -> str:
     """The `--load` of pack with which a file of these weights would take less; "" for none.
 
-    Stages take least where weights are on levels. Floats and int8, which fast hardly decodes or
-    leaves dense, take least with fast.
-
     Args:
         load: what loads take as the weights are stored now.
         rows: how they are.
@@ -202,10 +199,7 @@ def lighter(load: Prediction, rows: Iterable[WeightRow], *, entropy_coded: bool)
     size = sum(row.size for row in large)
     if not load.stages and size >= LEAST_TOTAL:
         return "balanced"
-    whole = sum(row.size for row in large if row.codec == "planes" or "int" in row.dtype)
-    if not entropy_coded or (load.stages and whole < size / 2):
-        return ""
-    return "fast"
+    return "fast" if entropy_coded else ""
 
 
 def sizes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Size]:

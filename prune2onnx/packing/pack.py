@@ -182,7 +182,7 @@ def pack_normalized(
     free = [tensor for tensor in tensors if tensor.name not in reasons]
     bounds = BOUNDS if portable else staged.GATED
     large: list[Known] = []
-    if load == "balanced" and are_many(free, bounds):
+    if are_many(free, bounds) and (load == "balanced" or (load == "fast" and not portable)):
         done = _Progress(progress, sum(declared_nbytes(tensor) or 0 for tensor in free))
         large = surveyed(free, bounds, quantized, done)
     else:
@@ -193,8 +193,8 @@ def pack_normalized(
     dense = {tensor.name: framed(tensor_nbytes(tensor)) for tensor in tensors}
     gained = {tensor.name: dense[tensor.name] - _notes_nbytes(tensor) for tensor in tensors}
     staged_opset = max(opset, OPSET) if portable else opset
-    methods, stay = staged.chosen(large, gained, staged_opset, bounds)
-    for one in large:
+    methods, stay = staged.chosen(large, gained, staged_opset, bounds, fast=load == "fast")
+    for one in large if load == "balanced" else ():
         name = one.weight.name
         if name in methods and is_regular(one, staged.estimate(one, methods[name], opset)):
             del methods[name]
@@ -218,6 +218,7 @@ def pack_normalized(
         methods,
         opset=staged_opset,
         stage_size=stage_size,
+        fast=load == "fast",
         done=done,
         spill=None if portable else spill,
     )
@@ -345,6 +346,7 @@ def _written(
     *,
     opset: int = 0,
     stage_size: int = staged.STAGE_SIZE,
+    fast: bool = False,
     done: Done = lambda name, nbytes: None,
     spill: Spill | None = None,
 ) -> tuple[ModelProto, dict[str, int]]:
@@ -377,6 +379,7 @@ def _written(
             names.shortest,
             stage_size=stage_size,
             matrices=stage_size == staged.STAGE_SIZE,
+            fast=fast,
             store=store,
             done=done,
         )

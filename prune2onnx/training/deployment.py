@@ -76,7 +76,12 @@ class Deployment:
     def nbytes(self, model: nn.Module, steps: Steps | None = None) -> int:
         """Bytes of the file; only `pack` checks that it decodes."""
         files = self._packed(model, steps or {}, self._rewrite, check=False)
-        return min(packed.model.ByteSize() for packed in files)
+        return min(packed.model.ByteSize() for _, packed in files)
+
+    def smallest(self, model: nn.Module, steps: Steps | None = None) -> onnx.ModelProto:
+        """The graph, not packed, whose file `nbytes` measures: with all inputs or without some."""
+        files = self._packed(model, steps or {}, self._rewrite, check=False)
+        return min(files, key=lambda pair: pair[1].model.ByteSize())[0]
 
     def pack(
         self, model: nn.Module, steps: Steps | None = None, rewrite: Rewrite | None = None
@@ -91,12 +96,12 @@ class Deployment:
             rewrite: in place of the one for measuring.
         """
         files = self._packed(model, steps or {}, rewrite or self._rewrite, check=True)
-        return min(files, key=lambda packed: packed.model.ByteSize())
+        return min((packed for _, packed in files), key=lambda one: one.model.ByteSize())
 
     def _packed(
         self, model: nn.Module, steps: Steps, rewrite: Rewrite | None, *, check: bool
-    ) -> Iterator[Packed]:
-        """The file with all inputs, and one without unused inputs where there are any."""
+    ) -> Iterator[tuple[onnx.ModelProto, Packed]]:
+        """The file with all inputs, and one without unused inputs, if any; after its graph."""
         shrunk = self.shrunk(model)
         gathered = rewritten(shrunk, gather_inputs).model
         file = self._file
@@ -109,4 +114,4 @@ class Deployment:
         )
         for graph in (shrunk,) if gathered == shrunk else (shrunk, gathered):
             normalized = normalize(graph if rewrite is None else rewrite(graph))
-            yield pack(normalized, quantized=on_steps(normalized.model, steps))
+            yield graph, pack(normalized, quantized=on_steps(normalized.model, steps))

@@ -181,7 +181,7 @@ def test_a_load_of_twice_the_cost_is_warned_of_where_it_is_felt():
         (LEVELS, "small", "balanced"),
         (FLOATS, "small", "balanced"),
         (FLOATS, "balanced", "fast"),
-        (LEVELS, "balanced", ""),
+        (LEVELS, "balanced", "fast"),
         (LEVELS[:300], "small", "fast"),
     ],
 )

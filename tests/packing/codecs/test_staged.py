@@ -313,3 +313,39 @@ def test_memory_holds_some_pieces_and_not_the_model(monkeypatch, tmp_path):
     amounts = [done for _, done, _ in told]
     assert {name for name, _, _ in told} == {"a", "b", "c"} and amounts == sorted(amounts)
     assert {total for _, _, total in told} == {amounts[-1]}
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+def test_without_an_entropy_code_large_weights_are_looked_up_or_cast(opset):
+    short = (normal(800, 900).view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    many = np.rint(20 * normal(1000, 800)) * np.float32(0.01) + np.float32(0)
+    dense = large(a=levels(900, 1000), b=many, c=short, d=normal(900, 800))
+    dense.opset_import[0].version = opset
+    packed = pack(dense, load="fast")
+    assert {row.name: row.codec for row in packed.rows} == {
+        "a": "levels", "b": "levels", "c": "raw", "d": "dense", "bias": "dense",
+    }  # fmt: skip
+    sizes = {row.name: row.nbytes / row.size for row in packed.rows}
+    assert sizes["a"] == pytest.approx(1, abs=0.01) and sizes["c"] == pytest.approx(2, abs=0.01)
+    assert unpack(packed.model).graph == dense.graph and folds(packed.model)
+    assert check_weights(packed.model) == 3
+    assert "NonZero" not in {node.op_type for f in packed.model.functions for node in f.node}
+
+
+def test_rows_of_large_matrices_have_tables_with_their_scale():
+    """A factor of each row, or one of all, is in the tables; one of each column is not."""
+    whole = np.rint(3 * normal(700, 900)) + np.float32(0)
+    for factors, names in ((normal(700, 1), {"t"}), (normal(1), {"t"}), (normal(1, 900), {"k"})):
+        scale = np.abs(factors).astype(np.float32)
+        one = known(Weight("w", whole * scale, TensorProto.FLOAT, scale, whole))
+        methods = methods_of([one], 18)
+        names_of = map(str, itertools.count())
+        made = encode([one], methods, {"w": 0}, 18, lambda given=names_of: next(given))
+        found = {name[0] for name in made.functions}
+        assert names <= found and not found & ({"t", "k"} - names)
+        values = {tensor.name: numpy_helper.to_array(tensor) for tensor in made.streams}
+        for node in made.nodes:
+            inputs = [values[name] for name in node.input]
+            arrays = evaluate(node, inputs, made.functions, Budget(1 << 30, made.nbytes))
+            values.update(zip(node.output, arrays, strict=True))
+        assert values["w"].tobytes() == (whole * scale).tobytes()

@@ -17,7 +17,14 @@ from prune2onnx.packing.codecs.staged.floats import MOST_PATCHES
 from prune2onnx.packing.codecs.staged.large import Large, Survey
 from prune2onnx.packing.codecs.values.levels import level_codes
 from prune2onnx.packing.codecs.weight import numpy_type
-from prune2onnx.packing.codecs.work import DENSE_NS, MADE_NS, READ_NS, SCATTERED_NS
+from prune2onnx.packing.codecs.work import (
+    DENSE_NS,
+    FILE_NS,
+    LAID_OUT_NS,
+    MADE_NS,
+    READ_NS,
+    SCATTERED_NS,
+)
 
 SIMPLE_BELOW = 18
 """The operator set that has BitwiseOr."""
@@ -59,10 +66,12 @@ _TOUCHED = {
     "halves": (32.0, 36.0, 2.3),
     "entries": (84.0, 101.0, 9.4),
     "zeros": (16.0, 16.0, 4.0),
+    "plain": (14.0, 16.0, 0.0),
+    "raw": (14.0, 14.0, 0.0),
 }
 """Bytes that decoding makes besides the weight itself, reads, and puts in places or sums up: for
 each element of a weight in codes, in planes, in half precision; for each nonzero behind gaps, and
-besides for each element there."""
+besides for each element there; in codes without an entropy code, and in bfloat16 as it is."""
 _IN_SHAPE = (6.0, 6.0)
 """Bytes of these that it makes and reads less for a float of a large matrix."""
 
@@ -71,6 +80,9 @@ MATRIX_SIZE = 1 << 19
 
 MATRIX_ROW = 512
 """Least elements of its rows, each of which has a table."""
+
+_FAST = 1.6
+"""What a load may take without an entropy code, relative to that of a dense weight."""
 
 _SAVED_NS = 80.0  # of a byte that is saved: fetching it at 100 Mbit/s
 
@@ -120,7 +132,12 @@ class Known:
 
 
 def chosen(
-    weights: Sequence[Known], dense: Mapping[str, int], opset: int, bounds: Bounds = GATED
+    weights: Sequence[Known],
+    dense: Mapping[str, int],
+    opset: int,
+    bounds: Bounds = GATED,
+    *,
+    fast: bool = False,
 ) -> tuple[dict[str, Method], dict[str, str]]:
     """The large weights that are decoded in stages.
 
@@ -132,6 +149,8 @@ def chosen(
         dense: name -> bytes it takes.
         opset: of the model.
         bounds: which weights are large.
+        fast: whether there is no entropy code, and a load may take about one and a half times that
+            of the dense weight, whatever is saved.
 
     Returns:
         Name -> method; and name -> why it stays dense. Those that no method fits are in neither.
@@ -139,14 +158,20 @@ def chosen(
     found: dict[str, Method] = {}
     stay: dict[str, str] = {}
     for one in weights:
-        ways = {how: estimate(one, how, opset) for how in fitting(one, bounds)}
+        every = fitting_fast(one) if fast else fitting(one, bounds)
+        ways = {how: estimate(one, how, opset, fast=fast) for how in every}
         if not ways:
             continue
         name = one.weight.name
         best = min(ways, key=lambda how: ways[how])
         saved = dense[name] - ways[best]
-        allowed = DENSE_NS * one.weight.nbytes + _SAVED_NS * saved
-        if saved > 0 and decoding_ns(one, best) <= allowed:
+        spent, allowed = decoding_ns(one, best, fast=fast), DENSE_NS * one.weight.nbytes
+        if fast:
+            spent += FILE_NS * ways[best] + LAID_OUT_NS * one.weight.nbytes
+            allowed *= _FAST
+        else:
+            allowed += _SAVED_NS * saved
+        if saved > 0 and spent <= allowed:
             found[name] = best
         else:
             stay[name] = (
@@ -156,10 +181,13 @@ def chosen(
     return found, stay
 
 
-def decoding_ns(one: Known, how: Method) -> float:
-    """About how much CPU time decoding takes."""
+def decoding_ns(one: Known, how: Method, *, fast: bool = False) -> float:
+    """About how much CPU time decoding takes; `fast` as of `chosen`."""
     size = one.weight.size
-    if how.positions == "gap":
+    counts: dict[str, int]
+    if fast:
+        counts = {"raw" if how.values.name == "raw" else "plain": size}
+    elif how.positions == "gap":
         counts = {"entries": one.survey.entries, "zeros": size}
     elif how.values.name == "planes":
         half = one.weight.working == TensorProto.FLOAT16
@@ -196,9 +224,23 @@ def fitting(one: Known, bounds: Bounds = GATED) -> list[Method]:
     return found
 
 
-def estimate(one: Known, how: Method, opset: int) -> float:
-    """About how many bytes a weight takes by one of its `fitting` methods."""
+def fitting_fast(one: Known) -> list[Method]:
+    """The methods without an entropy code by which a weight can be decoded in stages."""
+    fit = [how for how in fitting(one) if how.positions == "all" and how.values.name != "planes"]
+    short = one.is_float and not one.survey.lower and one.survey.finite
+    if short and one.weight.element_type == TensorProto.FLOAT:
+        fit.append(method("raw"))
+    return fit
+
+
+def estimate(one: Known, how: Method, opset: int, *, fast: bool = False) -> float:
+    """About how many bytes a weight takes by one of its methods; `fast` as of `chosen`."""
     simple = opset < SIMPLE_BELOW
+    if how.values.name == "raw":
+        return 2.0 * one.weight.size
+    if fast:
+        assert one.survey.book is not None
+        return one.weight.size * words.single(one.survey.book.values.size).bits / 8
 
     def coded(counts: NDArray[np.integer[Any]]) -> float:
         ordered = counts[by_count(counts)[: np.count_nonzero(counts)]]

@@ -39,6 +39,7 @@ def encode(
     *,
     stage_size: int = STAGE_SIZE,
     matrices: bool = True,
+    fast: bool = False,
     store: Callable[[str, NDArray[Any], int], TensorProto] = tensor,
     done: Done = lambda name, nbytes: None,
 ) -> Staged:
@@ -52,10 +53,11 @@ def encode(
         fresh: gives names that are not in the model.
         stage_size: least elements of a stage.
         matrices: whether large matrices are made in their shape at once.
+        fast: whether there is no entropy code; as for `choice.chosen`.
         store: makes an initializer of a name, an array and ONNX's number of its type.
         done: is told what has been written.
     """
-    writer = Writer(places, opset, fresh, store, matrices=matrices)
+    writer = Writer(places, opset, fresh, store, matrices=matrices, fast=fast)
     first, repeated = _without_repetition(weights)
     pieces = pieces_of([one.weight for one in first], stage_size)
     gates = writer.gates(max(piece.stage for piece in pieces) + 1)

@@ -220,6 +220,14 @@ def _mantissa(body: Body, zero: str, upper: str, table: str) -> str:
     return body.node("GatherElements", table, body.node("Cast", waited, to=_I32))
 
 
+def raw(target: int, opset: int) -> FunctionProto:
+    """r(gate, count, stored) -> the first rows, which are all, in another type."""
+    body = Body(f"r{target}", 3)
+    gate, count, stored = body.inputs
+    own = body.node("Slice", stored, gate, count)
+    return body.function(body.node("Cast", own, to=target), opset=opset)
+
+
 def patched(opset: int) -> FunctionProto:
     """x(values, places, own) -> values with these in their places."""
     body = Body("x", 3)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
@@ -75,6 +76,8 @@ def storage_of(writer: Writer, kind: Kind, weights: list[Known]) -> Storage:
         return Gaps(writer, kind, weights)
     if kind.own == "half":
         return Halves(writer, weights)
+    if kind.how.values.name == "raw":
+        return Raw(writer, kind)
     if kind.how.values.name == "planes":
         return Floats(writer, kind, weights)
     books = [one.survey.book for one in weights]
@@ -224,6 +227,34 @@ class Floats:
             target = writer.target(piece, kind.number)
             target = 0 if target == kind.number else target
             function = functions.float_matrix(lower is None, target, writer.opset)
+            spent = writer.nbytes - before
+            writer.whole(piece, function, inputs, kind.how, kind.number, spent)
+            return ""
+
+        return ready
+
+
+class Raw:
+    """Floats that bfloat16 holds, as they are."""
+
+    def __init__(self, writer: Writer, kind: Kind) -> None:
+        self._writer, self._kind = writer, kind
+
+    def code(self, pieces: list[Piece]) -> Ready:
+        """As of `Storage`."""
+        writer, kind = self._writer, self._kind
+        values = np.concatenate([piece.coded for piece in pieces]).astype(ml_dtypes.bfloat16)
+        piece = writer.matrix(pieces)
+        if piece is not None:
+            values = values.reshape(piece.shape)
+
+        def ready(gated: Gated) -> str:
+            before = writer.nbytes
+            stored = writer.stream(values, TensorProto.BFLOAT16)
+            inputs = [gated.gate, writer.count(values.shape[0]), stored]
+            function = functions.raw(kind.number, writer.opset)
+            if piece is None:
+                return writer.call(function, *inputs)
             spent = writer.nbytes - before
             writer.whole(piece, function, inputs, kind.how, kind.number, spent)
             return ""

@@ -75,6 +75,12 @@ class Level:
         return (1 << self.bits - self.low) - 1
 
 
+def single(count: int) -> Level:
+    """The only level of so many symbols, where no field is to be joined and no escape resolved."""
+    bits = 4 if count <= 16 else 8
+    return Level(bits, bits)
+
+
 def plan(counts: NDArray[Any], *, beside: float = 0.0, simple: bool = False) -> tuple[Level, ...]:
     """The levels that a runtime decodes fastest, among those that take few bits.
 

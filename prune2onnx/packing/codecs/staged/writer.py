@@ -89,6 +89,7 @@ class Writer:
         fresh: gives names that are not in the model.
         store: makes an initializer of a name, an array and ONNX's number of its type.
         matrices: whether large matrices are made in their shape at once.
+        fast: whether symbols have words of one field and no escapes.
 
     Attributes:
         made: what was written so far.
@@ -103,10 +104,11 @@ class Writer:
         store: Callable[[str, NDArray[Any], int], TensorProto],
         *,
         matrices: bool,
+        fast: bool,
     ) -> None:
         self.made = Staged()
         self._store = store
-        self._matrices = matrices
+        self._matrices, self._fast = matrices, fast
         self._places = places
         self.opset, self._fresh = opset, fresh
         self._simple = opset < SIMPLE_BELOW
@@ -166,6 +168,8 @@ class Writer:
 
     def levels(self, counts: NDArray[Any], beside: float = 0.0) -> Levels:
         """The levels in which symbols are written that occur so often."""
+        if self._fast:
+            return (words.single(counts.size),)
         return words.plan(counts, beside=beside, simple=self._simple)
 
     def words(self, coded: Sequence[words.Coded], count: int, gated: Gated) -> str:

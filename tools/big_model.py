@@ -67,7 +67,7 @@ def make(path: Path, nbytes: float) -> None:
 def timed(*command: str) -> tuple[float, float, float]:
     """Seconds of CPU, seconds, and peak MB of a process."""
     began = time.perf_counter()
-    child = os.spawnv(os.P_NOWAIT, command[0], list(command))
+    child = os.posix_spawn(command[0], command, os.environ)
     _, status, usage = os.wait4(child, 0)
     if status:
         raise SystemExit(f"{' '.join(command)}: status {os.waitstatus_to_exitcode(status)}")

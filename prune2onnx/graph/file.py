@@ -453,10 +453,11 @@ def _raw(tensor: TensorProto) -> Iterator[bytes | memoryview]:
 
 def files_of(path: Path) -> list[Path]:
     """The file of a model, and the data files that it refers to."""
-    proto = onnx.load(path, load_external_data=False)
+    proto = without_data(path) or onnx.load(path, load_external_data=False)
     names = {
         entry.value
         for tensor in in_model(proto)
+        if external(tensor)
         for entry in tensor.external_data
         if entry.key == "location"
     }

@@ -153,6 +153,8 @@ def without_data(path: Path) -> ModelProto | None:
         The model; None where the file is none that this function understands: then it is damaged,
         or must be parsed whole.
     """
+    if not path.stat().st_size:
+        return None
     parts: list[bytes] = []
     large: dict[int, tuple[int, int]] = {}
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

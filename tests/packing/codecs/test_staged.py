@@ -20,8 +20,8 @@ from prune2onnx.packing.codecs.evaluator import evaluate
 from prune2onnx.packing.codecs.limits import Budget
 from prune2onnx.packing.codecs.methods import Method
 from prune2onnx.packing.codecs.staged import Known, Large, encode, pieces, words
-from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE, estimate, fitting
-from prune2onnx.packing.codecs.staged.pieces import pieces_of
+from prune2onnx.packing.codecs.staged.choice import estimate, fitting
+from prune2onnx.packing.codecs.staged.pieces import LEAST_PIECE, pieces_of
 from prune2onnx.packing.codecs.weight import Weight
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
@@ -203,7 +203,7 @@ def test_pieces_cover_every_row_in_stages_of_one_size():
         assert all(a.end == b.begin for a, b in itertools.pairwise(own))
         assert [piece.stage for piece in own] == sorted(piece.stage for piece in own)
     stages = np.bincount([p.stage for p in pieces], [p.size for p in pieces])
-    assert stages.size == 7 and stages.max() - stages.min() < 3 * LEAST_SIZE
+    assert stages.size == 7 and stages.max() - stages.min() < 3 * LEAST_PIECE
 
 
 # --- files ---

@@ -29,11 +29,11 @@ from prune2onnx.packing.codecs.work import (
 SIMPLE_BELOW = 18
 """The operator set that has BitwiseOr."""
 
-LEAST_SIZE = 1 << 16
+LEAST_SIZE = 1 << 12
 """Elements from which on a weight is decoded in stages."""
 
 
-LEAST_TOTAL = 1 << 20
+LEAST_TOTAL = 1 << 19
 """Elements of large weights from which on stages are worth their functions: about 7 kB."""
 
 
@@ -52,10 +52,8 @@ class Bounds:
     total: int
 
 
-GATED = Bounds(LEAST_SIZE, LEAST_SIZE, LEAST_TOTAL)
+GATED = Bounds(LEAST_SIZE, 1 << 14, LEAST_TOTAL)
 """Those that are decoded in stages behind gates."""
-
-GATED = Bounds(LEAST_SIZE, LEAST_SIZE, LEAST_TOTAL)
 
 MOST_LOW = 8
 """Most bits of a gap that are stored as they are."""

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE, MATRIX_ROW, MATRIX_SIZE
+from prune2onnx.packing.codecs.staged.choice import MATRIX_ROW, MATRIX_SIZE
 from prune2onnx.packing.codecs.staged.functions import MOST_GATES
 from prune2onnx.packing.codecs.staged.large import Large
 
 STAGE_SIZE = 1 << 19
 """Least elements of a stage; memory of fewer is not worth a gate."""
+
+LEAST_PIECE = 1 << 16
+"""Elements for which a weight is cut; half of them may be too many or too few in a stage."""
 
 PIECE_SIZE = 1 << 24
 """Most elements of a piece, unless one row has more: so much is in memory at once."""
@@ -90,11 +93,11 @@ def pieces_of(weights: Sequence[Large], least: int = STAGE_SIZE) -> list[Piece]:
         most = max(1, PIECE_SIZE // each)
         begin = 0
         while begin < rows:
-            while stage < count - 1 and ends[stage] - done < LEAST_SIZE / 2:
+            while stage < count - 1 and ends[stage] - done < LEAST_PIECE / 2:
                 stage += 1
             room = round((ends[stage] - done) / each)
             end = rows if stage == count - 1 else min(rows, begin + max(room, 1))
-            if (rows - end) * each < LEAST_SIZE / 2:
+            if (rows - end) * each < LEAST_PIECE / 2:
                 end = rows
             end = min(end, begin + most)
             found.append(Piece(weight, begin, end, stage))

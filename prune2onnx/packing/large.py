@@ -17,11 +17,10 @@ from prune2onnx.packing.codecs import MAX_NBYTES, WORKING, staged
 from prune2onnx.packing.codecs.staged import Bounds, Counted, Done, Known, Large
 from prune2onnx.packing.codecs.values.dictionary import regular_nbytes
 from prune2onnx.packing.codecs.weight import Weight
-from prune2onnx.packing.quantized import Quantized, step_of
+from prune2onnx.packing.quantized import Quantized, multiples, scaled
 
 _HELD = 4
 """Arrays of tensors in memory: protobuf copies the data whenever they are asked for."""
-
 
 _MOST_REGULAR = 1 << 22
 """Elements of a weight that is looked at for runs: tables, and no layers."""
@@ -42,13 +41,16 @@ def surveyed(
     quantized: Mapping[str, Quantized],
     done: Done,
 ) -> list[Known]:
-    """Looks once at each large weight.
+    """Looks once at each large weight, and again at one of which something is known.
 
     Args:
         tensors: weights that may be coded.
         bounds: which of them are large.
         quantized: name -> codes, codebook and scale, where they are known.
         done: is told what has been read.
+
+    Raises:
+        Prune2OnnxError: `quantized` does not fit a weight.
     """
 
     @lru_cache(maxsize=_HELD)
@@ -64,9 +66,8 @@ def surveyed(
         inside = partial(rows_in_memory, index)
         rows = partial(rows_of, tensor) if is_outside(tensor) else inside
         weight = Large(tensor.name, tuple(tensor.dims), tensor.data_type, rows)
-        known = quantized.get(tensor.name)
-        if known is not None and known.scale is not None:
-            weight = replace(weight, scale=known.scale, levels=partial(_levels, known))
+        if known := scaled(tensor, quantized.get(tensor.name)):
+            weight = replace(weight, scale=known.scale, levels=known.levels)
         weights.append(weight)
     found = []
     for weight, survey in zip(weights, staged.in_order(staged.survey, weights), strict=True):
@@ -86,11 +87,6 @@ def _size(tensor: TensorProto) -> int:
     return int(np.prod(tensor.dims, dtype=object))
 
 
-def _levels(known: Quantized, begin: int, end: int) -> NDArray[np.float32]:
-    values = np.concatenate([np.zeros(1, np.float32), known.codebook.astype(np.float32)])
-    return np.asarray(values[known.codes[begin:end]])
-
-
 def is_regular(one: Known, least: float) -> bool:
     """Whether a weight consists of runs, so that a dictionary takes far less than stages.
 
@@ -107,25 +103,20 @@ def is_regular(one: Known, least: float) -> bool:
     return nbytes is not None and _FAR_LESS * nbytes < least * array.size / weight.size
 
 
-def step_in(one: Known) -> np.float32 | None:
-    """The step of which all values are multiples."""
-    if one.weight.scale is not None:
-        return np.float32(one.weight.scale.item()) if one.weight.scale.size == 1 else None
+def few_values(one: Known) -> NDArray[np.float32] | None:
+    """The different values but +0 of a float32 weight, if they are few."""
     others = one.survey.others
-    if others is None or one.weight.element_type != TensorProto.FLOAT:
-        return None
-    return step_of(others.values)
+    is_float32 = one.weight.element_type == TensorProto.FLOAT
+    return others.values if is_float32 and others is not None else None
 
 
-def with_scale(one: Known, step: np.float32 | None, common: np.float32) -> Known:
-    """A weight with a step as its scale; an all-zero one gets the `common` step."""
+def with_step(one: Known, step: np.float32) -> Known:
+    """A weight with a codebook, with a step of it as its scale."""
     weight, book = one.weight, one.survey.book
-    if weight.scale is not None or book is None:
-        return one
-    if step is None:
-        if one.survey.entries or weight.element_type != TensorProto.FLOAT:
-            return one
-        step = common
-    levels = np.rint(book.values / step) + np.float32(0)  # no -0
-    survey = replace(one.survey, book=Counted(levels, book.counts))
-    return Known(replace(weight, scale=np.full(1, step)), survey)
+    assert book is not None  # it has a step, or is all zero
+
+    def levels(begin: int, end: int) -> NDArray[Any]:
+        return multiples(weight.rows(begin, end), step)
+
+    survey = replace(one.survey, book=Counted(multiples(book.values, step), book.counts))
+    return Known(replace(weight, scale=np.full(1, step), levels=levels), survey)

@@ -17,13 +17,13 @@ from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import (
     FunctionProto,
     ModelProto,
     TensorProto,
 )
 
-from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.domain import DOMAIN, DOMAIN_VERSION, MARK
 from prune2onnx.graph.names import Names
 from prune2onnx.graph.names import anonymize as anonymized
@@ -49,11 +49,11 @@ from prune2onnx.packing.codecs import (
 from prune2onnx.packing.codecs.staged import Done, Known
 from prune2onnx.packing.codecs.work import Work
 from prune2onnx.packing.inline import inlined
-from prune2onnx.packing.large import are_many, is_regular, step_in, surveyed, with_scale
+from prune2onnx.packing.large import are_many, few_values, is_regular, surveyed, with_step
 from prune2onnx.packing.load_cost import Prediction, predict
 from prune2onnx.packing.portable import BOUNDS, OPSET, STAGE_SIZE, is_slow
 from prune2onnx.packing.portable import portable as written_out
-from prune2onnx.packing.quantized import Quantized, step_of
+from prune2onnx.packing.quantized import Quantized, multiples, new_steps, scaled
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.short_names import shortened
 from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
@@ -261,52 +261,30 @@ def pack_normalized(
 
 
 def _weight(tensor: TensorProto, known: Quantized | None) -> Weight:
-    array = array_of(tensor)
-    if known is None or known.scale is None:
-        return Weight(tensor.name, array, tensor.data_type)
-    if known.dense().tobytes() != array.tobytes() or known.codes.shape != array.shape:
-        raise Prune2OnnxError(
-            f"{tensor.name}: codes, codebook and scale do not give the model's weight; "
-            "pass those of the model that is packed"
-        )
-    levels = np.concatenate([np.zeros(1, np.float32), known.codebook])[known.codes]
-    return Weight(tensor.name, array, tensor.data_type, known.scale, levels)
+    scale, levels = None, None
+    if known := scaled(tensor, known):
+        scale, levels = known.scale, known.levels()
+    return Weight(tensor.name, array_of(tensor), tensor.data_type, scale, levels)
 
 
 def _with_scales(weights: list[Weight], large: list[Known]) -> tuple[list[Weight], list[Known]]:
-    """The same weights; those that are multiples of a step have it as their scale.
-
-    Whole numbers need no scale, unless other weights have one: with a scale, like them, they can
-    be written in the same group.
-    """
-    steps = [_step(weight) for weight in weights]
-    more = [step_in(one) for one in large]
-    if all(step is None or step % 1 == 0 for step in (*steps, *more)):
-        return weights, large
-    common = next(step for step in (*steps, *more) if step is not None)
+    """The same weights; those that are multiples of a step have it as their scale (`new_steps`)."""
+    every = [(weight.scale, _few_values(weight)) for weight in weights]
+    every += [(one.weight.scale, few_values(one)) for one in large]
+    steps = iter(new_steps(every))
     return (
-        [_with_scale(weight, step, common) for weight, step in zip(weights, steps, strict=True)],
-        [with_scale(one, step, common) for one, step in zip(large, more, strict=True)],
+        [weight if (s := next(steps)) is None else _with_step(weight, s) for weight in weights],
+        [one if (s := next(steps)) is None else with_step(one, s) for one in large],
     )
 
 
-def _step(weight: Weight) -> np.float32 | None:
-    """The step of which all values are multiples: the known one, else one that is searched for."""
-    if weight.scale is not None:
-        return np.float32(weight.scale.item()) if weight.scale.size == 1 else None
+def _few_values(weight: Weight) -> NDArray[np.float32] | None:
     found = weight.indexed_nonzero if weight.element_type == TensorProto.FLOAT else None
-    return None if found is None else step_of(found[1])
+    return None if found is None else found[1]
 
 
-def _with_scale(weight: Weight, step: np.float32 | None, common: np.float32) -> Weight:
-    """A weight with a step as its scale; an all-zero one gets the `common` step."""
-    if weight.scale is not None:
-        return weight
-    if step is None:
-        if weight.nonzero.size or weight.element_type != TensorProto.FLOAT:
-            return weight
-        step = common
-    levels = np.rint(weight.array / step) + np.float32(0)  # no -0
+def _with_step(weight: Weight, step: np.float32) -> Weight:
+    levels = multiples(weight.array, step)
     return Weight(weight.name, weight.array, weight.element_type, np.full(1, step), levels)
 
 

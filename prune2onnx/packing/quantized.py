@@ -6,7 +6,7 @@ Training knows the step of each weight (`on_steps`); for other weights it is sea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
+from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.tensors import array_of
 
 _LEAST_STEP = np.float32(1e-30)
@@ -40,11 +41,71 @@ class Quantized:
     codebook: NDArray[Any]
     scale: NDArray[np.float32] | None = None
 
-    def dense(self) -> NDArray[Any]:
-        """The weight, of the codes' shape and the codebook's dtype; code 0 is +0 exactly."""
+    def levels(self, begin: int = 0, end: int | None = None) -> NDArray[Any]:
+        """What the scale multiplies, of some rows: the codebook's values; code 0 is +0 exactly."""
         zero = np.zeros(1, self.codebook.dtype)
-        values: NDArray[Any] = np.concatenate([zero, self.codebook])[self.codes]
-        return values if self.scale is None else values * self.scale
+        values: NDArray[Any] = np.concatenate([zero, self.codebook])[self.codes[begin:end]]
+        return values
+
+    def dense(self) -> NDArray[Any]:
+        """The weight, of the codes' shape and the codebook's dtype."""
+        return self.levels() if self.scale is None else self.levels() * self.scale
+
+
+def scaled(tensor: TensorProto, known: Quantized | None) -> Quantized | None:
+    """What is known of a weight, if it has a scale.
+
+    Raises:
+        Prune2OnnxError: it is not what gives the weight.
+    """
+    if known is None or known.scale is None:
+        return None
+    array = array_of(tensor)
+    if known.codes.shape != array.shape or known.dense().tobytes() != array.tobytes():
+        raise Prune2OnnxError(
+            f"{tensor.name}: codes, codebook and scale do not give the model's weight; "
+            "pass those of the model that is packed"
+        )
+    return known
+
+
+def new_steps(
+    weights: Sequence[tuple[NDArray[np.float32] | None, NDArray[np.float32] | None]],
+) -> list[np.float32 | None]:
+    """The step that each weight gets as its scale; None: it has a scale, or gets none.
+
+    Whole numbers need no scale, unless other weights have one: with a scale, like them, they can
+    be written in the same group. So can zeros, on any step.
+
+    Args:
+        weights: the scale of each, if it has one; its different values but +0, if they are few and
+            float32.
+    """
+    steps = [_step_in(*one) for one in weights]
+    if all(step is None or step % 1 == 0 for step in steps):
+        return [None] * len(steps)
+    common = next(step for step in steps if step is not None)
+    for at, (scale, nonzero) in enumerate(weights):
+        if scale is not None:
+            steps[at] = None
+        elif nonzero is not None and not nonzero.size:
+            steps[at] = common
+    return steps
+
+
+def _step_in(
+    scale: NDArray[np.float32] | None, nonzero: NDArray[np.float32] | None
+) -> np.float32 | None:
+    """The step of which all values are multiples: the known one, else one that is searched for."""
+    if scale is not None:
+        return np.float32(scale.item()) if scale.size == 1 else None
+    return None if nonzero is None else step_of(nonzero)
+
+
+def multiples(values: NDArray[np.float32], step: np.float32) -> NDArray[np.float32]:
+    """The whole numbers that give values on a step."""
+    whole: NDArray[np.float32] = np.rint(values / step)
+    return whole + np.float32(0)  # no -0
 
 
 def step_of(values: NDArray[np.float32]) -> np.float32 | None:

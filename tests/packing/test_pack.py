@@ -29,9 +29,11 @@ from prune2onnx.graph.file import load, save
 from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.protobuf import framed
 from prune2onnx.packing.codecs import METHODS, entropy_nbytes
+from prune2onnx.packing.codecs.staged import GATED
 from prune2onnx.packing.inline import is_packed, outlined
 from prune2onnx.packing.inspection import inspect
-from prune2onnx.packing.pack import pack
+from prune2onnx.packing.large import are_many
+from prune2onnx.packing.pack import pack, pack_normalized
 from prune2onnx.packing.quantized import Quantized
 from prune2onnx.packing.unpack import coded, decode_graph, unpack
 
@@ -472,6 +474,26 @@ def test_quantized_weights_keep_their_levels_and_scale():
     other = Quantized(codes, book, scale * 2)
     with pytest.raises(Prune2OnnxError, match=r"w: codes, codebook and scale do not give"):
         pack(dense, quantized={"w": other})
+
+
+def test_quantized_large_weights_keep_their_levels_and_scale():
+    rng = np.random.default_rng(3)
+    codes = np.abs(rng.normal(0, 30, (40, 1 << 14))).astype(np.int64) % 100
+    book = np.arange(-49, 51).astype(np.float32)
+    book = book[book != 0]
+    scale = (rng.random((40, 1)) / 100 + 0.001).astype(np.float32)
+    known = Quantized(codes, book, scale)
+    dense = product(known.dense())
+    assert are_many(dense.graph.initializer, GATED)
+    without, with_scale = pack(dense), pack(dense, quantized={"w": known})
+    assert with_scale.model.ByteSize() < 0.5 * without.model.ByteSize()
+    assert with_scale.rows[0].codec == "levels"
+    assert unpack(with_scale.model).SerializeToString() == dense.SerializeToString()
+    other = {"w": Quantized(codes, book, scale * 2)}
+    with pytest.raises(Prune2OnnxError, match=r"w: codes, codebook and scale do not give"):
+        pack(dense, quantized=other)
+    with pytest.raises(Prune2OnnxError, match=r"w: codes, codebook and scale do not give"):
+        pack_normalized(normalize(dense), quantized=other, check=False)
 
 
 def test_weights_in_a_data_file(tmp_path):

@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from prune2onnx.packing.codecs.book import Counter, by_count
 from prune2onnx.packing.codecs.staged.floats import special
-from prune2onnx.packing.codecs.weight import WORKING, bits_of, entropy_bits, numpy_type
+from prune2onnx.packing.codecs.weight import WORKING, bits_of, numpy_type
 
 Rows = Callable[[int, int], NDArray[Any]]
 """Rows of a weight from one to before another."""
@@ -35,7 +35,7 @@ class Large:
         element_type: ONNX's number.
         rows: its values.
         scale: float32, broadcastable to the weight: what is coded are multiples of it.
-        levels: those multiples, where they are known; default: the values over the scale, rounded.
+        levels: those multiples; None without a scale.
     """
 
     name: str
@@ -62,13 +62,8 @@ class Large:
 
     def coded(self, begin: int, end: int) -> NDArray[Any]:
         """What is coded of some rows, flat, in the working type."""
-        if self.levels is not None:
-            found = self.levels(begin, end)
-        else:
-            found = self.rows(begin, end)
-            if self.scale is not None:
-                found = np.rint(found / self.scale) + np.float32(0)  # no -0
-        flat = found.reshape(-1).astype(numpy_type(self.working), copy=False)
+        rows = self.rows if self.levels is None else self.levels
+        flat = rows(begin, end).reshape(-1).astype(numpy_type(self.working), copy=False)
         return np.ascontiguousarray(flat)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -90,11 +85,6 @@ class Counted:
         """Those that occur, in order."""
         order = by_count(counts)[: np.count_nonzero(counts)]
         return cls(values[order], counts[order])
-
-    @property
-    def bits(self) -> float:
-        """Their entropy."""
-        return entropy_bits(self.counts)
 
 
 @dataclass(eq=False)

@@ -210,14 +210,14 @@ def pack_normalized(
     if portable and load == "balanced" and is_slow(made):
         made = given(load="fast")
     large = [one for one in large if one.weight.name in methods]
-    stage_size = STAGE_SIZE if portable else staged.STAGE_SIZE
     result, nbytes = _written(
         model,
         made,
         large,
         methods,
         opset=staged_opset,
-        stage_size=stage_size,
+        stage_size=STAGE_SIZE if portable else staged.STAGE_SIZE,
+        matrices=not portable,
         fast=load == "fast",
         done=done,
         spill=None if portable else spill,
@@ -324,6 +324,7 @@ def _written(
     *,
     opset: int = 0,
     stage_size: int = staged.STAGE_SIZE,
+    matrices: bool = True,
     fast: bool = False,
     done: Done = lambda name, nbytes: None,
     spill: Spill | None = None,
@@ -356,7 +357,7 @@ def _written(
             opset,
             names.shortest,
             stage_size=stage_size,
-            matrices=stage_size == staged.STAGE_SIZE,
+            matrices=matrices,
             fast=fast,
             store=store,
             done=done,

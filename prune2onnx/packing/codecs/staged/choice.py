@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,6 @@ SIMPLE_BELOW = 18
 
 LEAST_SIZE = 1 << 12
 """Elements from which on a weight is decoded in stages."""
-
 
 LEAST_TOTAL = 1 << 19
 """Elements of large weights from which on stages are worth their functions: about 7 kB."""
@@ -73,11 +73,8 @@ besides for each element there; in codes without an entropy code, and in bfloat1
 _IN_SHAPE = (6.0, 6.0)
 """Bytes of these that it makes and reads less for a float of a large matrix."""
 
-MATRIX_SIZE = 1 << 19
-"""Least elements of a piece that is made in its shape: calls of its own cost as much as copies."""
-
-MATRIX_ROW = 512
-"""Least elements of its rows, each of which has a table."""
+_MATRIX_SIZE = 1 << 19  # calls of its own cost as much as copies
+_MATRIX_ROW = 512  # each row has a table
 
 _FAST = 1.6
 """What a load may take without an entropy code, relative to that of a dense weight."""
@@ -194,14 +191,17 @@ def decoding_ns(one: Known, how: Method, *, fast: bool = False) -> float:
         counts = {"codes": size}
     itemsize = numpy_type(one.weight.working).itemsize
     spent = MADE_NS * size * itemsize
-    shape = one.weight.shape
-    is_matrix = len(shape) == 2 and shape[1] >= MATRIX_ROW and size >= MATRIX_SIZE
-    if how.positions == "all" and is_matrix and itemsize == 4:
+    if how.positions == "all" and is_large_matrix(one.weight.shape) and itemsize == 4:
         spent -= size * (MADE_NS * _IN_SHAPE[0] + READ_NS * _IN_SHAPE[1])
     for what, count in counts.items():
         made, read, scattered = _TOUCHED[what]
         spent += count * (MADE_NS * made + READ_NS * read + SCATTERED_NS * scattered)
     return spent
+
+
+def is_large_matrix(shape: Sequence[int]) -> bool:
+    """Whether a weight, or a part of one, is worth a call that makes it in its shape."""
+    return len(shape) == 2 and shape[1] >= _MATRIX_ROW and math.prod(shape) >= _MATRIX_SIZE
 
 
 def fitting(one: Known, bounds: Bounds = GATED) -> list[Method]:

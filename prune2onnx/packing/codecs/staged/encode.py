@@ -74,9 +74,12 @@ def encode(
     vectors = list(_vectors(pieces, gates, kinds, storages, matrices))
     for (gated, kind, inside), ready in zip(vectors, in_order(code, vectors), strict=True):
         before = writer.nbytes
-        flat = ready(gated)
-        if flat:
-            writer.split(inside, kind.how, kind.number, flat, writer.nbytes - before)
+        made = ready(gated)
+        nbytes = writer.nbytes - before
+        if isinstance(made, str):
+            writer.split(inside, kind.how, kind.number, made, nbytes)
+        else:
+            writer.whole(inside[0], kind.how, kind.number, *made, nbytes)
         for piece in inside:
             done(piece.weight.name, piece.nbytes)
     for weight, original in repeated:

@@ -139,15 +139,19 @@ def look_up(opset: int) -> FunctionProto:
 
 
 def _looked_up(body: Body, words: str, count: str, table: str) -> str:
+    return body.node("GatherElements", table, _index(body, words, count))
+
+
+def _index(body: Body, words: str, count: str) -> str:
     own = body.node("Slice", words, body.indices(0), count)
-    return body.node("GatherElements", table, body.node("Cast", own, to=_I32))
+    return body.node("Cast", own, to=_I32)
 
 
 def matrix(opset: int, target: int) -> FunctionProto:
-    """t(words, count, shape, table) -> a matrix of values, in the type `target`, unless it is 0.
+    """t(words, count, shape, table, wide) -> a matrix, in the type `target`, unless it is 0.
 
-    The table is [rows, t], or [1, t] with a shape to expand it to as a fifth input: each row of the
-    matrix has one, so that looking up gives the matrix, which else takes three more copies.
+    The table is [rows, t], or [1, t] and expanded to the shape `wide`: each row of the matrix has
+    one, so that looking up gives the matrix, which else takes three more copies.
     """
     body = Body("t" + (f"{target}" if target else ""), 5)
     words, count, shape, table, wide = body.inputs
@@ -171,8 +175,7 @@ def float_matrix(short: bool, target: int, opset: int) -> FunctionProto:
     name = ("v" if short else "u") + (f"{target}" if target else "")
     body = Body(name, 9 if short else 12)
     zero, words, count, shape, units, wide, upper, table, wider, *lower = body.inputs
-    waited = body.node("BitShift", upper, zero, direction="RIGHT")
-    index = body.node("Cast", waited, to=_I32)
+    index = _late(body, zero, upper, _I32)
     whole = body.node("GatherElements", body.node("Expand", table, wider), index, axis=1)
     if lower:
         own = body.node("Cast", body.node("Slice", lower[2], *lower[:2]), to=TensorProto.FLOAT)
@@ -207,17 +210,19 @@ def halves(opset: int) -> FunctionProto:
     """h(zero, words, count, firsts, units, lower) -> first + lower * unit, float32."""
     body = Body("h", 6)
     zero, words, count, firsts, units, lower = body.inputs
-    own = body.node("Slice", words, body.indices(0), count)
-    index = body.node("Cast", own, to=_I32)
+    index = _index(body, words, count)
     first, unit = (body.node("GatherElements", table, index) for table in (firsts, units))
-    waited = body.node("BitShift", lower, zero, direction="RIGHT")
-    added = body.node("Mul", body.node("Cast", waited, to=TensorProto.FLOAT), unit)
+    added = body.node("Mul", _late(body, zero, lower, TensorProto.FLOAT), unit)
     return body.function(body.node("Add", first, added), opset=opset)
 
 
 def _mantissa(body: Body, zero: str, upper: str, table: str) -> str:
-    waited = body.node("BitShift", upper, zero, direction="RIGHT")
-    return body.node("GatherElements", table, body.node("Cast", waited, to=_I32))
+    return body.node("GatherElements", table, _late(body, zero, upper, _I32))
+
+
+def _late(body: Body, zero: str, stored: str, to: int) -> str:
+    """Stored bytes in another type, which wait for a zero."""
+    return body.node("Cast", body.node("BitShift", stored, zero, direction="RIGHT"), to=to)
 
 
 def raw(target: int, opset: int) -> FunctionProto:

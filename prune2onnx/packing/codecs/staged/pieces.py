@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prune2onnx.packing.codecs.staged.choice import MATRIX_ROW, MATRIX_SIZE
+from prune2onnx.packing.codecs.staged.choice import is_large_matrix
 from prune2onnx.packing.codecs.staged.functions import MOST_GATES
 from prune2onnx.packing.codecs.staged.large import Large
 
@@ -61,7 +61,7 @@ class Piece:
     @property
     def is_matrix(self) -> bool:
         """Whether it may be made in its shape at once: it is large, and its rows are long."""
-        if len(self.shape) != 2 or self.size < MATRIX_SIZE or self.shape[1] < MATRIX_ROW:
+        if not is_large_matrix(self.shape):
             return False
         factors = self.factors
         return factors is None or factors.shape in ((1,), (1, 1), (self.shape[0], 1))

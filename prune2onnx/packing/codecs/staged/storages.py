@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
+from onnx import FunctionProto, TensorProto
 
 from prune2onnx.packing.codecs.book import Book, by_count
 from prune2onnx.packing.codecs.methods import Method
@@ -25,9 +25,15 @@ from prune2onnx.packing.codecs.staged.writer import Gated, Writer, by_words
 from prune2onnx.packing.codecs.values.planes import tables_of
 from prune2onnx.packing.codecs.weight import bits_of, numpy_type
 
-Ready = Callable[[Gated], str]
-"""Writes what was coded, in a stage; gives the name of a value with the pieces in a row, or ""
-where the only piece has been written whole."""
+Value = Callable[[Gated], str]
+"""Writes what was coded, in a stage; gives the name of the value."""
+
+Whole = tuple[FunctionProto, list[str]]
+"""A function that makes a piece in its shape and type, and its inputs."""
+
+Ready = Callable[[Gated], str | Whole]
+"""Writes what was coded, in a stage; gives the name of a value with the pieces in a row, or what
+makes the only one."""
 
 
 @dataclass(frozen=True)
@@ -108,26 +114,20 @@ class Codes:
         """A matrix, each row of which has a table, with the row's factor in it."""
         writer, kind = self._writer, self._kind
         coded = words.encode(self.codes(piece.coded), self._levels)
-        factors = np.ones(1, self._values.dtype) if piece.factors is None else piece.factors
         table = by_words(self._levels, self._values)
         if piece.factors is not None:
-            table = table * factors
+            table = table * piece.factors
         table = table.reshape(-1, table.shape[-1])
 
-        def ready(gated: Gated) -> str:
-            before = writer.nbytes
+        def ready(gated: Gated) -> Whole:
             inputs = [writer.words(coded, self._size, gated), writer.count(piece.size)]
             inputs += [writer.count(*piece.shape), writer.constant(table, kind.number)]
             inputs.append(writer.count(piece.shape[0], table.shape[1]))
-            target = writer.target(piece, kind.number)
-            function = functions.matrix(writer.opset, 0 if target == kind.number else target)
-            spent = writer.nbytes - before
-            writer.whole(piece, function, inputs, kind.how, kind.number, spent)
-            return ""
+            return functions.matrix(writer.opset, writer.cast(piece, kind.number)), inputs
 
         return ready
 
-    def entries(self, codes: NDArray[np.uint8]) -> Ready:
+    def entries(self, codes: NDArray[np.uint8]) -> Value:
         """What these codes stand for."""
         writer = self._writer
         coded = words.encode(codes, self._levels)
@@ -155,7 +155,7 @@ class _Symbols:
         self._rank = np.argsort(order).astype(np.uint8)
         self.levels = writer.levels(counts[self.found], beside)
 
-    def code(self, symbols: NDArray[np.uint8]) -> Ready:
+    def code(self, symbols: NDArray[np.uint8]) -> Value:
         """A value with the words of these symbols."""
         coded = words.encode(self._rank[symbols], self.levels)
         return lambda gated: self._writer.words(coded, self.found.size, gated)
@@ -209,14 +209,14 @@ class Floats:
     def _matrix(
         self,
         piece: Piece,
-        symbols: Ready,
+        symbols: Value,
         upper: NDArray[np.uint8],
         lower: NDArray[np.uint16] | None,
     ) -> Ready:
         writer, kind = self._writer, self._kind
 
-        def ready(gated: Gated) -> str:
-            before, rows = writer.nbytes, piece.shape[0]
+        def ready(gated: Gated) -> Whole:
+            rows = piece.shape[0]
             inputs = [gated.zero, symbols(gated), writer.count(piece.size)]
             inputs += [writer.count(*piece.shape), self._units]
             inputs += [writer.count(rows, self._width), writer.stream(upper.reshape(piece.shape))]
@@ -224,12 +224,8 @@ class Floats:
             if lower is not None:
                 inputs += [gated.gate, writer.count(rows)]
                 inputs.append(writer.stream(lower.reshape(piece.shape)))
-            target = writer.target(piece, kind.number)
-            target = 0 if target == kind.number else target
-            function = functions.float_matrix(lower is None, target, writer.opset)
-            spent = writer.nbytes - before
-            writer.whole(piece, function, inputs, kind.how, kind.number, spent)
-            return ""
+            target = writer.cast(piece, kind.number)
+            return functions.float_matrix(lower is None, target, writer.opset), inputs
 
         return ready
 
@@ -248,16 +244,11 @@ class Raw:
         if piece is not None:
             values = values.reshape(piece.shape)
 
-        def ready(gated: Gated) -> str:
-            before = writer.nbytes
+        def ready(gated: Gated) -> str | Whole:
             stored = writer.stream(values, TensorProto.BFLOAT16)
             inputs = [gated.gate, writer.count(values.shape[0]), stored]
             function = functions.raw(kind.number, writer.opset)
-            if piece is None:
-                return writer.call(function, *inputs)
-            spent = writer.nbytes - before
-            writer.whole(piece, function, inputs, kind.how, kind.number, spent)
-            return ""
+            return writer.call(function, *inputs) if piece is None else (function, inputs)
 
         return ready
 

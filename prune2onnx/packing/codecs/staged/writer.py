@@ -237,10 +237,10 @@ class Writer:
     def whole(
         self,
         piece: Piece,
-        function: FunctionProto,
-        inputs: Sequence[str],
         how: Method,
         number: int,
+        function: FunctionProto,
+        inputs: Sequence[str],
         nbytes: int,
     ) -> None:
         """A piece that a call gives in its shape and type; arguments as of `split`."""
@@ -255,6 +255,11 @@ class Writer:
     def target(self, piece: Piece, number: int) -> int:
         """The type in which a piece leaves its call."""
         return piece.weight.element_type if piece.is_whole else number
+
+    def cast(self, piece: Piece, number: int) -> int:
+        """The type into which a piece is cast at last; 0: none, as it is rebuilt in it."""
+        target = self.target(piece, number)
+        return 0 if target == number else target
 
     def _output(self, piece: Piece) -> str:
         return piece.weight.name if piece.is_whole else self._fresh()

@@ -116,9 +116,11 @@ def _temporary(target: Path) -> Iterator[tuple[BinaryIO, Path]]:
         partial = target.with_name(f"{_stem(target)}{secrets.token_hex(8)}.partial")
         with partial.open("xb") as stream:
             try:
-                _lock(stream)
-                if fcntl and not partial.exists():
-                    continue  # another process took it for a leftover before it was locked
+                if fcntl:
+                    with contextlib.suppress(OSError):  # no locks here: then nobody removes it
+                        fcntl.flock(stream, fcntl.LOCK_EX)  # waits while it is looked at
+                    if not partial.exists():
+                        continue  # another process took it for a leftover before it was locked
                 yield stream, partial
                 return
             finally:
@@ -141,18 +143,8 @@ def _remove_leftovers(target: Path) -> None:
         names = [e.name for e in entries if e.name.startswith(stem) and e.name.endswith(".partial")]
     for name in names:
         with contextlib.suppress(OSError), target.with_name(name).open("rb") as stream:
-            _lock(stream)
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             target.with_name(name).unlink()
-
-
-def _lock(stream: BinaryIO) -> None:
-    """Locks a file until it is closed, also by the end of the process.
-
-    Raises:
-        OSError: another process has locked it.
-    """
-    if fcntl is not None:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Files appear whole or not at all."""
 
+import fcntl
 import os
 import stat
 import subprocess
@@ -131,6 +132,22 @@ for _ in range(150):
         reads += 1
     assert reads > 20 and all(one.returncode == 0 for one in writers)
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_file_that_is_new_waits_for_who_takes_it_for_a_leftover(tmp_path, monkeypatch):
+    flock, others = fcntl.flock, []
+
+    def looked_at_first(stream, how):
+        if not others:  # another process looks at the file before its writer has locked it
+            (new,) = tmp_path.glob("*.partial")
+            others.append(new.open("rb"))
+            flock(others[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            threading.Timer(0.2, lambda: (new.unlink(), others[0].close())).start()
+        flock(stream, how)
+
+    monkeypatch.setattr(fcntl, "flock", looked_at_first)
+    write_whole(tmp_path / "a.bin", "mine")
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["mine"] and others[0].closed
 
 
 def test_what_is_read_is_kept(tmp_path):

@@ -43,8 +43,9 @@ _external = click.option(
     type=choice_of(PackOptions, "load"),
     default=PackOptions.load,
     show_default=True,
-    help="small: the fewest bytes; balanced: the same up to a million elements, beyond at most 2 % "
-    "more, and a session opens in a fraction of the time and memory; fast: no entropy code",
+    help="small: the fewest bytes; balanced: the same up to half a million elements, beyond at "
+    "most 2 % more, and a session opens in a fraction of the time and memory; fast: no entropy "
+    "code",
 )
 @click.option(
     "--format",

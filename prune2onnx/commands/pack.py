@@ -34,10 +34,9 @@ from prune2onnx.shrinking.structure import BLOCK
 _EXAMPLES = 256
 """Examples for a search for the fewest bits: the first ones of the validation split."""
 
-_MUCH_GRAPH = 0.2
-
-_SPILLED_NBYTES = 1 << 28
 _BATCH = 64  # of them at a time
+_MUCH_GRAPH = 0.2
+_SPILLED_NBYTES = 1 << 28
 
 
 @dataclass(frozen=True)

@@ -245,10 +245,11 @@ def _read_varint(data: mmap.mmap, at: int) -> tuple[int, int]:
 
 def prefix(number: int, nbytes: int) -> bytes:
     """The tag of a field that holds bytes or a message, and its length as a varint."""
-    return _varint(number << 3 | _BYTES) + _varint(nbytes)
+    return varint(number << 3 | _BYTES) + varint(nbytes)
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """A number, at least 0, as protobuf writes it: 7 bits a byte, low ones first."""
     found = bytearray()
     while number > 0x7F:
         found.append(number & 0x7F | 0x80)

@@ -28,7 +28,7 @@ from onnx import (
     numpy_helper,
 )
 
-from prune2onnx.graph.domain import DOMAIN, MARK, OP
+from prune2onnx.graph.domain import DOMAIN, OP, decoder
 from prune2onnx.graph.names import Names, rename
 from prune2onnx.graph.protobuf import keep
 from prune2onnx.graph.rewritten import Changes, Rewritten, rewritten
@@ -89,13 +89,8 @@ def drop_notes(model: ModelProto, changes: Changes) -> None:
 
 
 def _decoder(model: ModelProto) -> list[NodeProto]:
-    """The nodes of a packed model's decoder (docs/FORMAT.md)."""
-    nodes = list(model.graph.node)
-    if any(entry.key == MARK for entry in model.metadata_props):
-        for index, node in enumerate(nodes):
-            if node.name == OP and not node.domain:
-                return nodes[: index + 1]
-    return [node for node in nodes if node.domain == DOMAIN]
+    """The nodes of a packed model's decoder: written out, or calls."""
+    return decoder(model) or [node for node in model.graph.node if node.domain == DOMAIN]
 
 
 def drop_implied(model: ModelProto, changes: Changes) -> None:

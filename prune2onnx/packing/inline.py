@@ -14,14 +14,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx import AttributeProto, FunctionProto, ModelProto, NodeProto, TensorProto
+from onnx import FunctionProto, ModelProto, NodeProto
 
 from prune2onnx.errors import Prune2OnnxError, one_line
-from prune2onnx.graph.domain import DOMAIN, MARK, OP
+from prune2onnx.graph.domain import DOMAIN, OP, decoder
 from prune2onnx.graph.names import Names
 from prune2onnx.graph.protobuf import copy_but, keep
 from prune2onnx.graph.walk import opset, used_in
-from prune2onnx.packing.codecs.bundle import FACTS
+from prune2onnx.packing.codecs.bundle import add_facts
 from prune2onnx.packing.short_names import restored
 
 FACTS_KEY = "prune2onnx.weights"
@@ -153,8 +153,7 @@ def outlined(model: ModelProto) -> ModelProto:
             )
         call.output[:] = facts.weights
         every = [facts.checksum, *(number for each in facts.weights.values() for number in each)]
-        packed = TensorProto(dims=[len(every)], data_type=TensorProto.INT64, int64_data=every)
-        call.attribute.append(AttributeProto(name=FACTS, type=AttributeProto.TENSOR, t=packed))
+        add_facts(call, every)
     function = FunctionProto(
         name=OP, domain=DOMAIN, input=call.input, output=call.output, node=nodes
     )
@@ -176,20 +175,3 @@ def outlined(model: ModelProto) -> ModelProto:
 def is_packed(model: ModelProto) -> bool:
     """Whether a model has a decoder."""
     return any(node.domain == DOMAIN for node in model.graph.node) or bool(decoder(model))
-
-
-def decoder(model: ModelProto) -> list[NodeProto]:
-    """The nodes of a decoder that is written out; none where there is no such decoder."""
-    if not any(entry.key == MARK for entry in model.metadata_props):
-        return []
-    stored = {tensor.name for tensor in model.graph.initializer}
-    stored -= {value.name for value in model.graph.input}
-    nodes = []
-    for node in model.graph.node:
-        if node.domain or not all(not name or name in stored for name in node.input):
-            return []
-        nodes.append(node)
-        stored.update(node.output)
-        if node.name == OP:
-            return nodes
-    return []

@@ -14,14 +14,14 @@ import string
 import zlib
 from collections.abc import Sequence
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto
+from onnx import GraphProto, ModelProto, NodeProto
 
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.graph.domain import DOMAIN, MARK, OP
 from prune2onnx.graph.names import Names, rename
 from prune2onnx.graph.protobuf import copy_but
 from prune2onnx.graph.walk import bodies
-from prune2onnx.packing.codecs.bundle import FACTS, UNKNOWN, facts_of
+from prune2onnx.packing.codecs.bundle import UNKNOWN, add_facts, facts_of
 
 _LETTERS = string.ascii_letters + string.digits
 
@@ -108,8 +108,7 @@ def restored(model: ModelProto) -> ModelProto:
     facts = [checksum]
     for skip, method, _ in lines:
         facts += [skip, method, UNKNOWN]
-    stored = TensorProto(dims=[len(facts)], data_type=TensorProto.INT64, int64_data=facts)
-    node.attribute.append(AttributeProto(name=FACTS, type=AttributeProto.TENSOR, t=stored))
+    add_facts(node, facts)
     return result
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from prune2onnx.errors import Prune2OnnxError, one_line
-from prune2onnx.graph.domain import DOMAIN, MARK, OP
+from prune2onnx.graph.domain import DOMAIN, MARK, OP, decoder
 from prune2onnx.graph.file import InvalidModelError, load
 from prune2onnx.graph.protobuf import copy_but, framed, keep, tensor_nbytes
 from prune2onnx.graph.tensors import element_type, raw_of
@@ -29,7 +29,7 @@ from prune2onnx.packing.codecs.limits import Budget
 from prune2onnx.packing.codecs.operators import stored
 from prune2onnx.packing.codecs.staged import GATES
 from prune2onnx.packing.codecs.work import Work
-from prune2onnx.packing.inline import FACTS_KEY, decoder, is_packed, outlined
+from prune2onnx.packing.inline import FACTS_KEY, is_packed, outlined
 from prune2onnx.packing.short_names import has_short_names
 
 FUNCTIONS_IR = 8

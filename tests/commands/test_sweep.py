@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from sweep_worker import REPORT
 
 from prune2onnx import Prune2OnnxError, RecipeError, resolve, sweep, sweep_of
 from prune2onnx.cli.main import main
@@ -20,7 +21,7 @@ from prune2onnx.runs import study
 from prune2onnx.runs.front import DenseNetwork, Front, Point
 from prune2onnx.runs.history import Callbacks
 from prune2onnx.runs.pages.charts import front_picture
-from prune2onnx.runs.report import Goal, Measured, Report
+from prune2onnx.runs.report import Goal
 from prune2onnx.runs.study import Study, public_url
 
 EPOCHS = [f"--{phase}-epochs=1" for phase in ("dense", "prune", "tune", "quantize")]
@@ -138,19 +139,6 @@ def test_the_picture_is_the_same_for_the_same_front():
 
 # -- many workers ------------------------------------------------------------------------------
 
-REPORT = Report(
-    version="0",
-    seed=0,
-    environment={},
-    dense=Measured(9000, 1.0),
-    compressed=Measured(1000, 2.0),
-    folded=True,
-    max_abs_diff=0.0,
-    density=0.1,
-    weights=(),
-    validation={"dense_error": 1.5, "error": 2.5},
-)
-
 
 def pretend(log: Path, seconds: float, act=lambda name: None) -> None:
     """Replaces runs by an entry in a log, and a short wait."""
@@ -192,7 +180,7 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 folder, log, tests = map(Path, sys.argv[1:])
-sys.path.insert(0, str(tests))
+sys.path[:0] = [str(tests / "commands"), str(tests / "support")]
 import test_sweep as t
 def kill(name):
     if len(t.runs(log)) >= 3 and f"{name} {os.getpid()}" in log.read_text():
@@ -204,7 +192,7 @@ t.sweep(t.RECIPE, folder, **t.SIZES)
 
 def test_two_processes_share_the_runs_and_one_takes_over_from_a_killed_one(log, tmp_path):
     folder = tmp_path / "sweep"
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     other = subprocess.Popen([sys.executable, "-c", KILLED, folder, log, tests])
     while not log.exists():
         assert other.poll() is None

@@ -36,6 +36,8 @@ from prune2onnx.packing.large import are_many
 from prune2onnx.packing.pack import pack, pack_normalized
 from prune2onnx.packing.quantized import Quantized
 from prune2onnx.packing.unpack import coded, decode_graph, unpack
+from prune2onnx.runtime.folding import folds
+from prune2onnx.runtime.validate import check_weights
 
 LEVELS = ("ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
 
@@ -571,14 +573,14 @@ def test_files_of_version_2_keep_opening(method):
 
 def test_a_frozen_file_of_many_weights_keeps_opening():
     frozen = load(freeze.FOLDER / "v2-mixed.onnx")
-    want = freeze.mixed()
+    want = freeze.mixed_weights()
     assert {row.codec for row in inspect(frozen).rows} >= {m.name for m in freeze.MIXED.values()}
     assert unpack(frozen).SerializeToString() == freeze.model_of(want).SerializeToString()
     assert_frozen_decodes(frozen, {name: weight.array for name, weight in want.items()})
 
 
 @pytest.mark.parametrize(
-    ("name", "want"), [("mixed", freeze.mixed), ("few", freeze.few)], ids=["mixed", "few"]
+    ("name", "want"), [("mixed", freeze.mixed_weights), ("few", freeze.few)], ids=["mixed", "few"]
 )
 def test_frozen_files_with_rice_codes_keep_opening(name, want):
     frozen = load(freeze.FOLDER / f"v2-rice-{name}.onnx")
@@ -593,6 +595,22 @@ def test_a_frozen_file_that_is_decoded_like_a_large_one_keeps_opening():
     want = freeze.weights_of("gap-codebook")
     assert unpack(frozen).SerializeToString() == freeze.model_of(want).SerializeToString()
     assert_frozen_decodes(frozen, {name: want[name].array for name in freeze.LONG})
+
+
+@pytest.mark.parametrize("name", freeze.VERSION_3)
+def test_files_of_version_3_keep_opening(name):
+    frozen = load(freeze.FOLDER / f"v3-{name}.onnx")
+    make, opset, _ = freeze.VERSION_3[name]
+    want = freeze.dense_of(make(), opset)
+    back = unpack(frozen)
+    assert weights(back) == weights(want) and back.graph.node == want.graph.node
+    assert check_weights(frozen) > 2 and folds(frozen)
+    assert_equal(run(frozen), run(want))
+
+
+def test_frozen_files_of_version_3_hold_each_way_to_store_large_weights():
+    names = {f.name for f in load(freeze.FOLDER / "v3-staged.onnx").functions}
+    assert {"d2", "e0", "p", "v", "v16", "t", "k0", "g2", "s", "j1", "c"} <= names
 
 
 def assert_frozen_decodes(frozen: ModelProto, want: dict[str, np.ndarray]) -> None:

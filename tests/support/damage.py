@@ -23,6 +23,7 @@ from random_graphs import graph
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.file import load, save
+from prune2onnx.graph.outside import varint
 from prune2onnx.graph.walk import bodies, in_model, nodes_in
 from prune2onnx.packing.pack import pack
 
@@ -138,15 +139,7 @@ def _damage_bytes(content: bytearray, random: Random) -> None:
     elif what == 6:
         content[at : at + length] = bytes([random.choice((0, 255))]) * length
     else:  # a varint: a length or a number
-        content[at : at + 1] = _varint(random.choice(INTEGERS) & (1 << 64) - 1)
-
-
-def _varint(number: int) -> bytes:
-    found = bytearray()
-    while number > 0x7F:
-        found.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*found, number])
+        content[at : at + 1] = varint(random.choice(INTEGERS) & (1 << 64) - 1)
 
 
 def _not_text(content: bytearray, random: Random) -> None:

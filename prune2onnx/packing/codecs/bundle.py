@@ -100,8 +100,7 @@ def encode(
     for weight, skip in zip(weights, skips or [0] * len(weights), strict=True):
         facts += [skip, METHODS.index(methods[weight.name]), round(part * found[weight.name][1])]
     node = helper.make_node(OP, [], [weight.name for weight in weights], domain=DOMAIN)
-    packed = TensorProto(dims=[len(facts)], data_type=TensorProto.INT64, int64_data=facts)
-    node.attribute.append(AttributeProto(name=FACTS, type=AttributeProto.TENSOR, t=packed))
+    add_facts(node, facts)
     function = body.function(*outputs, opset=opset)
     return Bundle(node, (*functions, function), tuple(body.given))
 
@@ -192,6 +191,12 @@ def decode(
             "damaged, copy or pack it again"
         )
     return decoded
+
+
+def add_facts(node: NodeProto, facts: Sequence[int]) -> None:
+    """Adds the attribute `i`."""
+    packed = TensorProto(dims=[len(facts)], data_type=TensorProto.INT64, int64_data=facts)
+    node.attribute.append(AttributeProto(name=FACTS, type=AttributeProto.TENSOR, t=packed))
 
 
 def facts_of(node: NodeProto) -> list[int]:

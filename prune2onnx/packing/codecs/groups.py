@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from prune2onnx.packing.codecs.huffman import about_bits, coded_bits
 from prune2onnx.packing.codecs.streams import Streams
 from prune2onnx.packing.codecs.values.kind import Group, RisingEntries, Vector, Written
 from prune2onnx.packing.codecs.values.lookup import padded
-from prune2onnx.packing.codecs.weight import Weight, bits_of, narrowest, numpy_type, ranked
+from prune2onnx.packing.codecs.weight import Weight, bits_of, gaps_of, narrowest, numpy_type, ranked
 
 FILLED_GAPS = (256, 128, 64, 32)
 """Longest gaps that may be chosen; longer ones are bridged by fillers, entries of value +0."""
@@ -107,37 +106,6 @@ def write_values(group: Group, streams: Streams, entries: list[NDArray[Any]]) ->
 
 
 # --- positions ---
-
-
-def gaps_of(
-    group_indices: Sequence[NDArray[np.int64]], longest: int
-) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
-    """Gaps from one entry to the next, with fillers where a gap is longer than `longest`.
-
-    Args:
-        group_indices: for each weight the ascending indices of its nonzeros in the group's vector.
-        longest: the longest gap.
-
-    Returns:
-        For each weight its gaps, the very first one counted from index -1; and for each weight the
-        indices of the gaps that lead to a nonzero.
-
-    >>> gaps, real = gaps_of([np.array([1, 12])], 5)
-    >>> gaps[0].tolist(), real[0].tolist()
-    ([2, 5, 5, 1], [0, 3])
-    """
-    gaps, real = [], []
-    at = -1
-    for index in group_indices:
-        skipped = np.diff(index, prepend=at) - 1
-        count = skipped // longest + 1
-        last = np.cumsum(count) - 1
-        own = np.full(int(last[-1]) + 1 if last.size else 0, longest, np.int64)
-        own[last] = skipped - longest * (count - 1) + 1
-        gaps.append(own)
-        real.append(last)
-        at = int(index[-1]) if index.size else at
-    return gaps, real
 
 
 def _gap(group: Group, streams: Streams) -> Vector:

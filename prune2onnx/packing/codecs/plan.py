@@ -17,7 +17,7 @@ from onnx import TensorProto
 
 from prune2onnx.packing.codecs import rice
 from prune2onnx.packing.codecs.bundle import Bundle, encode, grouped
-from prune2onnx.packing.codecs.groups import FILLED_GAPS, family_key, gaps_of, masks_of
+from prune2onnx.packing.codecs.groups import FILLED_GAPS, family_key, masks_of
 from prune2onnx.packing.codecs.methods import GAP_LEVELS, METHODS, Method
 from prune2onnx.packing.codecs.streams import Coder, coded_nbytes
 from prune2onnx.packing.codecs.values.kind import Entries
@@ -26,6 +26,7 @@ from prune2onnx.packing.codecs.weight import (
     Weight,
     bits_of,
     entropy_bits,
+    gaps_of,
     indexed,
 )
 

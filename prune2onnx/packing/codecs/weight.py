@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -161,6 +161,37 @@ def ranked(values: Bits) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
 def bits_of(values: NDArray[Any]) -> Bits:
     """The bit patterns of an array, as unsigned integers."""
     return np.ascontiguousarray(values).view(np.dtype(f"u{values.dtype.itemsize}"))
+
+
+def gaps_of(
+    indices: Sequence[NDArray[np.int64]], longest: int
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.int64]]]:
+    """Gaps from one entry to the next, with fillers where a gap is longer than `longest`.
+
+    Args:
+        indices: for each part of a vector the ascending indices of its entries.
+        longest: the longest gap.
+
+    Returns:
+        For each part its gaps, the very first one counted from index -1; and the indices of the
+        gaps that lead to an entry.
+
+    >>> gaps, real = gaps_of([np.array([1, 12])], 5)
+    >>> gaps[0].tolist(), real[0].tolist()
+    ([2, 5, 5, 1], [0, 3])
+    """
+    gaps, real = [], []
+    at = -1
+    for index in indices:
+        skipped = np.diff(index, prepend=at) - 1
+        count = skipped // longest + 1
+        last = np.cumsum(count) - 1
+        own = np.full(int(last[-1]) + 1 if last.size else 0, longest, np.int64)
+        own[last] = skipped - longest * (count - 1) + 1
+        gaps.append(own)
+        real.append(last)
+        at = int(index[-1]) if index.size else at
+    return gaps, real
 
 
 def numpy_type(element_type: int) -> np.dtype[Any]:

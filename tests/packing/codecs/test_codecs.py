@@ -35,13 +35,13 @@ from prune2onnx.packing.codecs import (
 )
 from prune2onnx.packing.codecs import evaluator as evaluate
 from prune2onnx.packing.codecs.book import MAX_VALUES
-from prune2onnx.packing.codecs.groups import FILLED_GAPS, gaps_of, masks_of
+from prune2onnx.packing.codecs.groups import FILLED_GAPS, masks_of
 from prune2onnx.packing.codecs.limits import Budget
 from prune2onnx.packing.codecs.plan import CODER_NBYTES, estimates, refusal
 from prune2onnx.packing.codecs.streams import SEGMENT_NBYTES, partition
 from prune2onnx.packing.codecs.values.levels import BOOK, level_codes
 from prune2onnx.packing.codecs.values.planes import planes_of
-from prune2onnx.packing.codecs.weight import bits_of, entropy_bits, indexed, narrowest
+from prune2onnx.packing.codecs.weight import bits_of, entropy_bits, gaps_of, indexed, narrowest
 
 TYPES = {
     "float32": (TensorProto.FLOAT, np.float32),

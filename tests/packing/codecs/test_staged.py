@@ -15,6 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from prune2onnx.commands import pack as commands
 from prune2onnx.commands.pack import pack_file
+from prune2onnx.graph.domain import DOMAIN, DOMAIN_VERSION
 from prune2onnx.graph.file import load, save
 from prune2onnx.packing.codecs.evaluator import evaluate
 from prune2onnx.packing.codecs.limits import Budget
@@ -172,7 +173,7 @@ def test_every_kind_of_weight_is_decoded_bit_for_bit(opset):
     graph = helper.make_graph(made.nodes, "g", [], outputs, made.streams, value_info=made.places)
     model = helper.make_model(
         graph,
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid("prune2onnx", 2)],
+        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, DOMAIN_VERSION)],
         functions=list(made.functions.values()),
         ir_version=10,
     )

@@ -23,7 +23,7 @@ from prune2onnx.packing.codecs.staged.large import Counted
 from prune2onnx.packing.codecs.staged.pieces import Piece
 from prune2onnx.packing.codecs.staged.writer import Gated, Writer, by_words
 from prune2onnx.packing.codecs.values.planes import tables_of
-from prune2onnx.packing.codecs.weight import bits_of, numpy_type
+from prune2onnx.packing.codecs.weight import bits_of, gaps_of, numpy_type
 
 Value = Callable[[Gated], str]
 """Writes what was coded, in a stage; gives the name of the value."""
@@ -282,11 +282,11 @@ class Gaps:
 
     def __init__(self, writer: Writer, kind: Kind, weights: list[Known]) -> None:
         self._writer = writer
-        self._dtype = numpy_type(kind.number)
-        zero = Counted(np.zeros(1, self._dtype), np.ones(1, np.int64))
+        zero = Counted(np.zeros(1, numpy_type(kind.number)), np.ones(1, np.int64))
         others = [one.survey.others for one in weights]
         self._codes = Codes(writer, kind, [*(one for one in others if one is not None), zero])
         self._zero = writer.constant(zero.values)
+        self._bridge = self._codes.codes(zero.values)[0]
         self._low = max(one.low_bits for one in weights)
         counts = np.sum([one.steps(self._low) for one in weights], axis=0)
         # those that may occur where weights meet have a number, too
@@ -304,18 +304,19 @@ class Gaps:
             found.append(nonzero + done)
             codes.append(self._codes.codes(coded[nonzero]))
             done += piece.size
-        places, entries = self._bridged(np.concatenate(found), np.concatenate(codes))
-        size = done
-        if not places.size:
+        (gaps,), (real,) = gaps_of([np.concatenate(found)], 256 << low)
+        count, size = gaps.size, done
+        if not count:
             return lambda gated: writer.call(
                 functions.blank(writer.opset), gated.gate, writer.count(size), self._zero
             )
-        gaps = np.diff(places, prepend=-1) - 1
+        gaps -= 1
         symbols = self._symbols.code((gaps >> low).astype(np.uint8))
         rest = (gaps & ((1 << low) - 1)).astype(np.uint8)
         parts = words.fields(rest, low) if low else ()
+        entries = np.full(count, self._bridge)
+        entries[real] = np.concatenate(codes)
         values = self._codes.entries(entries)
-        count = places.size
 
         def ready(gated: Gated) -> str:
             name = symbols(gated)
@@ -326,20 +327,3 @@ class Gaps:
             return writer.call(functions.sparse(writer.opset), *inputs)
 
         return ready
-
-    def _bridged(
-        self, places: NDArray[np.int64], codes: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-        """Places and codes, with zeros where the next entry is too far away."""
-        longest = 256 << self._low
-        before = np.concatenate([[-1], places[:-1]])
-        more = (places - before - 1) // longest
-        if not more.any():
-            return places, codes
-        extra = np.concatenate(
-            [before[at] + longest * np.arange(1, more[at] + 1) for at in np.flatnonzero(more)]
-        )
-        every = np.concatenate([places, extra])
-        order = np.argsort(every)
-        zero = self._codes.codes(np.zeros(extra.size, self._dtype))
-        return every[order], np.concatenate([codes, zero])[order]

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import FunctionProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from prune2onnx.graph.domain import DOMAIN
 from prune2onnx.graph.protobuf import framed
-from prune2onnx.packing.codecs.bundle import FACTS, checked, continued
+from prune2onnx.packing.codecs.bundle import add_facts, checked, continued
 from prune2onnx.packing.codecs.methods import METHODS, Method
 from prune2onnx.packing.codecs.staged import functions, words
 from prune2onnx.packing.codecs.staged.choice import SIMPLE_BELOW
@@ -326,8 +326,4 @@ class Writer:
 
     def _keep(self, checksum: int, facts: list[int]) -> None:
         """Adds the facts about the outputs of the last call."""
-        every = [checksum, *facts]
-        packed = TensorProto(dims=[len(every)], data_type=TensorProto.INT64, int64_data=every)
-        self.made.nodes[-1].attribute.append(
-            AttributeProto(name=FACTS, type=AttributeProto.TENSOR, t=packed)
-        )
+        add_facts(self.made.nodes[-1], [checksum, *facts])

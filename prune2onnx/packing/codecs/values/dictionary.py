@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from prune2onnx.graph.protobuf import tensor
 from prune2onnx.packing.codecs.book import by_count
+from prune2onnx.packing.codecs.function import zeros_of
 from prune2onnx.packing.codecs.streams import Streams, coded_nbytes
 from prune2onnx.packing.codecs.values.kind import Entries, Group, ValueKind, Written
 from prune2onnx.packing.codecs.values.planes import PLANES
-from prune2onnx.packing.codecs.weight import Weight, bits_of, narrowest
+from prune2onnx.packing.codecs.weight import Weight, bits_of, gaps_of, narrowest
 
 _LEAST_SIZE = 1024
 _SAMPLE = 1 << 16
@@ -118,11 +118,7 @@ class _Dictionary:
         """Where steps change: gaps from one change to the next, and by how much."""
         change = np.diff(np.diff(self.places, prepend=-1), prepend=0)
         where = np.flatnonzero(change)
-        skipped = np.diff(where, prepend=-1) - 1
-        bridges = skipped // _LONGEST
-        ends = np.cumsum(bridges + 1) - 1
-        gaps = np.full(int(ends[-1]) + 1, _LONGEST, np.int64)
-        gaps[ends] = skipped - _LONGEST * bridges + 1
+        (gaps,), (ends,) = gaps_of([where], _LONGEST)
         amounts = np.zeros(gaps.size, np.int64)
         amounts[ends] = change[where]
         return _Numbers.of(gaps), _Numbers.of(amounts)
@@ -189,8 +185,7 @@ def _write(group: Group, streams: Streams, entries: list[NDArray[Any]]) -> Writt
         gap, bits = gaps.write(streams)
         where = body.node("Sub", body.node("CumSum", gap, body.constant(0)), body.constant(1))
         amount, more = amounts.write(streams)
-        zeros = tensor("", np.zeros(1, np.int32), TensorProto.INT32)
-        still = body.node("ConstantOfShape", body.indices(weight.array.size), value=zeros)
+        still = zeros_of(body, (weight.array.size,), TensorProto.INT32)
         change = body.node("ScatterElements", still, where, amount)
         step, bits = body.node("CumSum", change, body.constant(0)), bits + more
     else:

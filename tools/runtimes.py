@@ -1,14 +1,20 @@
 """Which runtimes open packed files, fold their decoders and give the same outputs.
 
-    python tools/runtimes.py FILE.onnx... [--versions 1.17.3,1.32.0] [--web 1.30.0]
+    python tools/runtimes.py FILE.onnx... [--megabytes 1,40,170] [--versions 1.17.3,1.32.0]
+        [--web 1.30.0]
+
+With `--megabytes` files are made and packed: stacks of linear layers of so many MB
+(`load_cost.py`), and once convolutions with BatchNormalization, and large weights in the bodies of
+an If.
 
 Each version of onnxruntime is installed in its own virtual environment, with numpy alone; each
 version of onnxruntime-web in its own folder, to run under Node as wasm on one thread (`web.mjs`;
 `--web ''` leaves it out). Each opens the packed file and the unpacked one, and runs both on the
 same random input. "folded": the optimised graphs of both have the same operators, as many of each,
 at the basic and at the full level of optimisation; in onnxruntime-web, which saves no graph, the
-same number of nodes. "load": the median of 7 sessions, dense and packed interleaved, in a warm
-process with the default number of threads. Prints a Markdown table; the exit status is 1 if a
+same number of nodes. "load": the median of 7 sessions (3 from 8 MB on), dense and packed
+interleaved, in a warm process with the default number of threads. "peak": the most MB of a process
+of Node that opens and runs the file once. Prints a Markdown table; the exit status is 1 if a
 runtime fails. Needs a package index, and npm for the web.
 """
 
@@ -30,15 +36,18 @@ from typing import Any
 import click
 import numpy as np
 import onnx
+from load_cost import FORMS, stack
 from numpy.typing import NDArray
+from onnx import ModelProto, helper, numpy_helper
 
-from prune2onnx import unpack
+from prune2onnx import pack, unpack
 from prune2onnx.runtime.inputs import random_inputs
 
 # The oldest and newest supported versions, and those around the change of constant folding in 1.27.
 VERSIONS = "1.17.3,1.20.1,1.23.2,1.24.4,1.25.1,1.26.0,1.27.0,1.28.0,1.32.0"
 WEB = "1.20.1,1.30.0"
 LOADS = 7
+_LARGE = 8_000_000  # bytes of a dense file that is opened less often
 
 CHILD = """
 import sys, time
@@ -78,6 +87,8 @@ class Outcome:
     folded: bool
     packed_ms: float
     dense_ms: float
+    packed_peak: float = 0.0
+    dense_peak: float = 0.0
 
     @property
     def difference(self) -> float:
@@ -86,6 +97,11 @@ class Outcome:
         if all(a.tobytes() == b.tobytes() for a, b in pairs):
             return 0.0
         return max(float(np.abs(a.astype(np.float64) - b).max(initial=0)) for a, b in pairs)
+
+
+def loads(folder: Path) -> str:
+    """How often the files of a folder are opened."""
+    return "3" if (folder / "dense.onnx").stat().st_size > _LARGE else str(LOADS)
 
 
 def run(*command: str | Path) -> str:
@@ -117,7 +133,7 @@ def native(version: str, home: Path) -> Callable[[Path], Outcome]:
     run(python, "-m", "pip", "install", "--disable-pip-version-check", *wanted)
 
     def outcome(folder: Path) -> Outcome:
-        times = run(python, "-c", CHILD, folder, str(LOADS)).strip().splitlines()[-1].split()
+        times = run(python, "-c", CHILD, folder, loads(folder)).strip().splitlines()[-1].split()
         graphs = [
             operators(folder / f"{name}.{level}.onnx")
             for level in ("BASIC", "ALL")
@@ -144,7 +160,7 @@ def web(version: str, home: Path) -> Callable[[Path], Outcome]:
     def outcome(folder: Path) -> Outcome:
         node_counts, found = [], []
         for name in ("packed", "dense"):
-            log = run("node", script, folder, name, packages, str(LOADS))
+            log = run("node", script, folder, name, packages, loads(folder))
             node_counts.append(re.findall(r"Number of nodes: (\d+)", log))
             found.append(json.loads((folder / f"{name}.json").read_text()))
         packed, dense = (
@@ -155,7 +171,9 @@ def web(version: str, home: Path) -> Callable[[Path], Outcome]:
             for result in found
         )
         folded = bool(node_counts[0]) and node_counts[0] == node_counts[1]
-        return Outcome(packed, dense, folded, found[0]["load_ms"], found[1]["load_ms"])
+        times = (result["load_ms"] for result in found)
+        peaks = (result["peak_mb"] for result in found)
+        return Outcome(packed, dense, folded, *times, *peaks)
 
     return outcome
 
@@ -184,18 +202,82 @@ def prepare(file: Path, folder: Path) -> None:
     (folder / "inputs.json").write_text(json.dumps(example))
 
 
+def convolutions() -> ModelProto:
+    """Three convolutions, each with BatchNormalization, of float32 and of few levels."""
+    rng = np.random.default_rng(0)
+    nodes, tensors, at = [], [], "x"
+    for number, form in enumerate(("float32", "4 bits", "10 % dense")):
+        weight = rng.normal(0, 0.03, (256, 256 if number else 3, 3, 3)).astype(np.float32)
+        factors = {n: rng.uniform(0.5, 1.5, 256).astype(np.float32) for n in "gbmv"}
+        names = [f"{name}{number}" for name in ("w", *factors)]
+        arrays = (FORMS[form](weight, rng), *factors.values())
+        for name, array in zip(names, arrays, strict=True):
+            tensors.append(numpy_helper.from_array(np.ascontiguousarray(array), name))
+        conv = helper.make_node("Conv", [at, names[0]], [f"c{number}"], pads=[1, 1, 1, 1])
+        norm = helper.make_node("BatchNormalization", [f"c{number}", *names[1:]], [f"n{number}"])
+        at = f"r{number}"
+        nodes += [conv, norm, helper.make_node("Relu", [f"n{number}"], [at])]
+    value = helper.make_tensor_value_info
+    given, made = value("x", 1, ["N", 3, 16, 16]), value(at, 1, ["N", 256, 16, 16])
+    graph = helper.make_graph(nodes, "convolutions", [given], [made], tensors)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def branches() -> ModelProto:
+    """A large weight in each body of an If, which the sum of the input chooses."""
+    rng = np.random.default_rng(0)
+    value = helper.make_tensor_value_info
+    bodies = {}
+    for name, form in (("then_branch", "float32"), ("else_branch", "4 bits")):
+        weight = FORMS[form](rng.normal(0, 0.03, (800, 900)).astype(np.float32), rng)
+        node = helper.make_node("MatMul", ["x", f"w.{name}"], [f"y.{name}"])
+        bodies[name] = helper.make_graph(
+            [node],
+            name,
+            [],
+            [value(f"y.{name}", 1, ["N", 900])],
+            [numpy_helper.from_array(np.ascontiguousarray(weight), f"w.{name}")],
+        )
+    nodes = [
+        helper.make_node("ReduceSum", ["x"], ["s"], keepdims=0),
+        helper.make_node("Cast", ["s"], ["c"], to=onnx.TensorProto.BOOL),
+        helper.make_node("If", ["c"], ["y"], **bodies),
+    ]
+    given, made = value("x", 1, ["N", 800]), value("y", 1, ["N", 900])
+    graph = helper.make_graph(nodes, "branches", [given], [made])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def made_files(sizes: str, folder: Path) -> list[Path]:
+    """Packed files: stacks of so many MB, convolutions, branches."""
+    models = {"convolutions": convolutions(), "branches": branches()} if sizes else {}
+    for size in filter(None, sizes.split(",")):
+        for form in ("4 bits", "float32", "10 % dense"):
+            models[f"{size}MB-{form.replace(' ', '').replace('%', '')}"] = stack(
+                float(size), FORMS[form]
+            )
+    paths = []
+    for name, model in models.items():
+        paths.append(folder / f"{name}.onnx")
+        onnx.save(pack(model).model, paths[-1])
+    return paths
+
+
 @click.command()
-@click.argument(
-    "files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path)
-)
+@click.argument("files", nargs=-1, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--megabytes", default="", help="sizes of files to make, such as 1,40,170")
 @click.option("--versions", default=VERSIONS, help="versions of onnxruntime, comma-separated")
 @click.option(
     "--web", "web_versions", default=WEB, help="versions of onnxruntime-web, comma-separated"
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/runtimes"))
-def main(files: tuple[Path, ...], versions: str, web_versions: str, output: Path) -> None:
+def main(
+    files: tuple[Path, ...], megabytes: str, versions: str, web_versions: str, output: Path
+) -> None:
     """Try FILES with each version and print the table."""
     home = output.resolve()
+    home.mkdir(parents=True, exist_ok=True)
+    files = (*files, *made_files(megabytes, home))
     listed = [
         (f"{package} {version}", make, version)
         for package, make, given in (
@@ -206,8 +288,9 @@ def main(files: tuple[Path, ...], versions: str, web_versions: str, output: Path
         if version
     ]
     headings = ("file", "runtime", "opens", "folded", "largest difference", "load, dense")
-    print(f"| {' | '.join((*headings, 'load, packed'))} |")
-    print(f"|{' --- |' * (len(headings) + 1)}")
+    headings += ("load, packed", "peak, dense", "peak, packed")
+    print(f"| {' | '.join(headings)} |")
+    print(f"|{' --- |' * len(headings)}")
     failed = False
     with tempfile.TemporaryDirectory() as name:
         folders = [Path(name) / str(index) for index in range(len(files))]
@@ -219,7 +302,7 @@ def main(files: tuple[Path, ...], versions: str, web_versions: str, output: Path
                 opened = make(version, home)
             except (RuntimeError, OSError) as error:
                 failed = True
-                print(f"| | {title} | not installed: {error} | | | | |", flush=True)
+                print(f"| | {title} | not installed: {error} |{' |' * 6}", flush=True)
                 continue
             for file, folder in zip(files, folders, strict=True):
                 start = f"| {file.name} | {title} |"
@@ -227,12 +310,13 @@ def main(files: tuple[Path, ...], versions: str, web_versions: str, output: Path
                     seen = opened(folder)
                 except (RuntimeError, OSError) as error:
                     failed = True
-                    print(f"{start} NO: {error} | | | | |", flush=True)
+                    print(f"{start} NO: {error} |{' |' * 6}", flush=True)
                     continue
                 failed |= not seen.folded or seen.difference > 0
                 print(
                     f"{start} yes | {'yes' if seen.folded else 'NO'} | {seen.difference:g} "
-                    f"| {seen.dense_ms:.1f} ms | {seen.packed_ms:.1f} ms |",
+                    f"| {seen.dense_ms:.1f} ms | {seen.packed_ms:.1f} ms | {seen.dense_peak:.0f} "
+                    f"| {seen.packed_peak:.0f} |",
                     flush=True,
                 )
     sys.exit(int(failed))

@@ -3,8 +3,8 @@
 //     node tools/web.mjs FOLDER NAME PACKAGES LOADS
 //
 // PACKAGES is a folder with node_modules. FOLDER/inputs.json holds one example, [{name, type, dims,
-// data}] with data in base64. FOLDER/NAME.json gets {load_ms, outputs}, with outputs in the same
-// form. The first session logs everything, also how many nodes are left to run; the sessions after
+// data}] with data in base64. FOLDER/NAME.json gets {load_ms, peak_mb, outputs}, with outputs in
+// the same form. The first session logs everything, also how many nodes are left to run; the sessions after
 // it are timed.
 
 import { readFileSync, writeFileSync } from "node:fs";
@@ -53,6 +53,7 @@ const outputs = session.outputNames.map((name) => {
   const bytes = Buffer.from(data.buffer, data.byteOffset, data.byteLength);
   return { name, type, dims, data: bytes.toString("base64") };
 });
+const peak_mb = process.resourceUsage().maxRSS / 1000; // it counts in kB
 
 const times = [];
 for (let load = 0; load < Number(loads); load++) {
@@ -63,4 +64,4 @@ for (let load = 0; load < Number(loads); load++) {
 }
 times.sort((a, b) => a - b);
 const load_ms = times[Math.floor(times.length / 2)];
-writeFileSync(join(folder, `${name}.json`), JSON.stringify({ load_ms, outputs }));
+writeFileSync(join(folder, `${name}.json`), JSON.stringify({ load_ms, peak_mb, outputs }));

@@ -53,11 +53,11 @@ class Folding:
 
 
 def optimised(model: ModelProto, level: ort.GraphOptimizationLevel) -> ModelProto:
-    """The graph of a model that onnxruntime has optimised."""
+    """The graph of a model that onnxruntime has optimised, without large weights."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
         session(model, level=level, optimised=path)
-        return onnx.load(path)
+        return onnx.load(path, load_external_data=False)
 
 
 def operators(model: ModelProto, level: ort.GraphOptimizationLevel) -> list[str]:
@@ -84,8 +84,9 @@ def folding(
     unpacked = unpack(packed) if unpacked is None else unpacked
     weights = coded(packed).arrays if weights is None else weights
     for name, level in LEVELS.items():
-        found = optimised(packed, level)
-        named = optimised(outlined(packed), level) if has_short_names(packed) else found
+        found = named = optimised(packed, level)
+        if has_short_names(packed):
+            named = optimised(outlined(packed), level)
         made = {output for node in named.graph.node for output in node.output}
         ours = Counter(_operators(found))
         theirs = Counter(operators(unpacked, level))

@@ -9,6 +9,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,8 +22,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from prune2onnx.errors import Prune2OnnxError, first_line
-from prune2onnx.graph.file import InvalidModelError, load
-from prune2onnx.graph.protobuf import serialized
+from prune2onnx.graph.file import InvalidModelError, load, save
+from prune2onnx.graph.protobuf import MAX_NBYTES, nbytes, serialized
 
 # onnxruntime's messages about an operator that it does not have
 _UNKNOWN_OPERATOR = ("is not a registered function/op", "Could not find an implementation")
@@ -52,20 +53,31 @@ def session(
     """Opens a model on the CPU.
 
     Args:
-        model: a path or a model in memory (under 2 GB).
+        model: a path or a model in memory; one above 2 GB goes by way of a file.
         level: how far onnxruntime optimises the graph.
-        optimised: where to save the optimised graph.
+        optimised: where to save the optimised graph; its weights go to a file beside it.
         threads: number of threads; 0: onnxruntime's default.
         profile: prefix of the path of the profiler's file.
 
     Raises:
         Prune2OnnxError: onnxruntime refuses the model; its reason is in the message.
     """
+    if isinstance(model, ModelProto) and nbytes(model) > MAX_NBYTES:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.onnx"
+            save(model, path)
+            return session(path, level=level, optimised=optimised, threads=threads, profile=profile)
     options = ort.SessionOptions()
     options.graph_optimization_level = level
     options.log_severity_level = 4  # its errors are in exceptions, and may quote a hostile file
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_file_name", f"{optimised.name}.data"
+        )
+        options.add_session_config_entry(
+            "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
+        )
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)

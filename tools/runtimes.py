@@ -104,6 +104,11 @@ def loads(folder: Path) -> str:
     return "3" if (folder / "dense.onnx").stat().st_size > _LARGE else str(LOADS)
 
 
+def _whole(peak: float) -> str:
+    """A peak in MB, where it was measured."""
+    return f"{peak:.0f}" if peak else ""
+
+
 def run(*command: str | Path) -> str:
     """A child process's stdout and stderr; RuntimeError with its last line where it fails."""
     done = subprocess.run(
@@ -315,8 +320,8 @@ def main(
                 failed |= not seen.folded or seen.difference > 0
                 print(
                     f"{start} yes | {'yes' if seen.folded else 'NO'} | {seen.difference:g} "
-                    f"| {seen.dense_ms:.1f} ms | {seen.packed_ms:.1f} ms | {seen.dense_peak:.0f} "
-                    f"| {seen.packed_peak:.0f} |",
+                    f"| {seen.dense_ms:.1f} ms | {seen.packed_ms:.1f} ms "
+                    f"| {_whole(seen.dense_peak)} | {_whole(seen.packed_peak)} |",
                     flush=True,
                 )
     sys.exit(int(failed))

@@ -4,8 +4,8 @@
 //
 // PACKAGES is a folder with node_modules. FOLDER/inputs.json holds one example, [{name, type, dims,
 // data}] with data in base64. FOLDER/NAME.json gets {load_ms, peak_mb, outputs}, with outputs in
-// the same form. The first session logs everything, also how many nodes are left to run; the sessions after
-// it are timed.
+// the same form. The first session logs everything, also how many nodes are left to run; the sessions
+// after it are timed.
 
 import { readFileSync, writeFileSync } from "node:fs";
 import { createRequire } from "node:module";
@@ -53,7 +53,8 @@ const outputs = session.outputNames.map((name) => {
   const bytes = Buffer.from(data.buffer, data.byteOffset, data.byteLength);
   return { name, type, dims, data: bytes.toString("base64") };
 });
-const peak_mb = process.resourceUsage().maxRSS / 1000; // it counts in kB
+// resourceUsage().maxRSS would begin with what the parent process had when it was forked
+const peak_mb = Number(/VmHWM:\s+(\d+)/.exec(readFileSync("/proc/self/status", "utf8"))[1]) / 1000;
 
 const times = [];
 for (let load = 0; load < Number(loads); load++) {

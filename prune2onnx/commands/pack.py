@@ -19,7 +19,8 @@ from prune2onnx.graph.file import save
 from prune2onnx.graph.outside import Spill
 from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.strip import strip
-from prune2onnx.packing.approximation.approximate import Approximation, approximate, search
+from prune2onnx.packing.approximation.approximate import approximate, search
+from prune2onnx.packing.approximation.subject import Approximation
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter
 from prune2onnx.packing.pack import Load, Progress, pack_normalized

@@ -92,8 +92,8 @@ class Weight:
         picked: Any = np.arange(size)
         if size > _SAMPLE:
             picked = np.sort(np.random.default_rng(0).choice(size, _SAMPLE, replace=False))
-        sample = self._rows.reshape(-1)[picked]
-        row = picked // self._rows[0].size
+        sample = self.rows.reshape(-1)[picked]
+        row = picked // self.rows[0].size
         total = _power(sample)
         # With less power, steps would be denormal; an all-zero weight is small already.
         if not total > 1e-60 * size:
@@ -132,7 +132,7 @@ class Weight:
             candidate: one of `candidates`.
             diffuse: whether rounding errors are chosen to cancel in sums; each is larger then.
         """
-        array, dtype = self.array, self.array.dtype
+        array = self.array
         how, parameter = candidate.how, candidate.parameter
         if how == "kept":
             return Written(array, None, candidate.bits)
@@ -144,11 +144,24 @@ class Weight:
             bits = self._coded_bits(clustered.codes, book, 1)
             return Written(clustered.dense(), clustered, bits)
         steps = self._steps(how, parameter)
-        u = self._rows / steps.reshape(-1, 1, 1)
+        u = self.rows / steps.reshape(-1, 1, 1)
         metric = self._metric if diffuse else None
         codes = grid_codes(u, *self._multiples(*self._bounds, parameter), metric=metric)
+        return self.on_grid(codes, steps, parameter)
+
+    def on_grid(
+        self, codes: NDArray[np.integer[Any]], steps: NDArray[np.float32], parameter: int = 1
+    ) -> Written:
+        """The weight as whole multiples of a step.
+
+        Args:
+            codes: of the shape of `rows`.
+            steps: one for each row.
+            parameter: the step of an integer weight.
+        """
+        array, dtype = self.array, self.array.dtype
         bits = self._coded_bits(codes, self._book_bits(codes, steps), 1)
-        whole = self._unfolded(codes)
+        whole = self.unfolded(codes)
         if self.role.zero_point is not None:
             values = self.role.zero_point + whole.astype(np.int64) * parameter
             return Written(values.astype(dtype), None, bits)
@@ -156,7 +169,7 @@ class Weight:
             quantized = _quantized(whole, float(steps[0]), dtype)
             return Written(quantized.dense(), quantized, bits)
         axes = self.role.layout.rows if np.ptp(steps) and self.role.layout else ()
-        every = self._unfolded(np.broadcast_to(steps.reshape(-1, 1, 1), u.shape))
+        every = self.unfolded(np.broadcast_to(steps.reshape(-1, 1, 1), codes.shape))
         scale = every[tuple(slice(None if a in axes else 1) for a in range(array.ndim))]
         quantized = replace(_quantized(whole, 1.0, dtype), scale=np.ascontiguousarray(scale))
         return Written(quantized.dense(), quantized, bits)
@@ -174,19 +187,19 @@ class Weight:
             return Weight(np.where(gone, zero, self.array), self.role)
         left = np.where(gone, np.zeros((), self.array.dtype), self.array)
         metric = self._metric
-        if metric is None or self._rows.shape[2] == 1:
+        if metric is None or self.rows.shape[2] == 1:
             return Weight(left, self.role)
         kernel = metric.kernel / np.linalg.eigvalsh(metric.kernel)[-1]
-        free = self._folded(~gone & (self.array != 0)).reshape(self._rows.shape)
-        now = ahead = self._rows * free
+        free = self._folded(~gone & (self.array != 0)).reshape(self.rows.shape)
+        now = ahead = self.rows * free
         momentum = 1.0
         for _ in range(_ROUNDS):
-            following = ahead + free * ((self._rows - ahead) @ kernel)
+            following = ahead + free * ((self.rows - ahead) @ kernel)
             grown = (1 + math.sqrt(1 + 4 * momentum**2)) / 2
             ahead = following + np.float32((momentum - 1) / grown) * (following - now)
             now, momentum = following, grown
-        limit = float(np.abs(self._rows).max())  # so that no type overflows
-        compensated = self._unfolded(np.clip(now, -limit, limit))
+        limit = float(np.abs(self.rows).max())  # so that no type overflows
+        compensated = self.unfolded(np.clip(now, -limit, limit))
         return Weight(compensated.astype(self.array.dtype), self.role)
 
     # The view [rows, inner, places]
@@ -199,8 +212,13 @@ class Weight:
         return self.array.astype(np.int64) - self.role.zero_point
 
     @cached_property
-    def _rows(self) -> NDArray[np.float32]:
-        values = self._folded(self.centred)
+    def rows(self) -> NDArray[np.float32]:
+        """The weight as [rows, inner, places]."""
+        return self.rows_of(self.centred)
+
+    def rows_of(self, array: NDArray[Any]) -> NDArray[np.float32]:
+        """Other values of the weight as [rows, inner, places]."""
+        values = self._folded(array)
         layout = self.role.layout
         if layout is None:
             shape = (self.array.size, 1, 1)
@@ -227,7 +245,8 @@ class Weight:
             rows, inner, kernel = (first, *moved(rows)), moved(inner), moved(kernel)
         return array.transpose(rows + inner + kernel)
 
-    def _unfolded(self, rows: NDArray[Any]) -> NDArray[Any]:
+    def unfolded(self, rows: NDArray[Any]) -> NDArray[Any]:
+        """What has the elements of `rows`, in the shape of the weight."""
         result = np.empty(self.array.shape, rows.dtype)
         view = self._folded(result)
         view[...] = rows.reshape(view.shape)
@@ -247,7 +266,7 @@ class Weight:
         if self.role.kind == "integer":
             yield from (("grid", step) for step in range(1, 65))
             return
-        typical = _index(math.sqrt(_power(self._rows) / self._rows.size))
+        typical = _index(math.sqrt(_power(self.rows) / self.rows.size))
         indices = range(typical - 28, typical + 10)
         yield from (("grid", index) for index in indices)
         layout = self.role.layout
@@ -257,10 +276,10 @@ class Weight:
     def _steps(self, how: str, parameter: int) -> NDArray[np.float32]:
         """The step of each row."""
         if self.role.kind == "integer":
-            return np.full(len(self._rows), parameter, np.float32)
+            return np.full(len(self.rows), parameter, np.float32)
         if how == "grid":
-            return np.full(len(self._rows), _step(np.array(parameter)), np.float32)
-        rms = np.sqrt(np.square(self._rows, dtype=np.float64).mean((1, 2)))
+            return np.full(len(self.rows), _step(np.array(parameter)), np.float32)
+        rms = np.sqrt(np.square(self.rows, dtype=np.float64).mean((1, 2)))
         # An all-zero row needs no precision, but a step that is a number.
         relative = np.maximum(rms / math.sqrt(np.square(rms).mean()), 1 / _SPAN)
         return _step(parameter + np.rint(4 * np.log2(relative)).astype(np.int64))
@@ -280,7 +299,7 @@ class Weight:
         limits = np.iinfo(self.array.dtype)
         return tuple(  # type: ignore[return-value]
             self._folded(np.broadcast_to(limit - self.role.zero_point, self.array.shape)).reshape(
-                self._rows.shape
+                self.rows.shape
             )
             for limit in (limits.min, limits.max)
         )

@@ -177,7 +177,7 @@ def grid_codes(
     if metric is None or u.shape[1] * u.shape[2] == 1:
         for _ in range(rounds):
             bits = price * code_bits(codes, widest)
-            codes = _cheapest(u, low, high, bits).astype(np.int16)
+            codes = cheapest(u, bits, low, high).astype(np.int16)
         codes[u == 0] = 0
         return np.asarray(codes, np.int16)
     # rows last: those that are rounded together are then contiguous in memory
@@ -191,7 +191,7 @@ def grid_codes(
             weight = float(metric.kernel[p, p]) + metric.mean
             here, own = u[i, p], errors[i, p].copy()
             pull = metric.kernel[p] @ errors[i] + metric.mean * sums - weight * own
-            code = _cheapest(here + pull / weight, low[i, p], high[i, p], bits / weight)
+            code = cheapest(here + pull / weight, bits / weight, low[i, p], high[i, p])
             code[here == 0] = 0
             errors[i, p] = here - code
             sums += errors[i, p] - own
@@ -200,10 +200,20 @@ def grid_codes(
     return result
 
 
-def _cheapest(
-    target: NDArray[Any], low: NDArray[Any], high: NDArray[Any], bits: NDArray[np.float32]
+def cheapest(
+    target: NDArray[Any],
+    bits: NDArray[np.float32],
+    low: NDArray[Any] | int = -MOST_STEPS,
+    high: NDArray[Any] | int = MOST_STEPS,
 ) -> NDArray[np.int64]:
-    """The integer with the least (target - code)^2 + bits: a neighbour of `target`, or zero."""
+    """The integer with the least (target - code)^2 + bits: a neighbour of `target`, or zero.
+
+    Args:
+        target: a weight in steps.
+        bits: the price of each integer from the least to the greatest, zero in the middle.
+        low: smallest code, broadcastable to `target`, at most 0.
+        high: largest code, the same.
+    """
     floor = np.floor(target).astype(np.int64)
     middle = len(bits) // 2
     best = np.zeros(target.shape, np.int64)

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -149,8 +150,17 @@ class Subject:
 
         The bits of the decode call are not counted: codes of uniform width would need it, too.
         """
-        size = sum(weight.array.size for weight in self.weights.values())
-        budget = bits * size + CALL_BITS * len(self.weights)
+        budget = self._budget(bits)
+        chosen = self._at(self.slope_for(bits))
+        # The bits that are left at this slope go where they lower the error most.
+        while steps := list(self._finer(chosen, budget - _bits(chosen.values()))):
+            name, finer = max(steps, key=lambda step: self._gain(step[0], chosen[step[0]], step[1]))
+            chosen[name] = finer
+        return chosen
+
+    def slope_for(self, bits: float) -> float:
+        """The smallest slope at which weights take at most so many bits per element."""
+        budget = self._budget(bits)
         fine, coarse = math.log2(_FINEST), math.log2(_COARSEST)
         for _ in range(60):
             middle = (fine + coarse) / 2
@@ -158,22 +168,21 @@ class Subject:
                 coarse = middle
             else:
                 fine = middle
-        chosen = self._at(2.0**coarse)
-        # The bits that are left at this slope go where they lower the error most.
-        while steps := list(self._finer(chosen, budget - _bits(chosen.values()))):
-            name, finer = max(steps, key=lambda step: self._gain(step[0], chosen[step[0]], step[1]))
-            chosen[name] = finer
-        return chosen
+        return math.exp2(coarse)
+
+    def _budget(self, bits: float) -> float:
+        size = sum(weight.array.size for weight in self.weights.values())
+        return bits * size + CALL_BITS * len(self.weights)
 
     def _at(self, slope: float) -> dict[str, Candidate]:
-        """Each weight's best candidate at a slope: the error that a bit has to save."""
-        return {
-            name: min(
-                weight.candidates,
-                key=lambda one: self.importance[name] * one.error + slope * one.bits,
-            )
-            for name, weight in self.weights.items()
-        }
+        return {name: self.best_at(name, slope) for name in self.weights}
+
+    def best_at(self, name: str, slope: float) -> Candidate:
+        """A weight's best candidate at a slope: the error that a bit has to save."""
+        return min(
+            self.weights[name].candidates,
+            key=lambda one: self.importance[name] * one.error + slope * one.bits,
+        )
 
     def _finer(
         self, chosen: Mapping[str, Candidate], left: float
@@ -233,6 +242,7 @@ class Subject:
         hows: Mapping[str, str] | None = None,
         *,
         halve: float,
+        changed: Mapping[str, NDArray[Any]] = MappingProxyType({}),
     ) -> Approximation:
         """The model with the written weights, and vectors in float16 where the error allows it.
 
@@ -240,6 +250,7 @@ class Subject:
             written: the weights that change.
             hows: their encodings.
             halve: the largest relative error of a vector in float16; 0 keeps all vectors.
+            changed: other values of vectors.
         """
         model = ModelProto()
         model.CopyFrom(self.model)
@@ -252,7 +263,8 @@ class Subject:
                 shape = tuple(tensor.dims)
                 rows.append(Approximated(name, shape, "kept", role.reason, -1, 0.0, nbytes))
                 continue
-            original = new = self.arrays[name]
+            original = self.arrays[name]
+            new = changed.get(name, original)
             how, nbits = "kept", 8.0 * original.nbytes
             if name in self.weights:
                 weight = self.weights[name]
@@ -266,7 +278,7 @@ class Subject:
                     quantized[name] = made.quantized
                 touched += original.size
                 bits += nbits - CALL_BITS
-            elif (half := _halved(original, role.kind, halve)) is not None:
+            elif (half := _halved(new, role.kind, halve)) is not None:
                 new, how, nbits = half, "float16", 4.0 * original.nbytes
             if new is not original:
                 replace_values(tensor, new)

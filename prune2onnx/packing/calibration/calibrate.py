@@ -1,0 +1,372 @@
+"""A trained network compressed with a few examples, without training, layer by layer.
+
+Each layer sees what the compressed layers before it hand on, and aims at what the original layer
+gave for the original inputs: W* is the least-squares solution of X~ W* = X W (a refit, which makes
+up for the errors before it), and W* is then rounded, or pruned, one input after the other
+(`rounding`). A bias takes up the difference of means. How much error a layer may add is one slope
+for all layers, as without data (`approximation`): the relative squared error of a layer's outputs
+that a bit has to save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from prune2onnx.graph.tensors import array_of
+from prune2onnx.packing.approximation.candidates import Written
+from prune2onnx.packing.approximation.subject import Approximation, Subject
+from prune2onnx.packing.calibration.layers import Layer, layers_of
+from prune2onnx.packing.calibration.moments import Moments, moments
+from prune2onnx.packing.calibration.rounding import (
+    Factor,
+    looked_up,
+    pruned,
+    refit,
+    rounded,
+    step_for,
+)
+from prune2onnx.packing.calibration.walk import Run, Values, Walk
+from prune2onnx.packing.quantized import MOST_STEPS
+
+Progress = Callable[[str, int, int], None]
+"""Is told a layer's weight, and how many elements of how many are done."""
+
+_ROUNDS = 2  # of choosing codes: their prices are those of the codes before
+_MEASURED = 32  # most layers, or runs of layers, whose influence on the outputs is measured
+_GRIDS = ("grid", "channel grid")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which weights become zero.
+
+    Attributes:
+        fraction: of all elements of the layers' weights; 0 for none.
+        keep: n of each m neighbouring inputs stay; None: those with the most effect, wherever.
+    """
+
+    fraction: float = 0.0
+    keep: tuple[int, int] | None = None
+
+
+class Calibration:
+    """A model that is compressed with examples.
+
+    Args:
+        model: unpacked, normalized, external data loaded; not modified.
+        batches: inputs by name, for each batch of examples.
+        run: runs a model on batches.
+        pattern: which weights become zero.
+        progress: is told how far a pass has come.
+
+    Raises:
+        Prune2OnnxError: the model is packed.
+    """
+
+    def __init__(
+        self,
+        model: ModelProto,
+        batches: Sequence[Values],
+        run: Run,
+        *,
+        pattern: Pattern | None = None,
+        progress: Progress = lambda name, done, total: None,
+    ) -> None:
+        self._subject = Subject(model, None)
+        self._batches, self._run, self._progress = batches, run, progress
+        self._pattern = pattern or Pattern()
+        self._layers = layers_of(self._subject)
+        self.importance = dict.fromkeys(self._subject.weights, 1.0)
+        self._fractions: dict[str, float] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The weights that examples are used for."""
+        return [layer.name for layer in self._layers]
+
+    def measure(self, evaluate: Callable[[ModelProto], float], bits: float = 3.5) -> None:
+        """Compares how much errors of each weight change the outputs, for slopes.
+
+        Errors of early layers are made up for by later ones in part, which a measurement of each
+        alone does not see: so the importance is the geometric mean of what is measured and of 1.
+
+        Args:
+            evaluate: a model -> the relative error of its outputs.
+            bits: for each weight, at which errors are compared.
+        """
+        subject = self._subject
+        chosen = subject.within(bits)
+        each = -(-len(chosen) // _MEASURED)
+        names = [layer.name for layer in self._layers]
+        names += [name for name in chosen if name not in names]
+        kept = {name: weight.candidates[-1] for name, weight in subject.weights.items()}
+        for begin in range(0, len(names), max(each, 1)):
+            run = {name: chosen[name] for name in names[begin : begin + each]}
+            own = sum(candidate.error for candidate in run.values())
+            error = float(evaluate(subject.rounded(kept | run, halve=0.0).model)) if own else 0.0
+            if own and math.isfinite(error) and error > 0:
+                self.importance |= dict.fromkeys(run, math.sqrt(error**2 / own))
+
+    def slope(self, bits: float) -> float:
+        """About the slope at which weights take so many bits each."""
+        self._subject.importance = self.importance
+        return self._subject.slope_for(bits)
+
+    def at(self, slope: float | None) -> Approximation:
+        """The model in which each bit saves so much error; None: weights are only made zero.
+
+        Deterministic for the same batches.
+        """
+        subject = self._subject
+        subject.importance = self.importance
+        written: dict[str, Written] = {}
+        hows: dict[str, str] = {}
+        biases: dict[str, NDArray[Any]] = {}
+        tensors = {tensor.name: tensor for tensor in subject.model.graph.initializer}
+        current = dict(tensors)
+        if self._pattern.fraction and not self._fractions:
+            self._fractions = self._spread_zeros()
+        calibrated = set(self.names)
+        for name, weight in subject.weights.items():
+            if slope is not None and name not in calibrated:
+                candidate = subject.best_at(name, slope)
+                written[name], hows[name] = weight.write(candidate), candidate.how
+                current[name] = _with(tensors[name], written[name].array)
+        total = sum(layer.weight.array.size for layer in self._layers)
+        done = 0
+        with (
+            Walk(subject.model, current, self._batches, self._run) as now,
+            Walk(subject.model, tensors, self._batches, self._run) as original,
+        ):
+            for at, layers in self._groups(now):
+                now.advance(at)
+                original.advance(at)
+                known: dict[str, Moments] = {}
+                for layer in layers:
+                    found = self._moments(layer, now, original, known)
+                    made, bias = self._compressed(layer, found, slope)
+                    written[layer.name], hows[layer.name] = made.written, made.how
+                    current[layer.name] = _with(tensors[layer.name], made.written.array)
+                    if bias is not None:
+                        first = array_of(tensors[layer.bias])
+                        biases[layer.bias] = (first + bias.reshape(first.shape)).astype(first.dtype)
+                        current[layer.bias] = _with(tensors[layer.bias], biases[layer.bias])
+                    done += layer.weight.array.size
+                    self._progress(layer.name, done, total)
+        return subject.result(written, hows, halve=math.inf if slope else 0.0, changed=biases)
+
+    # Layers
+
+    def _groups(self, walk: Walk) -> list[tuple[int, list[Layer]]]:
+        """Places of the graph, and the layers whose inputs are there."""
+        left = list(self._layers)
+        found = []
+        makers = walk.makers
+        while left:
+            at = left[0].at
+            inside = [one for one in left if makers.get(one.source, -1) < at or one.at == at]
+            left = [one for one in left if one not in inside]
+            found.append((at, inside))
+        return found
+
+    def _moments(
+        self, layer: Layer, now: Walk, original: Walk, known: dict[str, Moments]
+    ) -> Moments:
+        key = f"{layer.source}\0{layer.bias != ''}\0{layer.weight.rows.shape}\0{layer.groups}"
+        if key not in known or layer.rows is None:
+            known[key] = moments(layer, now.value(layer.source), original.value(layer.source))
+        return known[key]
+
+    def _compressed(
+        self, layer: Layer, found: Moments, slope: float | None
+    ) -> tuple[_Made, NDArray[np.float64] | None]:
+        """A layer's weight, and what is added to its bias."""
+        first = layer.matrices(layer.weight.rows).astype(np.float64)
+        if layer.rows is None:
+            return self._looked_up(layer, first[0], found.own[0], slope), None
+        hessian = found.damped
+        target = first + np.linalg.solve(hessian, (found.cross - found.own) @ first)
+        # what the outputs' error is relative to
+        power = float(np.einsum("gio,gij,gjo->", first, found.own, first))
+        if not power > 0:
+            return _Made(self._kept(layer), "kept"), None
+        made = self._rounded(layer, target, hessian, power, slope)
+        if not layer.bias:
+            return made, None
+        now = layer.matrices(layer.weight.rows_of(made.written.array)).astype(np.float64)
+        shift = np.einsum("gi,gio->go", found.original_mean, first)
+        shift -= np.einsum("gi,gio->go", found.mean, now)
+        return made, shift.reshape(-1)
+
+    def _kept(self, layer: Layer) -> Written:
+        return layer.weight.write(layer.weight.candidates[-1])
+
+    def _rounded(
+        self,
+        layer: Layer,
+        target: NDArray[np.float64],
+        hessian: NDArray[np.float64],
+        power: float,
+        slope: float | None,
+    ) -> _Made:
+        factors = [Factor.of(one, in_order=self._pattern.keep is not None) for one in hessian]
+        stay: list[NDArray[np.bool_] | None] = [None] * layer.groups
+        values = [one.astype(np.float32) for one in target]
+        if self._pattern.fraction:
+            fraction = self._fractions[layer.name]
+            for group, factor in enumerate(factors):
+                chosen = _chosen(target[group], factor, fraction, self._pattern.keep)
+                values[group], found = pruned(target[group], factor, chosen)
+                stay[group] = found
+                values[group] = refit(target[group], hessian[group], values[group], found)
+        if slope is None:
+            return self._as_floats(layer, values)
+        price = slope * power / self.importance[layer.name]
+        step = step_for(np.concatenate([factor.spread for factor in factors]), price)
+        # what is left of a pruned weight is larger; a step has at most so many multiples
+        step = max(step, float(max(np.abs(one).max() for one in values)) / MOST_STEPS)
+        codes = np.rint(np.stack(values) / step).astype(np.int16)
+        for _ in range(_ROUNDS):
+            codes = np.stack(
+                [
+                    rounded(values[group], factor, step, price, codes, stay[group])
+                    for group, factor in enumerate(factors)
+                ]
+            )
+        whole = codes.astype(np.float64)
+        fit = float(np.einsum("gio,gij,gjo->", target, hessian, whole))
+        norm = float(np.einsum("gio,gij,gjo->", whole, hessian, whole))
+        step = fit / norm if fit > 0 and norm > 0 else step
+        rows = layer.as_rows(codes)
+        steps = np.full(len(rows), step, np.float32)
+        made = _Made(layer.weight.on_grid(rows, steps), "calibrated grid")
+        off = target - whole * step
+        error = float(np.einsum("gio,gij,gjo->", off, hessian, off)) / power
+        return self._cheaper(layer, made, error, slope)
+
+    def _cheaper(self, layer: Layer, made: _Made, error: float, slope: float) -> _Made:
+        """What takes the least error and bits: codes, or more precision than they have."""
+        importance = self.importance[layer.name]
+        others = [one for one in layer.weight.candidates if one.how not in (*_GRIDS, "codebook")]
+        if self._pattern.fraction:
+            return made
+        best = min(others, key=lambda one: importance * one.error + slope * one.bits)
+        if importance * best.error + slope * best.bits < importance * error + slope * (
+            made.written.bits
+        ):
+            return _Made(layer.weight.write(best), best.how)
+        return made
+
+    def _as_floats(self, layer: Layer, values: Sequence[NDArray[np.float32]]) -> _Made:
+        rows = layer.as_rows(np.stack(values))
+        array = layer.weight.unfolded(rows).astype(layer.weight.array.dtype)
+        return _Made(replace(self._kept(layer), array=array), "pruned")
+
+    def _looked_up(
+        self,
+        layer: Layer,
+        first: NDArray[np.float64],
+        frequency: NDArray[np.float64],
+        slope: float | None,
+    ) -> _Made:
+        """A table, in which rows that are looked up often may have less error."""
+        power = float(np.square(first).sum(1) @ frequency)
+        if slope is None or not power > 0:
+            return _Made(self._kept(layer), "kept")
+        price = slope * power / self.importance[layer.name]
+        step = step_for(frequency, price)
+        step = max(step, float(np.abs(first).max()) / MOST_STEPS)
+        codes = np.rint(first / step).astype(np.int16)
+        for _ in range(_ROUNDS):
+            codes = looked_up(first, frequency, step, price, codes)
+        rows = layer.as_rows(codes[None])
+        made = _Made(
+            layer.weight.on_grid(rows, np.full(len(rows), step, np.float32)), "calibrated grid"
+        )
+        error = float(np.square(first - codes * step).sum(1) @ frequency) / power
+        return self._cheaper(layer, made, error, slope)
+
+    # Zeros
+
+    def _spread_zeros(self) -> dict[str, float]:
+        """The fraction of each layer's weights that becomes zero: those with the least effect."""
+        if self._pattern.keep is not None:
+            return dict.fromkeys(self.names, self._pattern.fraction)
+        tensors = {tensor.name: tensor for tensor in self._subject.model.graph.initializer}
+        effects: dict[str, NDArray[np.float32]] = {}
+        with Walk(self._subject.model, tensors, self._batches, self._run) as walk:
+            for at, layers in self._groups(walk):
+                walk.advance(at)
+                known: dict[str, Moments] = {}
+                for layer in layers:
+                    found = self._moments(layer, walk, walk, known)
+                    effects[layer.name] = self._effects(layer, found)
+        every = np.sort(np.concatenate(list(effects.values())))
+        limit = every[min(int(self._pattern.fraction * every.size), every.size - 1)]
+        return {name: float((own < limit).mean()) for name, own in effects.items()}
+
+    def _effects(self, layer: Layer, found: Moments) -> NDArray[np.float32]:
+        """What each weight does to the outputs, as far as others cannot take its place."""
+        first = layer.matrices(layer.weight.rows).astype(np.float64)
+        if layer.rows is None:
+            spread, power = found.own[0], float(np.square(first[0]).sum(1) @ found.own[0])
+            effect = np.square(first[0]) * spread[:, None]
+        else:
+            power = float(np.einsum("gio,gij,gjo->", first, found.own, first))
+            inverse = np.linalg.inv(found.damped)
+            effect = np.square(first) / np.diagonal(inverse, axis1=1, axis2=2)[:, :, None]
+        scale = self.importance[layer.name] / power if power > 0 else 0.0
+        found_effects: NDArray[np.float32] = (effect * scale).astype(np.float32).reshape(-1)
+        return found_effects
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A weight as it is written, and by which encoding."""
+
+    written: Written
+    how: str
+
+
+def _with(tensor: TensorProto, array: NDArray[Any]) -> TensorProto:
+    """An initializer with other values."""
+    made = numpy_helper.from_array(np.ascontiguousarray(array), tensor.name)
+    made.data_type = tensor.data_type
+    return made
+
+
+def _chosen(
+    target: NDArray[np.float64], factor: Factor, fraction: float, keep: tuple[int, int] | None
+) -> Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[np.bool_]]:
+    """Which weights of a block stay: n of m neighbours, or as many as have enough effect."""
+    if keep is not None:
+        return lambda inside, effect: _most_of_neighbours(effect, *keep)
+    effects = np.empty(target.shape, np.float32)
+    effects[factor.order] = np.square(target[factor.order]) * factor.spread[:, None]
+    limit = np.quantile(effects, fraction)
+
+    def chosen(inside: NDArray[np.int64], effect: NDArray[np.float32]) -> NDArray[np.bool_]:
+        gone = int((effects[inside] < limit).sum())
+        if not gone:
+            return np.ones(effect.shape, bool)
+        stay: NDArray[np.bool_] = effect > np.partition(effect.reshape(-1), gone - 1)[gone - 1]
+        return stay
+
+    return chosen
+
+
+def _most_of_neighbours(effect: NDArray[np.float32], n: int, m: int) -> NDArray[np.bool_]:
+    """The n of each m neighbouring inputs with the most effect; a rest that is shorter stays."""
+    stay = np.ones(effect.shape, bool)
+    whole = len(effect) // m * m
+    parts = effect[:whole].reshape(-1, m, effect.shape[1])
+    rank = np.argsort(np.argsort(-parts, axis=1, kind="stable"), axis=1, kind="stable")
+    stay[:whole] = (rank < n).reshape(whole, -1)
+    return stay

@@ -8,7 +8,10 @@ from typing import Any
 import click
 
 from prune2onnx.cli.options import (
+    Fraction,
     GroupedCommand,
+    Pruned,
+    Size,
     choice_of,
     input_options,
     input_options_of,
@@ -23,7 +26,8 @@ from prune2onnx.cli.output import (
     say,
     weights_progress,
 )
-from prune2onnx.cli.tables import layers_table, shrink_table
+from prune2onnx.cli.tables import curve_table, layers_table, shrink_table
+from prune2onnx.errors import BudgetError
 from prune2onnx.runs.defaults import MAX_DROP, MAX_REL_ERROR, Int8Options, PackOptions
 from prune2onnx.shrinking.structure import BLOCK
 
@@ -69,12 +73,39 @@ _external = click.option(
     help="write the decoder into the graph, without functions, so that OpenVINO reads it, too",
 )
 @click.option("--bits", type=float, help="lossy: about so many bits per weight on average, 1 to 8")
-@click.option("--prune", type=float, help="lossy: fraction of the weights to make zero, 0 to 1")
+@click.option(
+    "--prune",
+    type=Pruned(),
+    help="lossy: fraction of the weights to make zero, 0 to 1; with --data also N:M, N of M "
+    "neighbours stay",
+)
 @click.option(
     "--max-rel-error",
-    type=float,
+    type=Fraction(),
     help="lossy: largest relative error (L2) of each weight; with --data (which may be "
     "'random'), of the outputs",
+)
+@click.option("--target-size", type=Size(), help="lossy, with --data: the most bytes of OUT.onnx")
+@click.option(
+    "--max-error",
+    type=Fraction(),
+    help="lossy, with --data: largest relative error of the outputs on held-out examples, such as "
+    "1%",
+)
+@click.option(
+    "--max-drop",
+    type=float,
+    help="lossy, with --data with labels: most points of error to add on held-out examples",
+)
+@click.option(
+    "--examples",
+    type=click.IntRange(1),
+    default=PackOptions.examples,
+    show_default=True,
+    help="examples of --data to calibrate lossy weights with",
+)
+@click.option(
+    "--curve", is_flag=True, help="with --data: also try other sizes, and show the errors of each"
 )
 @input_options
 @_external
@@ -89,8 +120,13 @@ def pack(
     anonymize: bool,
     portable: bool,
     bits: float | None,
-    prune: float | None,
+    prune: float | tuple[int, int] | None,
     max_rel_error: float | None,
+    target_size: int | None,
+    max_error: float | None,
+    max_drop: float | None,
+    examples: int,
+    curve: bool,
     data: str | None,
     input_shapes: tuple[str, ...],
     external: str | None,
@@ -98,27 +134,35 @@ def pack(
 ) -> None:
     """Pack IN.onnx into a smaller OUT.onnx that any onnxruntime opens.
 
-    Lossless, unless --bits, --prune or --max-rel-error is given.
+    Lossless, unless an option says lossy. With examples (--data), lossy weights are calibrated:
+    much smaller at the same error.
 
     \b
     prune2onnx pack model.onnx small.onnx
     prune2onnx pack model.onnx small.onnx --bits 6
+    prune2onnx pack model.onnx small.onnx --data folder:images --max-error 5%
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
     from prune2onnx.commands.pack import pack_file
     from prune2onnx.graph.file import file_nbytes
 
     options = PackOptions(
-        load,
-        form,
-        strip,
-        shrink,
-        bits,
-        prune,
-        max_rel_error,
-        input_options_of(data, input_shapes),
-        external,
-        anonymize,
-        portable,
+        load=load,
+        form=form,
+        strip=strip,
+        shrink=shrink,
+        bits=bits,
+        prune=prune if isinstance(prune, float) else None,
+        pattern=prune if isinstance(prune, tuple) else None,
+        max_rel_error=max_rel_error,
+        target_size=target_size,
+        max_error=max_error,
+        max_drop=max_drop,
+        examples=examples,
+        curve=curve,
+        inputs=input_options_of(data, input_shapes),
+        external=external,
+        anonymize=anonymize,
+        portable=portable,
     )
     with weights_progress() as progress:
         result = pack_file(source, target, options, progress=progress)
@@ -133,8 +177,17 @@ def pack(
         notes=result.notes,
         load=result.load and result.load.to_dict(),
         load_warning=result.warning or None,
+        goals=[goal.to_dict() for goal in result.goals] or None,
+        curve=[point.to_dict() for point in result.curve] or None,
     )
     print_load(result.load, target, result.warning, as_json)
+    if result.curve and not as_json:
+        console.print(curve_table(result.curve))
+    for goal in result.goals:
+        say(str(goal))
+    if result.missed:
+        missed = "; ".join(map(str, result.missed))
+        raise BudgetError(f"{target}: {missed}; give a larger budget, or more --examples")
 
 
 @click.command(cls=GroupedCommand)

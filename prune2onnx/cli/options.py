@@ -38,6 +38,39 @@ class Size(click.ParamType[int]):
             self.fail(f"{value!r} is not a size, such as 5000000, 5MB or 2GiB", param, ctx)
 
 
+class Fraction(click.ParamType[float]):
+    """A fraction: 0.01 or 1%."""
+
+    name = "fraction"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Reads the number."""
+        text = str(value).strip()
+        try:
+            return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        except ValueError:
+            self.fail(f"{value!r} is not a fraction, such as 0.01 or 1%", param, ctx)
+
+
+class Pruned(click.ParamType[float | tuple[int, int]]):
+    """A fraction that becomes zero, or N:M, of which N stay: 0.5 or 2:4."""
+
+    name = "fraction|n:m"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | tuple[int, int]:
+        """Reads the number, or the pair."""
+        if ":" not in str(value):
+            return Fraction().convert(value, param, ctx)
+        n, _, m = str(value).partition(":")
+        if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 64):
+            self.fail(f"{value!r}: expected N of M neighbours that stay, such as 2:4", param, ctx)
+        return int(n), int(m)
+
+
 class Integers(click.ParamType[tuple[int, ...]]):
     """Whole numbers, comma-separated: 1,16."""
 

@@ -14,6 +14,7 @@ from prune2onnx.runs.front import Front, Point, over_seeds
 from prune2onnx.runs.report import Report, bytes_text
 
 if TYPE_CHECKING:  # these import onnxruntime and data sets, which only some verbs need
+    from prune2onnx.commands.lossy import CurvePoint
     from prune2onnx.commands.quantize import QuantizeResult
     from prune2onnx.commands.shrink import ShrinkResult
     from prune2onnx.runtime.benchmark import Benchmark, Timing
@@ -204,6 +205,20 @@ def layers_table(result: QuantizeResult) -> Table:
         number_type = "int8" if layer.is_int8 else "float32"
         name = Text(printable(layer.weight))
         table.add_row(name, layer.op, number_type, known, layer.reason)
+    return table
+
+
+def curve_table(points: Sequence[CurvePoint]) -> Table:
+    """A line for each size that was tried."""
+    headings = ["bytes", "error of the outputs", "points of error", "written"]
+    if all(point.drop is None for point in points):
+        headings.remove("points of error")
+    table = _table("sizes and errors on held-out examples", *headings)
+    for point in points:
+        cells = [f"{point.nbytes:,}", f"{point.error:.3%}"]
+        if point.drop is not None:
+            cells.append(f"{point.drop:+.2f}")
+        table.add_row(*cells, "yes" if point.is_chosen else "")
     return table
 
 

@@ -5,37 +5,34 @@ The order of the steps, and what is reported about them; each step lives in a mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx import ModelProto
 
+from prune2onnx.commands.lossy import CurvePoint, Lossy, changed
 from prune2onnx.commands.source import read
 from prune2onnx.errors import RecipeError
 from prune2onnx.files import scratch
 from prune2onnx.graph.file import save
 from prune2onnx.graph.outside import Spill
 from prune2onnx.graph.protobuf import nbytes
+from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.strip import strip
-from prune2onnx.packing.approximation.approximate import approximate, search
 from prune2onnx.packing.approximation.subject import Approximation
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter
 from prune2onnx.packing.pack import Load, Progress, pack_normalized
+from prune2onnx.packing.quantized import Quantized
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.defaults import PackOptions
-from prune2onnx.runtime.compare import compared, output_error
-from prune2onnx.runtime.inputs import inputs_of
-from prune2onnx.runtime.session import session
+from prune2onnx.runs.report import Goal
+from prune2onnx.runtime.compare import compared
 from prune2onnx.shrinking.shrink import shrink
 from prune2onnx.shrinking.structure import BLOCK
 
-_EXAMPLES = 256
-"""Examples for a search for the fewest bits: the first ones of the validation split."""
-
-_BATCH = 64  # of them at a time
 _MUCH_GRAPH = 0.2
 _SPILLED_NBYTES = 1 << 28
 
@@ -51,6 +48,8 @@ class PackResult:
         files: the files that were written.
         load: what loads of the file and of the dense one take; None for sparse initializers.
         warning: that it takes far more than the dense one, and what to do; "" where it does not.
+        goals: one for each budget: a size, an error of the outputs, an accuracy loss.
+        curve: as of `commands.lossy.Lossy`.
     """
 
     rows: tuple[WeightRow, ...]
@@ -59,6 +58,13 @@ class PackResult:
     files: tuple[Path, ...]
     load: Prediction | None = None
     warning: str = ""
+    goals: tuple[Goal, ...] = ()
+    curve: tuple[CurvePoint, ...] = ()
+
+    @property
+    def missed(self) -> tuple[Goal, ...]:
+        """The budgets that were missed."""
+        return tuple(goal for goal in self.goals if not goal.met)
 
 
 def pack_file(
@@ -92,48 +98,68 @@ def pack_file(
             "give one of them"
         )
     given = read(source, lazily=True)
-    normal, changed = given.normal, given.is_upgraded
+    normal, is_changed = given.normal, given.is_upgraded
     notes = list(normal.notes)
     if options.shrink:
         shrunk = shrink(normal.model, multiple=BLOCK)
-        normal, changed = replace(normal, model=shrunk.model), changed or bool(shrunk.rows)
+        normal = replace(normal, model=shrunk.model)
+        is_changed |= bool(shrunk.rows)
         notes += shrunk.notes
-    if changed:
+    if is_changed:
         _, note = compared(source.name, normal.model, given.unpacked, options.inputs)
         notes += note or ["onnxruntime gives equal outputs before and after"]
     elif options.inputs.data is not None and not options.lossy:
         notes.append("nothing changes the outputs, so --data was not used")
     if options.strip:
         normal = replace(normal, model=strip(normal.model).model)
-    quantized, load, warning = None, None, ""
+    quantized: Mapping[str, Quantized] | None = None
+    made: Lossy | None = None
     if options.lossy:
-        made = _approximated(normal.model, options, evaluate)
+
+        def size_of(some: Approximation) -> int:
+            own = replace(normal, model=some.model)
+            return nbytes(_written(own, options, some.quantized, check=False)[0])
+
+        made = changed(normal.model, options, size_of, evaluate, progress)
         normal, quantized = replace(normal, model=made.model), made.quantized
         notes += made.notes
     with _spill(target, nbytes(normal.model)) as spill:
-        if options.form == "sparse-initializer":
-            from prune2onnx.packing.sparse import to_sparse
-
-            result, rows = to_sparse(normal.model)
-        else:
-            packed = pack_normalized(
-                normal,
-                load=options.load,
-                quantized=quantized,
-                anonymize=options.anonymize,
-                portable=options.portable,
-                short_names=options.strip,
-                progress=progress,
-                spill=spill,
-            )
-            result, rows, load = packed.model, packed.rows, packed.load
-            if not is_packed(result):
-                notes.append("packing would not make the file smaller; its weights stay dense")
+        result, rows, load = _written(normal, options, quantized, progress=progress, spill=spill)
+        if options.form == "packed" and not is_packed(result):
+            notes.append("packing would not make the file smaller; its weights stay dense")
         notes += _size_notes(result, rows, given.nbytes, options.strip)
         files = save(result, target, options.external, source=source)
-    if load is not None:
-        warning = load.warning(_advice(load, rows, options.load))
-    return PackResult(rows, tuple(notes), given.nbytes, files, load, warning)
+    budgets = (made.goals, made.curve) if made is not None else ()
+    warning = "" if load is None else load.warning(_advice(load, rows, options.load))
+    return PackResult(rows, tuple(notes), given.nbytes, files, load, warning, *budgets)
+
+
+def _written(
+    normal: Rewritten,
+    options: PackOptions,
+    quantized: Mapping[str, Quantized] | None,
+    *,
+    check: bool = True,
+    progress: Progress = lambda name, done, total: None,
+    spill: Spill | None = None,
+) -> tuple[ModelProto, tuple[WeightRow, ...], Prediction | None]:
+    """A model in the form that the options ask for, its weights, and what a load takes."""
+    if options.form == "sparse-initializer":
+        from prune2onnx.packing.sparse import to_sparse
+
+        return *to_sparse(normal.model), None
+    packed = pack_normalized(
+        normal,
+        load=options.load,
+        quantized=quantized,
+        anonymize=options.anonymize,
+        portable=options.portable,
+        short_names=options.strip,
+        check=check,
+        progress=progress,
+        spill=spill,
+    )
+    return packed.model, packed.rows, packed.load
 
 
 def _advice(cost: Prediction, rows: Sequence[WeightRow], load: Load) -> str:
@@ -165,21 +191,3 @@ def _size_notes(
         if saved > size // 100:
             notes.append(f"{share:.0%} of it is graph; --strip would save {saved:,} bytes")
     return notes
-
-
-def _approximated(
-    model: ModelProto, options: PackOptions, evaluate: Callable[[ModelProto], float] | None
-) -> Approximation:
-    if options.bits is not None and options.max_rel_error is not None:
-        raise RecipeError("--bits and --max-rel-error: give one of them, it determines the other")
-    if evaluate is None and options.inputs.data is not None:
-        opened = session(model)
-        batch = 1 if options.inputs.data == "random" else _BATCH
-        inputs = inputs_of(model, opened, options.inputs, count=4, examples=_EXAMPLES, batch=batch)
-        evaluate = output_error(model, inputs)
-    if evaluate is not None and options.max_rel_error is not None:
-        return search(model, evaluate, options.max_rel_error, prune=options.prune)
-    made = approximate(
-        model, bits=options.bits, prune=options.prune, max_rel_error=options.max_rel_error
-    )
-    return made if evaluate is None else replace(made, output_error=evaluate(made.model))

@@ -38,8 +38,14 @@ class PackOptions:
         shrink: whether dead channels and neurons are removed first (`shrinking`).
         bits: lossy: bits per weight, 1 to 8.
         prune: lossy: fraction of the weights that become zero.
+        pattern: lossy: (n, m): n of m neighbouring weights stay; with data.
         max_rel_error: lossy: largest relative error of each weight, or, with `data`, of outputs.
-        inputs: for `max_rel_error` of outputs, where their data are given, and for comparing them.
+        target_size: lossy: most bytes of the file; with data.
+        max_error: lossy: largest relative error of the outputs on held-out examples; with data.
+        max_drop: lossy: most points of error that it may add on held-out examples; with labels.
+        examples: to calibrate with.
+        curve: whether sizes around the chosen one are tried, too.
+        inputs: what lossy packing is calibrated with, and outputs are compared on.
         external: name of a data file for large weights.
         anonymize: as for `packing.pack`.
         portable: as for `packing.pack`.
@@ -51,7 +57,13 @@ class PackOptions:
     shrink: bool = False
     bits: float | None = None
     prune: float | None = None
+    pattern: tuple[int, int] | None = None
     max_rel_error: float | None = None
+    target_size: int | None = None
+    max_error: float | None = None
+    max_drop: float | None = None
+    examples: int = 512
+    curve: bool = False
     inputs: InputOptions = RANDOM_INPUTS
     external: str | None = None
     anonymize: bool = False
@@ -60,7 +72,8 @@ class PackOptions:
     @property
     def lossy(self) -> bool:
         """Whether weights may change."""
-        return not (self.bits is None and self.prune is None and self.max_rel_error is None)
+        limits = (self.bits, self.prune, self.pattern, self.max_rel_error, self.target_size)
+        return any(one is not None for one in (*limits, self.max_error, self.max_drop))
 
 
 MAX_DROP = 0.1

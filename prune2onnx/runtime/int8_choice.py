@@ -6,13 +6,11 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from numpy.typing import NDArray
 from onnx import ModelProto
 
-from prune2onnx.data import Data, batches, first
-from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.data import Data
+from prune2onnx.errors import RecipeError
 from prune2onnx.graph.file import save
 from prune2onnx.graph.strip import strip
 from prune2onnx.runs.defaults import (
@@ -23,10 +21,11 @@ from prune2onnx.runs.defaults import (
     Int8Options,
 )
 from prune2onnx.runtime.benchmark import Timing, timings
-from prune2onnx.runtime.compare import error_percent, output_error, scores
-from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of
+from prune2onnx.runtime.calibration import batches_of, error_on, parted
+from prune2onnx.runtime.compare import output_error
+from prune2onnx.runtime.inputs import Inputs, inputs_of
 from prune2onnx.runtime.int8 import Int8, quantize_int8
-from prune2onnx.runtime.session import input_text, session
+from prune2onnx.runtime.session import session
 
 _SECONDS = 1.0
 _FEW = 8  # examples for ranges where only the file's size matters
@@ -80,17 +79,11 @@ def labelled(model: ModelProto, data: Data, options: Int8Options) -> Examples:
     Raises:
         Prune2OnnxError: the model has several inputs.
     """
-    calibration = calibration_of(model, data, options.examples)
+    calibration = batches_of(model, data, data.train, options.examples)
     if options.max_rel_error is None:
         allowed = MAX_DROP if options.max_drop is None else options.max_drop
         return Examples(calibration, error_on(data), allowed)
-    opened = session(model)
-    name = opened.get_inputs()[0].name
-    held = [
-        {name: part}
-        for x in first(data.validation, options.examples)
-        for part, _ in in_batches(opened, x)
-    ]
+    held = batches_of(model, data, data.validation, options.examples)
     return _by_outputs(model, calibration, held, options)
 
 
@@ -117,11 +110,10 @@ def unlabelled(model: ModelProto, inputs: InputOptions, options: Int8Options) ->
     found = inputs_of(
         model, session(model), inputs, count=_RANDOM, examples=options.examples * _HELD_OUT
     )
-    held = found[::_HELD_OUT][:_MOST_HELD_OUT]
-    others = [one for at, one in enumerate(found) if at % _HELD_OUT] or held
+    others, held = parted(found, _HELD_OUT)
     if inputs.data == "random":  # ranges that a few of them miss would say nothing of the model
         others = found
-    return _by_outputs(model, others[: options.examples], held, options, inputs)
+    return _by_outputs(model, others[: options.examples], held[:_MOST_HELD_OUT], options, inputs)
 
 
 def _by_outputs(
@@ -179,43 +171,15 @@ def choose(
     return Choice(made, timing, is_faster, tuple(notes))
 
 
-def calibration_of(model: ModelProto, data: Data, examples: int) -> list[dict[str, NDArray[Any]]]:
-    """The first examples of the training split, in batches, as inputs of a model.
-
-    Raises:
-        Prune2OnnxError: the model has several inputs.
-    """
-    opened = session(model)
-    if len(opened.get_inputs()) > 1:
-        raise Prune2OnnxError(
-            f"the model's inputs are {input_text(opened)}, and {data.name} has one array of "
-            "examples; give --data npz:FILE with an array for each input, by its name"
-        )
-    name = opened.get_inputs()[0].name
-    taken = first(data.train, examples)
-    return [{name: part} for x in taken for part, _ in in_batches(opened, x)]
-
-
 def all_int8(model: ModelProto, data: Data) -> ModelProto:
     """A model with all its layers in int8, stripped, for its size: its ranges are not exact."""
-    return strip(quantize_int8(model, calibration_of(model, data, _FEW)).model).model
+    return strip(quantize_int8(model, batches_of(model, data, data.train, _FEW)).model).model
 
 
 def int8_error(model: ModelProto, data: Data) -> float:
     """Percent of the validation split that a model gets wrong with all its layers in int8."""
-    return error_on(data)(
-        quantize_int8(model, calibration_of(model, data, Int8Options.examples)).model
-    )
-
-
-def error_on(data: Data) -> Callable[[ModelProto], float]:
-    """A function: a model -> the percent of the validation split that it gets wrong."""
-    held = list(batches(data.validation))
-
-    def error(model: ModelProto) -> float:
-        return error_percent(*scores(session(model), held))
-
-    return error
+    taken = batches_of(model, data, data.train, Int8Options.examples)
+    return error_on(data)(quantize_int8(model, taken).model)
 
 
 def timed(before: ModelProto, after: ModelProto, inputs: InputOptions = RANDOM_INPUTS) -> Timing:

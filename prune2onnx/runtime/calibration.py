@@ -1,0 +1,110 @@
+"""Examples to calibrate with, and others, held out, that show what calibration did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from onnx import ModelProto
+
+from prune2onnx.data import Data, batches, first, load_data
+from prune2onnx.data.examples import MapDataset
+from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.runs.defaults import InputOptions
+from prune2onnx.runtime.compare import error_percent, output_error, scores
+from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of, named_arrays
+from prune2onnx.runtime.session import input_text, session
+
+_PART = 5  # one in so many examples of an archive without splits is held out
+_MOST_HELD_OUT = 512
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationData:
+    """Examples of a model.
+
+    Attributes:
+        batches: inputs by name, to calibrate with.
+        error: a model -> the relative error of its outputs on examples that are held out.
+        wrong: a model -> the percent of held-out examples that it gets wrong; None without labels.
+        labelled: how many examples that is a percent of.
+    """
+
+    batches: list[Inputs]
+    error: Callable[[ModelProto], float]
+    wrong: Callable[[ModelProto], float] | None = None
+    labelled: int = 0
+
+
+def calibration_data(
+    model: ModelProto, options: InputOptions, examples: int, size: int = 64
+) -> CalibrationData:
+    """Reads examples: of the training split, with the validation split held out, or of an archive.
+
+    Args:
+        model: what runs on them; outputs are compared with its own.
+        options: with data, not random ones.
+        examples: how many to calibrate with.
+        size: of a batch, where the model leaves that open.
+
+    Raises:
+        RecipeError: input shapes are given, too.
+        Prune2OnnxError: the data cannot be read, do not fit, or are too few.
+    """
+    assert options.data is not None
+    opened = session(model)
+    if named_arrays(options.data, opened) is not None:
+        wanted = examples + min(-(-examples // (_PART - 1)), _MOST_HELD_OUT)
+        for each in (size, 1):  # one by one where all are in one batch
+            found = inputs_of(model, opened, options, count=0, examples=wanted, batch=each)
+            if len(found) >= _PART:
+                break
+        if len(found) < 2:
+            raise Prune2OnnxError(
+                f"{options.data}: one example; calibration needs some, and others to hold out"
+            )
+        taken, held = parted(found)
+        return CalibrationData(taken, output_error(model, held))
+    if options.shapes:
+        raise RecipeError("--input-shape is for random inputs, and --data gives others; give one")
+    data = load_data(options.data)
+    held = batches_of(model, data, data.validation, _MOST_HELD_OUT)
+    wrong = error_on(data) if len(opened.get_outputs()[0].shape or ()) == 2 else None
+    return CalibrationData(
+        batches_of(model, data, data.train, examples),
+        output_error(model, held),
+        wrong,
+        len(data.validation),
+    )
+
+
+def parted(found: Sequence[Inputs], part: int = _PART) -> tuple[list[Inputs], list[Inputs]]:
+    """Examples to calibrate with, and every so many-th one, the first included, held out."""
+    held = list(found[::part])
+    return [one for at, one in enumerate(found) if at % part] or held, held
+
+
+def batches_of(model: ModelProto, data: Data, split: MapDataset, examples: int) -> list[Inputs]:
+    """The first examples of a split, in batches, as inputs of a model.
+
+    Raises:
+        Prune2OnnxError: the model has several inputs.
+    """
+    opened = session(model)
+    if len(opened.get_inputs()) > 1:
+        raise Prune2OnnxError(
+            f"the model's inputs are {input_text(opened)}, and {data.name} has one array of "
+            "examples; give --data npz:FILE with an array for each input, by its name"
+        )
+    name = opened.get_inputs()[0].name
+    return [{name: part} for x in first(split, examples) for part, _ in in_batches(opened, x)]
+
+
+def error_on(data: Data) -> Callable[[ModelProto], float]:
+    """A function: a model -> the percent of the validation split that it gets wrong."""
+    held = list(batches(data.validation))
+
+    def error(model: ModelProto) -> float:
+        return error_percent(*scores(session(model), held))
+
+    return error

@@ -1,0 +1,198 @@
+"""Networks that are calibrated: less error for equal bits, zeros, tables, and any graph at all."""
+
+import networks
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+from random_graphs import graph
+
+from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.graph.normalize import normalize
+from prune2onnx.packing.approximation.approximate import approximate
+from prune2onnx.packing.calibration.budget import Trial, of_bits, of_error, of_size, search
+from prune2onnx.packing.calibration.calibrate import Calibration, Pattern
+from prune2onnx.packing.quantized import Quantized
+from prune2onnx.runtime.compare import output_error
+from prune2onnx.runtime.session import run_all
+
+
+def convnet(seed: int = 0):
+    """Convolutions, with a residual and a grouped one, and a layer at the end."""
+    rng = np.random.default_rng(seed)
+
+    def conv(name, shape, source, **attributes):
+        weights[f"{name}.w"] = rng.normal(0, np.prod(shape[1:]) ** -0.5, shape).astype(np.float32)
+        weights[f"{name}.b"] = rng.normal(0, 0.1, shape[0]).astype(np.float32)
+        nodes.append(
+            helper.make_node("Conv", [source, f"{name}.w", f"{name}.b"], [name], **attributes)
+        )
+        nodes.append(helper.make_node("Relu", [name], [f"{name}.r"]))
+        return f"{name}.r"
+
+    nodes, weights = [], {}
+    at = conv("a", (16, 3, 3, 3), "x", pads=[1] * 4)
+    b = conv("b", (16, 4, 3, 3), at, pads=[1] * 4, group=4)
+    nodes.append(helper.make_node("Add", [at, b], ["s"]))
+    at = conv("c", (32, 16, 3, 3), "s", strides=[2, 2])
+    nodes.append(helper.make_node("GlobalAveragePool", [at], ["p"]))
+    nodes.append(helper.make_node("Flatten", ["p"], ["f"]))
+    weights["d.w"] = rng.normal(0, 0.2, (32, 10)).astype(np.float32)
+    weights["d.b"] = np.zeros(10, np.float32)
+    nodes.append(helper.make_node("MatMul", ["f", "d.w"], ["m"]))
+    nodes.append(helper.make_node("Add", ["m", "d.b"], ["y"]))
+    return networks.model(nodes, weights, {"x": ["N", 3, 12, 12]}, {"y": ["N", 10]})
+
+
+def images(count: int, seed: int) -> np.ndarray:
+    """Smooth ones, as pictures are."""
+    made = np.random.default_rng(seed).normal(size=(count, 3, 12, 12))
+    for axis in (2, 3):
+        made = made + np.roll(made, 1, axis) + np.roll(made, 2, axis)
+    return made.astype(np.float32)
+
+
+BATCHES = [{"x": part} for part in np.split(images(96, 0), 3)]
+HELD = [{"x": images(64, 1)}]
+
+
+def calibrated(model, pattern=None, slope=1e-6):
+    return Calibration(model, BATCHES, run_all, pattern=pattern).at(slope)
+
+
+def test_less_error_than_without_examples_for_equal_bits():
+    model = convnet()
+    error = output_error(model, HELD)
+    subject = Calibration(model, BATCHES, run_all)
+    made = subject.at(subject.slope(3))
+    without = approximate(model, bits=made.bits)
+    assert made.bits < 4 and error(made.model) < 0.6 * error(without.model)
+    assert {row.how for row in made.rows} == {"calibrated grid", "kept", "float16"}
+
+
+def test_what_is_made_is_deterministic_and_has_codes():
+    model = convnet()
+    made, again = calibrated(model), calibrated(model)
+    assert made.model == again.model and made.rows == again.rows
+    stored = {tensor.name: tensor for tensor in made.model.graph.initializer}
+    for name, known in made.quantized.items():
+        assert isinstance(known, Quantized)
+        assert stored[name].raw_data == known.dense().tobytes()
+    assert set(made.quantized) == {"a.w", "b.w", "c.w", "d.w"}
+
+
+def test_biases_take_up_the_difference_of_means():
+    model = convnet()
+    made = calibrated(model, slope=1e-4)
+    (got,), (want,) = (run_all(m, [{"x": images(96, 0)}])[0] for m in (made.model, model))
+    spread = want.std(0)
+    assert (np.abs(got.mean(0) - want.mean(0)) < 0.05 * spread).all()
+
+
+def test_finer_slopes_have_less_error_and_more_bits():
+    model = convnet()
+    error = output_error(model, HELD)
+    subject = Calibration(model, BATCHES, run_all)
+    made = [subject.at(subject.slope(4) * 4.0**octave) for octave in range(4)]
+    errors, bits = [error(one.model) for one in made], [one.bits for one in made]
+    assert errors == sorted(errors) and bits == sorted(bits, reverse=True)
+
+
+@pytest.mark.parametrize("slope", [None, 1e-6])
+def test_a_fraction_becomes_zero_and_the_rest_makes_up_for_it(slope):
+    model = convnet()
+    error = output_error(model, HELD)
+    made = calibrated(model, Pattern(0.5), slope)
+    own = [row for row in made.rows if len(row.shape) > 1]
+    zeros = 1 - sum(row.nnz for row in own) / sum(row.size for row in own)
+    assert zeros == pytest.approx(0.5, abs=0.02) or slope
+    assert zeros > 0.48
+    assert error(made.model) < 0.6 * error(approximate(model, prune=0.5).model)
+
+
+def test_two_of_four_neighbours_stay():
+    made = calibrated(convnet(), Pattern(0.5, (2, 4)), None)
+    (weight,) = (t for t in made.model.graph.initializer if t.name == "c.w")
+    array = np.frombuffer(weight.raw_data, np.float32).reshape(32, -1, 4)
+    assert ((array != 0).sum(2) <= 2).all() and (array != 0).mean() > 0.45
+
+
+def test_tables_recurrent_layers_and_attention():
+    """Tokens through a table, an LSTM, and self-attention."""
+    rng = np.random.default_rng(0)
+    size = 16
+    shapes = {"e": (50, size), "w": (1, 4 * size, size), "r": (1, 4 * size, size)}
+    shapes |= dict.fromkeys(("q", "k", "v", "o"), (size, size))
+    weights = {n: rng.normal(0, s[-1] ** -0.5, s).astype(np.float32) for n, s in shapes.items()}
+    nodes = [
+        helper.make_node("Gather", ["e", "x"], ["g"]),
+        helper.make_node("LSTM", ["g", "w", "r"], ["l"], hidden_size=size),
+        helper.make_node("Squeeze", ["l", "one"], ["s"]),
+        *(helper.make_node("MatMul", ["s", n], [f"{n}.m"]) for n in "qkv"),
+        helper.make_node("Transpose", ["k.m"], ["k.t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["q.m", "k.t"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["p"], axis=-1),
+        helper.make_node("MatMul", ["p", "v.m"], ["a"]),
+        helper.make_node("MatMul", ["a", "o"], ["y"]),
+    ]
+    weights["one"] = np.array([1])
+    model = networks.model(nodes, weights, {}, {"y": ["T", "N", size]})
+    model.graph.input.append(networks.value("x", ["T", "N"], TensorProto.INT64))
+    batches = [{"x": rng.integers(0, 50, (9, 4))} for _ in range(8)]
+    error = output_error(model, batches[-2:])
+    subject = Calibration(model, batches[:-2], run_all)
+    assert set(subject.names) == {"e", "w", "r", "q", "k", "v", "o"}
+    made = subject.at(subject.slope(3.5))
+    assert error(made.model) < error(approximate(model, bits=made.bits).model)
+
+
+def test_any_graph_can_be_calibrated():
+    changed = 0
+    for seed in range(40):
+        made, inputs = graph(seed)
+        try:
+            model = normalize(made).model
+            batches = [inputs, inputs]
+            run_all(model, batches)
+        except Prune2OnnxError:
+            continue
+        subject = Calibration(model, batches, run_all)
+        found = subject.at(1e-5)
+        outputs = run_all(found.model, batches)
+        assert len(outputs) == 2
+        changed += bool(found.quantized)
+    assert changed > 10
+
+
+# --- budgets ---
+
+
+class _Made:
+    def __init__(self, bits, error):
+        self.bits, self.output_error = bits, error
+
+
+def pretend(slope: float) -> Trial:
+    """Bits fall by a half for each octave of the slope, and the error rises."""
+    octaves = np.log2(slope) + 20
+    bits = 5 - 0.5 * octaves
+    return Trial(slope, _Made(bits, 0.01 * 2 ** (0.45 * octaves)), int(1000 * bits))
+
+
+@pytest.mark.parametrize("start", [2.0**-24, 2.0**-20, 2.0**-14])
+def test_a_search_meets_each_budget_closely(start):
+    found = search(pretend, start, of_error(0.02), 8)
+    assert 0.96 * 0.02 < found[-1].error <= 0.02
+    found = search(pretend, start, of_size(3000), 8)
+    assert 2950 < found[-1].nbytes <= 3000
+    found = search(pretend, start, of_bits(4), 8)
+    assert 3.95 < found[-1].made.bits <= 4
+
+
+def test_a_search_goes_on_where_trials_are_noisy():
+    def noisy(slope: float) -> Trial:
+        made = pretend(slope)
+        jump = 1.1 if int(np.log2(slope) * 7) % 2 else 0.9
+        return Trial(slope, _Made(made.made.bits, made.error * jump), made.nbytes)
+
+    found = search(noisy, 2.0**-22, of_error(0.02), 10)
+    assert min(abs(np.log2(one.error / 0.02)) for one in found) < 0.3

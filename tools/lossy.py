@@ -3,10 +3,13 @@
     PRUNE2ONNX_DATA=DIR python tools/lossy.py [resnet20] [resnet32] [slim320]
 
 Each row is `prune2onnx pack` with the given options, on the dense file. ResNet-20 and -32 are
-trained, with BatchNorm folded, and run on the 10,000 test images of the CIFAR-10 copy; a search for
-an error of the outputs uses 256 training images. slim320.onnx, a detector, comes without data, so
-random inputs are used, different ones for the search and for the figures. "output": ||Y' - Y|| /
-||Y|| of an output for all inputs together; the worst output counts. "accuracy": change in points.
+trained, with BatchNorm folded, and run on the 10,000 test images of the CIFAR-10 copy. Rows with
+`--data` are calibrated with 1,024 training images, and 256 others are held out. "each alone" rounds
+each weight by itself, with the error of the outputs searched for on 256 training images: what
+`--max-rel-error --data` did before there was calibration. slim320.onnx, a detector, comes without
+data, so random inputs are used, different ones for the search and for the figures. "output": ||Y' -
+Y|| / ||Y|| of an output for all inputs together; the worst output counts. "accuracy": change in
+points.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import io
 import os
 import tarfile
 import tempfile
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +41,16 @@ from prune2onnx.runtime.inputs import random_inputs
 DATA = Path(os.environ.get("PRUNE2ONNX_DATA", "data"))
 MODELS = Path(__file__).parent.parent / "models"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-OPTIONS = (
-    *(PackOptions(bits=bits) for bits in (3, 4, 5, 6, 6.5, 7)),
+WITHOUT = (
+    *(PackOptions(bits=bits) for bits in (3, 4, 5, 6)),
     PackOptions(prune=0.3, bits=5),
-    PackOptions(max_rel_error=0.05),
-    PackOptions(max_rel_error=0.01, inputs=InputOptions("...")),
-    PackOptions(max_rel_error=0.03, inputs=InputOptions("...")),
+    PackOptions(prune=0.5),
+    PackOptions(max_rel_error=0.07),
 )
+ALONE = tuple(PackOptions(max_rel_error=error) for error in (0.01, 0.03, 0.05, 0.12, 0.2))
+LIMITS = ({"max_error": error} for error in (0.01, 0.03, 0.05, 0.12, 0.19))
+OTHERS = ({"bits": 3.0}, {"bits": 4.0}, {"prune": 0.5}, {"prune": 0.7}, {"prune": 0.5, "bits": 4.0})
+CALIBRATED = tuple(PackOptions(**given, examples=1024) for given in (*LIMITS, *OTHERS))
 
 
 def images(part: str, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -75,9 +83,10 @@ def described(options: PackOptions) -> str:
         "--bits": options.bits,
         "--prune": options.prune,
         "--max-rel-error": options.max_rel_error,
+        "--max-error": options.max_error,
     }
     text = " ".join(f"{name} {value:g}" for name, value in values.items() if value is not None)
-    return text + (f" --data {options.inputs.data}" if options.inputs.data else "")
+    return text + (" --data ..." if options.inputs.data else "")
 
 
 def table(name: str, folder: Path) -> None:
@@ -90,7 +99,9 @@ def table(name: str, folder: Path) -> None:
         tested = random_inputs(load(source), range(100, 116))
     else:
         onnx.save(resnet(name), source)
-        searched = [{"input": images("train", 256)[0]}]
+        training = images("train", 1280)[0]
+        searched = [{"input": training[:256]}]
+        np.savez(folder / "training.npz", input=training)
         x, labels = images("test", 10_000)
         tested = [{"input": part} for part in np.array_split(x, 40)]
     dense = load(source)
@@ -103,23 +114,28 @@ def table(name: str, folder: Path) -> None:
 
     base = f", accuracy {accuracy(reference):.2f} %" if labels is not None else ""
     print(f"\n{name}: dense {size:,} bytes{base}\n")
-    print("| options | bytes | smaller | output | accuracy |\n| --- | --- | --- | --- | --- |")
-    for options in OPTIONS:
+    print(f"| options | bytes | smaller | output | accuracy | CPU s |\n{'| --- ' * 6}|")
+    data = InputOptions(f"npz:{folder / 'training.npz'}")
+    with_data = [replace(options, inputs=data) for options in CALIBRATED]
+    every = [*WITHOUT, *ALONE, *(with_data if labels is not None else ())]
+    for options in every:
         target = folder / "packed.onnx"
-        evaluate = output_error(dense, searched) if options.inputs.data else None
+        evaluate = output_error(dense, searched) if options in ALONE else None
+        began = time.process_time()
         pack_file(source, target, options, evaluate=evaluate)
+        spent = time.process_time() - began
         packed = load(target)
         change = ""
         if labels is not None:
             change = f"{accuracy(outputs_of(packed, tested)) - accuracy(reference):+.2f}"
         small = target.stat().st_size
         cells = [
-            f"`{described(options)}`",
+            f"`{described(options)}`" + (", each alone" if options in ALONE else ""),
             f"{small:,}",
             f"{size / small:.2f}x",
             f"{error(packed):.2%}",
         ]
-        print(f"| {' | '.join([*cells, change])} |", flush=True)
+        print(f"| {' | '.join([*cells, change, f'{spent:.0f}'])} |", flush=True)
 
 
 @click.command()

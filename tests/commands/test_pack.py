@@ -1,11 +1,17 @@
 """From file to file: what each option does, and that nothing is written before it is compared."""
 
+import itertools
+import json
+import re
+
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from networks import custom, mlp, model, pruned, run, value, weights
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from prune2onnx.cli.main import main
 from prune2onnx.commands.pack import pack_file
 from prune2onnx.errors import MismatchError, Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import load, save
@@ -244,3 +250,116 @@ def test_a_large_graph_is_pointed_out_with_what_strip_would_save(tmp_path):
     assert int(note.split("save ")[1].split()[0].replace(",", "")) > 3000
     done = pack_file(tmp_path / "in.onnx", tmp_path / "out.onnx", PackOptions(strip=True))
     assert not any("--strip" in note for note in done.notes)
+
+
+# --- with examples ---
+
+
+def with_examples(tmp_path, count: int = 600, classes: int = 5):
+    """A trained-like classifier, and examples with its own answers as labels."""
+    rng = np.random.default_rng(3)
+    sizes = (24, 48, 40, classes)
+    weights, nodes, at = {}, [], "x"
+    for number, (inner, outer) in enumerate(itertools.pairwise(sizes)):
+        weights[f"w{number}"] = rng.normal(0, inner**-0.5, (inner, outer)).astype(np.float32)
+        weights[f"b{number}"] = rng.normal(0, 0.1, outer).astype(np.float32)
+        nodes.append(helper.make_node("Gemm", [at, f"w{number}", f"b{number}"], [f"g{number}"]))
+        at = f"g{number}"
+        if number < 2:
+            nodes.append(helper.make_node("Relu", [at], [f"r{number}"]))
+            at = f"r{number}"
+    made = model(nodes, weights, {"x": ["N", sizes[0]]}, {at: ["N", classes]})
+    x = (rng.normal(size=(count, 6)) @ rng.normal(size=(6, 24))).astype(np.float32)
+    (scores,) = session(made).run(None, {"x": x})
+    source = stored(tmp_path, made)
+    np.savez(tmp_path / "labelled.npz", x=x, y=scores.argmax(1))
+    np.savez(tmp_path / "inputs.npz", x=x)
+    return source, f"npz:{tmp_path / 'labelled.npz'}", f"npz:{tmp_path / 'inputs.npz'}"
+
+
+def test_examples_give_a_smaller_file_for_an_error_of_the_outputs(tmp_path):
+    source, _, inputs = with_examples(tmp_path)
+    alone, calibrated = tmp_path / "alone.onnx", tmp_path / "calibrated.onnx"
+    given = PackOptions(max_error=0.1, inputs=InputOptions(inputs), strip=True)
+    done = pack_file(source, calibrated, given)
+    (goal,) = done.goals
+    assert goal.met and 0.05 < goal.reached <= 0.1 and not done.missed
+    assert any("relative error of the outputs" in note for note in done.notes)
+    dense = load(source)
+    x = np.load(tmp_path / "inputs.npz")["x"]
+    error = output_error(dense, [{"x": x}])
+    pack_file(source, alone, PackOptions(max_rel_error=0.1, strip=True), evaluate=error)
+    assert error(unpack(load(calibrated))) < 0.12
+    assert calibrated.stat().st_size < 0.9 * alone.stat().st_size
+
+
+def test_each_budget_is_met_on_examples_that_are_held_out(tmp_path):
+    source, labelled, inputs = with_examples(tmp_path)
+    target = tmp_path / "out.onnx"
+    for data in (labelled, inputs):
+        given = PackOptions(target_size=3500, inputs=InputOptions(data), strip=True)
+        done = pack_file(source, target, given)
+        assert 3300 < target.stat().st_size <= 3500 and done.goals[0].met
+    given = PackOptions(max_drop=2.0, inputs=InputOptions(labelled), strip=True)
+    done = pack_file(source, target, given)
+    assert done.goals[0].reached <= 2 and target.stat().st_size < 3500
+    assert any("of which one is" in note for note in done.notes)
+    given = PackOptions(bits=3, prune=0.5, inputs=InputOptions(inputs))
+    notes = pack_file(source, target, given).notes
+    bits = next(float(note.split()[1]) for note in notes if "bits per weight" in note)
+    assert bits <= 3
+    arrays = [array_of(t) for t in unpack(load(target)).graph.initializer if len(t.dims) > 1]
+    assert sum((a == 0).sum() for a in arrays) > 0.48 * sum(a.size for a in arrays)
+
+
+def test_a_budget_that_is_missed_is_told_and_the_best_file_written(tmp_path):
+    source, _, inputs = with_examples(tmp_path)
+    target = tmp_path / "out.onnx"
+    given = PackOptions(target_size=300, max_error=0.01, inputs=InputOptions(inputs))
+    done = pack_file(source, target, given)
+    assert target.exists() and {goal.what for goal in done.missed} >= {"size"}
+    found = CliRunner().invoke(
+        main,
+        ["pack", str(source), str(target), "--target-size", "300", "--data", inputs],
+    )
+    assert found.exit_code == 3 and "missed by" in found.output
+
+
+def test_a_curve_shows_other_sizes(tmp_path):
+    source, labelled, _ = with_examples(tmp_path)
+    arguments = ["--max-error", "10%", "--data", labelled, "--curve", "--json"]
+    found = CliRunner().invoke(main, ["pack", str(source), str(tmp_path / "o.onnx"), *arguments])
+    assert found.exit_code == 0, found.output
+    points = json.loads(found.stdout)["curve"]
+    sizes, errors = ([point[name] for point in points] for name in ("nbytes", "error"))
+    assert sizes == sorted(sizes) and errors == sorted(errors, reverse=True)
+    assert [point["is_chosen"] for point in points].count(True) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_size": 1000}, "--target-size needs examples; give --data"),
+        ({"max_error": 0.1}, "--max-error needs examples"),
+        ({"max_drop": 0.1}, "--max-drop needs examples"),
+        ({"pattern": (2, 4)}, "--prune 2:4 needs examples"),
+        ({"max_drop": 0.1, "data": "inputs"}, "limit the error of the outputs by --max-error"),
+        ({"bits": 3, "target_size": 9, "data": "inputs"}, "give one of them"),
+        ({"bits": 9, "data": "inputs"}, "expected 1 to 8"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused(options, message, tmp_path):
+    source, _, inputs = with_examples(tmp_path)
+    if options.pop("data", None):
+        options |= {"inputs": InputOptions(inputs)}
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        pack_file(source, tmp_path / "out.onnx", PackOptions(**options))
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_one_example_is_too_few(tmp_path):
+    source, _, _ = with_examples(tmp_path)
+    np.savez(tmp_path / "one.npz", x=np.zeros((1, 24), np.float32))
+    given = PackOptions(bits=4, inputs=InputOptions(f"npz:{tmp_path / 'one.npz'}"))
+    with pytest.raises(Prune2OnnxError, match="one example; calibration needs some"):
+        pack_file(source, tmp_path / "out.onnx", given)

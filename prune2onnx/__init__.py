@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from prune2onnx.commands.compress import compress
+    from prune2onnx.commands.lossy import calibrate
     from prune2onnx.commands.shrink import shrink
     from prune2onnx.commands.sweep import sweep, sweep_of
     from prune2onnx.data import load_data
@@ -42,6 +43,7 @@ _HOME = {
     "bake": "pruning",
     "bake_levels": "training.levels",
     "benchmark": "runtime.benchmark",
+    "calibrate": "commands.lossy",
     "compress": "commands.compress",
     "density": "pruning",
     "evaluate": "training.scoring",
@@ -75,6 +77,7 @@ __all__ = [
     "bake",
     "bake_levels",
     "benchmark",
+    "calibrate",
     "compress",
     "density",
     "evaluate",

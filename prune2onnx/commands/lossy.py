@@ -6,8 +6,10 @@ What is tried and in which order; how weights change is in `packing.approximatio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from onnx import ModelProto
@@ -21,9 +23,9 @@ from prune2onnx.packing.pack import Progress
 from prune2onnx.packing.quantized import Quantized
 from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runs.report import Goal
-from prune2onnx.runtime.calibration import calibration_data
+from prune2onnx.runtime.calibration import CalibrationData, calibration_data
 from prune2onnx.runtime.compare import output_error
-from prune2onnx.runtime.inputs import inputs_of
+from prune2onnx.runtime.inputs import Inputs, inputs_of
 from prune2onnx.runtime.session import run_all, session
 
 _EXAMPLES = 256
@@ -97,7 +99,8 @@ def changed(
         Prune2OnnxError: the data do not fit, or no trial was within a limit.
     """
     if evaluate is None and options.inputs.data not in (None, "random"):
-        return _Calibrated(model, options, nbytes_of, progress).result()
+        data = calibration_data(model, options.inputs, options.examples, _BATCH)
+        return _Calibrated(model, options, data, nbytes_of, progress).result()
     _require_no_examples(options)
     return _approximated(model, options, evaluate)
 
@@ -138,119 +141,183 @@ def _approximated(
     return Lossy(made.model, made.quantized, made.notes)
 
 
+def calibrate(
+    model: ModelProto,
+    batches: Sequence[Inputs],
+    held_out: Sequence[Inputs],
+    *,
+    bits: float | None = None,
+    prune: float | tuple[int, int] | None = None,
+    max_error: float | None = None,
+) -> Lossy:
+    """Rounds and prunes weights with examples, without training.
+
+    `pack(made.model, quantized=made.quantized)` then writes them in few bytes.
+
+    Args:
+        model: normalized, as `pack` gives it back with `unpack`, or a plain export.
+        batches: inputs by name, to calibrate with: a few hundred examples.
+        held_out: others, on which outputs are compared with the model's own.
+        bits: of each weight on average, 1 to 8.
+        prune: fraction of the weights to make zero, or (n, m): n of m neighbours stay.
+        max_error: largest relative error of the outputs on `held_out`.
+
+    Raises:
+        RecipeError: nothing is asked for, or a number is out of range.
+        Prune2OnnxError: the model is packed, or does not run on the examples.
+    """
+    options = PackOptions(
+        bits=bits,
+        prune=None if isinstance(prune, tuple) else prune,
+        pattern=prune if isinstance(prune, tuple) else None,
+        max_error=max_error,
+    )
+    if not options.lossy:
+        raise RecipeError("nothing to do: give bits, a fraction to prune or a largest error")
+    data = CalibrationData(list(batches), output_error(model, list(held_out)))
+    return _Calibrated(model, options, data, lambda made: made.nbytes).result()
+
+
 @dataclass
 class _Calibrated:
     """A model that is calibrated until its budget is met."""
 
     model: ModelProto
     options: PackOptions
+    data: CalibrationData
     nbytes_of: Callable[[Approximation], int]
-    progress: Progress
+    progress: Progress = lambda name, done, total: None
     _pass: int = field(default=0, init=False)
+    _last: tuple[float, Approximation] | None = field(default=None, init=False)
 
     def result(self) -> Lossy:
-        options = self.options
-        error = options.max_error if options.max_error is not None else options.max_rel_error
-        if options.bits is not None and options.target_size is not None:
-            raise RecipeError("--bits and --target-size: give one of them, it determines the other")
-        if options.bits is not None and not 1 <= options.bits <= 8:
-            raise RecipeError(f"{options.bits} bits for each weight, expected 1 to 8")
-        data = calibration_data(self.model, options.inputs, options.examples, _BATCH)
-        if options.max_drop is not None and data.wrong is None:
-            raise RecipeError(
-                f"--max-drop {options.max_drop:g} counts wrong labels, and --data "
-                f"{options.inputs.data} has none; limit the error of the outputs by --max-error"
-            )
-        fraction = options.prune or 0.0
-        if options.pattern is not None:
-            fraction = 1 - options.pattern[0] / options.pattern[1]
-        calibration = Calibration(
-            self.model,
-            data.batches,
-            run_all,
-            pattern=Pattern(fraction, options.pattern),
-            progress=self._told,
-        )
-        calibration.measure(data.error)
-        base = data.wrong(self.model) if data.wrong is not None else 0.0
-
-        def trial(slope: float | None) -> budget.Trial:
-            self._pass += 1
-            made = calibration.at(slope)
-            made = replace(made, output_error=data.error(made.model))
-            drop = data.wrong(made.model) - base if data.wrong is not None else None
-            sized = options.target_size is not None or options.curve
-            nbytes = self.nbytes_of(made) if sized else made.nbytes
-            return budget.Trial(slope or 0.0, made, nbytes, drop)
-
-        goals = self._budgets(error)
+        options, data = self.options, self.data
+        self._check()
+        goals = self._budgets()
         if not goals:  # only zeros
-            tried = [trial(None)]
+            tried = [self._trial(0.0)]
         else:
-            start = calibration.slope(options.bits or _START_BITS)
-            tried = budget.search(trial, start, goals[0], _TRIES)
+            start = self._calibration.slope(options.bits or _START_BITS)
+            tried = budget.search(self._trial, start, goals[0], _TRIES)
             for other in goals[1:]:
-                if self._best(tried, goals[:1], error) not in self._met(tried, [other]):
-                    tried += budget.search(trial, tried[-1].slope, other, _TRIES)
-        best = self._best(tried, goals, error)
-        curve = self._curve(trial, best) if options.curve else []
-        reached = self._goals(best, error)
-        notes = list(best.made.notes)
-        if data.wrong is not None and best.drop is not None:
+                best = self._best(tried, goals[:1])
+                if other.excess(best) > 0:
+                    tried += budget.search(self._trial, best.slope, other, _TRIES)
+        best = self._best(tried, goals)
+        made = replace(self._made(best.slope), output_error=best.error)
+        curve = self._curve(best) if options.curve and best.slope else ()
+        notes = list(made.notes)
+        if best.drop is not None:
             notes.append(
                 f"{best.drop:+.2f} points of error on {data.labelled} held-out examples, of which "
                 f"one is {100 / data.labelled:.2g} points"
             )
-        left = [row.name for row in best.made.rows if row.how in ("grid", "channel grid")]
+        left = [row.name for row in made.rows if row.how in ("grid", "channel grid")]
         if left:
             notes.append(
                 f"{len(left)} weights were rounded without examples, {left[0]} the first: read by "
                 "several nodes, or by none that is calibrated"
             )
-        return Lossy(best.made.model, best.made.quantized, tuple(notes), reached, tuple(curve))
+        return Lossy(made.model, made.quantized, tuple(notes), self._goals(best), curve)
+
+    def _check(self) -> None:
+        options = self.options
+        if options.bits is not None and options.target_size is not None:
+            raise RecipeError("--bits and --target-size: give one of them, it determines the other")
+        if options.bits is not None and not 1 <= options.bits <= 8:
+            raise RecipeError(f"{options.bits} bits for each weight, expected 1 to 8")
+        if options.prune is not None and not 0 <= options.prune < 1:
+            raise RecipeError(
+                f"a fraction of {options.prune:g} to prune, expected 0 <= D < 1, such as 0.5"
+            )
+        if self._error is not None and not 0 < self._error < math.inf:
+            raise RecipeError(f"an error of {self._error:g}, expected a number above 0")
+        if options.max_drop is not None and self.data.wrong is None:
+            raise RecipeError(
+                f"--max-drop {options.max_drop:g} counts wrong labels, and --data "
+                f"{options.inputs.data} has none; limit the error of the outputs by --max-error"
+            )
+
+    @property
+    def _error(self) -> float | None:
+        """The largest error of the outputs that is asked for."""
+        options = self.options
+        return options.max_rel_error if options.max_error is None else options.max_error
+
+    @cached_property
+    def _calibration(self) -> Calibration:
+        fraction = self.options.prune or 0.0
+        if self.options.pattern is not None:
+            fraction = 1 - self.options.pattern[0] / self.options.pattern[1]
+        found = Calibration(
+            self.model,
+            self.data.batches,
+            run_all,
+            pattern=Pattern(fraction, self.options.pattern),
+            progress=self._told,
+        )
+        found.measure(self.data.error)
+        return found
+
+    @cached_property
+    def _wrong(self) -> float:
+        """Percent of held-out examples that the model gets wrong before it changes."""
+        return self.data.wrong(self.model) if self.data.wrong is not None else 0.0
+
+    def _made(self, slope: float) -> Approximation:
+        """The model at a slope; the last one is kept, since models are large."""
+        if self._last is None or self._last[0] != slope:
+            self._pass += 1
+            self._last = None
+            self._last = slope, self._calibration.at(slope or None)
+        return self._last[1]
+
+    def _trial(self, slope: float) -> budget.Trial:
+        made = self._made(slope)
+        sized = self.options.target_size is not None or self.options.curve
+        nbytes = self.nbytes_of(made) if sized else made.nbytes
+        wrong = self.data.wrong
+        drop = None if wrong is None else wrong(made.model) - self._wrong
+        return budget.Trial(slope, made.bits, nbytes, self.data.error(made.model), drop)
 
     def _told(self, name: str, done: int, total: int) -> None:
         self.progress(f"calibrating, pass {self._pass}: {name}", done, total)
 
-    def _budgets(self, error: float | None) -> list[budget.Budget]:
+    def _budgets(self) -> list[budget.Budget]:
         options = self.options
         found = []
         if options.target_size is not None:
             found.append(budget.of_size(options.target_size))
         if options.bits is not None:
             found.append(budget.of_bits(options.bits))
-        if error is not None:
-            found.append(budget.of_error(error))
+        if self._error is not None:
+            found.append(budget.of_error(self._error))
         if options.max_drop is not None:
             found.append(budget.of_drop(options.max_drop))
         return found
 
-    def _met(self, tried: list[budget.Trial], goals: list[budget.Budget]) -> list[budget.Trial]:
-        return [one for one in tried if all(goal.excess(one) <= 0 for goal in goals)]
+    def _best(self, tried: list[budget.Trial], goals: list[budget.Budget]) -> budget.Trial:
+        """Within all budgets, the fewest bytes; of a size or of bits alone, the least error."""
+        met = [one for one in tried if all(goal.excess(one) <= 0 for goal in goals)]
+        if not met:
+            return min(tried, key=lambda one: max(goal.excess(one) for goal in goals))
+        if self._error is None and self.options.max_drop is None:
+            return min(met, key=lambda one: one.error)
+        return min(met, key=lambda one: one.nbytes)
 
-    def _best(
-        self, tried: list[budget.Trial], goals: list[budget.Budget], error: float | None
-    ) -> budget.Trial:
-        """Within all budgets, the fewest bytes; of a size alone, the least error."""
-        sized = self.options.target_size is not None or self.options.bits is not None
-        if met := self._met(tried, goals):
-            only_size = sized and error is None and self.options.max_drop is None
-            return min(met, key=lambda one: one.error if only_size else one.nbytes)
-        return min(tried, key=lambda one: max(goal.excess(one) for goal in goals))
-
-    def _goals(self, best: budget.Trial, error: float | None) -> tuple[Goal, ...]:
+    def _goals(self, best: budget.Trial) -> tuple[Goal, ...]:
         found = []
         if self.options.target_size is not None:
             found.append(Goal("size", float(self.options.target_size), float(best.nbytes)))
-        if error is not None:
-            found.append(Goal("error of the outputs", error, best.error))
+        if self._error is not None:
+            found.append(Goal("error of the outputs", self._error, best.error))
         if self.options.max_drop is not None:
             found.append(Goal("drop", self.options.max_drop, best.drop or 0.0))
         return tuple(found)
 
-    def _curve(
-        self, trial: Callable[[float], budget.Trial], best: budget.Trial
-    ) -> list[CurvePoint]:
-        trials = [best if not octaves else trial(best.slope * 2.0**octaves) for octaves in _CURVE]
+    def _curve(self, best: budget.Trial) -> tuple[CurvePoint, ...]:
+        trials = [
+            best if not octaves else self._trial(best.slope * 2.0**octaves) for octaves in _CURVE
+        ]
         points = [CurvePoint(one.nbytes, one.error, one.drop, one is best) for one in trials]
-        return sorted(points, key=lambda point: point.nbytes)
+        return tuple(sorted(points, key=lambda point: point.nbytes))

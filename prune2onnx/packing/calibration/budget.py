@@ -6,31 +6,26 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prune2onnx.packing.approximation.subject import Approximation
-
 _FARTHEST = 5.0  # octaves from one trial to the next
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Trial:
     """A slope that was tried.
 
     Attributes:
-        slope: the error that each bit has to save.
-        made: the model; `made.output_error` is that of its outputs on held-out examples.
-        nbytes: size of its file.
+        slope: the error that each bit has to save; 0 where weights are only made zero.
+        bits: of each weight that may change.
+        nbytes: size of the file.
+        error: relative error of the outputs on held-out examples.
         drop: points of held-out error that it adds; None where there are no labels.
     """
 
     slope: float
-    made: Approximation
+    bits: float
     nbytes: int
+    error: float
     drop: float | None = None
-
-    @property
-    def error(self) -> float:
-        """Relative error of the outputs on held-out examples."""
-        return self.made.output_error or 0.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ def of_size(limit: int) -> Budget:
 
 def of_bits(limit: float) -> Budget:
     """Bits of each weight that may change."""
-    return Budget(lambda trial: trial.made.bits - limit, -0.45, 0.02)
+    return Budget(lambda trial: trial.bits - limit, -0.45, 0.02)
 
 
 def search(

@@ -1,5 +1,7 @@
 """Networks that are calibrated: less error for equal bits, zeros, tables, and any graph at all."""
 
+from dataclasses import replace
+
 import networks
 import numpy as np
 import pytest
@@ -166,16 +168,11 @@ def test_any_graph_can_be_calibrated():
 # --- budgets ---
 
 
-class _Made:
-    def __init__(self, bits, error):
-        self.bits, self.output_error = bits, error
-
-
 def pretend(slope: float) -> Trial:
     """Bits fall by a half for each octave of the slope, and the error rises."""
     octaves = np.log2(slope) + 20
     bits = 5 - 0.5 * octaves
-    return Trial(slope, _Made(bits, 0.01 * 2 ** (0.45 * octaves)), int(1000 * bits))
+    return Trial(slope, bits, int(1000 * bits), 0.01 * 2 ** (0.45 * octaves))
 
 
 @pytest.mark.parametrize("start", [2.0**-24, 2.0**-20, 2.0**-14])
@@ -185,14 +182,14 @@ def test_a_search_meets_each_budget_closely(start):
     found = search(pretend, start, of_size(3000), 8)
     assert 2950 < found[-1].nbytes <= 3000
     found = search(pretend, start, of_bits(4), 8)
-    assert 3.95 < found[-1].made.bits <= 4
+    assert 3.95 < found[-1].bits <= 4
 
 
 def test_a_search_goes_on_where_trials_are_noisy():
     def noisy(slope: float) -> Trial:
         made = pretend(slope)
         jump = 1.1 if int(np.log2(slope) * 7) % 2 else 0.9
-        return Trial(slope, _Made(made.made.bits, made.error * jump), made.nbytes)
+        return replace(made, error=made.error * jump)
 
     found = search(noisy, 2.0**-22, of_error(0.02), 10)
     assert min(abs(np.log2(one.error / 0.02)) for one in found) < 0.3

@@ -35,7 +35,7 @@ from prune2onnx.runs.defaults import InputOptions, PackOptions
 from prune2onnx.runtime.session import session
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
-SETTINGS = "bits=6;bits=4;bits=4,data;bits=3;bits=3,data;bits=2.5,data;max_error=0.1,data"
+SETTINGS = "bits=6;bits=5,data;bits=4;bits=4,data;bits=3;bits=3,data;bits=2.5,data"
 TESTED = 1000
 PIECE = 32  # tokens
 
@@ -131,7 +131,7 @@ def options_of(setting: str, data: Path) -> PackOptions:
     for part in setting.split(","):
         name, _, value = part.partition("=")
         if name == "data":
-            values["inputs"] = InputOptions(f"npz:{data}")
+            values |= {"inputs": InputOptions(f"npz:{data}"), "examples": 1024}
         else:
             values[name] = float(value)
     return PackOptions(**values)

@@ -177,7 +177,7 @@ def grid_codes(
     if metric is None or u.shape[1] * u.shape[2] == 1:
         for _ in range(rounds):
             bits = price * code_bits(codes, widest)
-            codes = cheapest(u, bits, low, high).astype(np.int16)
+            codes = cheapest(u, bits, low, high)
         codes[u == 0] = 0
         return np.asarray(codes, np.int16)
     # rows last: those that are rounded together are then contiguous in memory
@@ -205,7 +205,7 @@ def cheapest(
     bits: NDArray[np.float32],
     low: NDArray[Any] | int = -MOST_STEPS,
     high: NDArray[Any] | int = MOST_STEPS,
-) -> NDArray[np.int64]:
+) -> NDArray[np.int16]:
     """The integer with the least (target - code)^2 + bits: a neighbour of `target`, or zero.
 
     Args:
@@ -214,14 +214,14 @@ def cheapest(
         low: smallest code, broadcastable to `target`, at most 0.
         high: largest code, the same.
     """
-    floor = np.floor(target).astype(np.int64)
     middle = len(bits) // 2
-    best = np.zeros(target.shape, np.int64)
-    least = np.square(target) + bits[middle]
-    for neighbour in (floor, floor + 1):
-        code = np.clip(neighbour, low, high)
-        cost = np.square(target - code) + bits[code + middle]
-        better = cost < least
-        least = np.where(better, cost, least)
-        best = np.where(better, code, best)
-    return best
+    least, greatest = (np.asarray(bound, target.dtype) for bound in (low, high))
+    below = np.floor(target)
+    best, cost = np.zeros_like(target), np.square(target) + bits[middle]
+    for neighbour in (below, below + 1):
+        code = np.minimum(np.maximum(neighbour, least), greatest)
+        own = np.square(target - code) + bits[(code + middle).astype(np.intp)]
+        better = own < cost
+        np.copyto(cost, own, where=better)
+        np.copyto(best, code, where=better)
+    return best.astype(np.int16)

@@ -194,7 +194,7 @@ class Calibration:
         hessian = found.damped
         target = first + np.linalg.solve(hessian, (found.cross - found.own) @ first)
         # what the outputs' error is relative to
-        power = float(np.einsum("gio,gij,gjo->", first, found.own, first))
+        power = _product(first, found.own, first)
         if not power > 0:
             return _Made(self._kept(layer), "kept"), None
         made = self._rounded(layer, target, hessian, power, slope)
@@ -241,14 +241,14 @@ class Calibration:
                 ]
             )
         whole = codes.astype(np.float64)
-        fit = float(np.einsum("gio,gij,gjo->", target, hessian, whole))
-        norm = float(np.einsum("gio,gij,gjo->", whole, hessian, whole))
+        fit = _product(target, hessian, whole)
+        norm = _product(whole, hessian, whole)
         step = fit / norm if fit > 0 and norm > 0 else step
         rows = layer.as_rows(codes)
         steps = np.full(len(rows), step, np.float32)
         made = _Made(layer.weight.on_grid(rows, steps), "calibrated grid")
         off = target - whole * step
-        error = float(np.einsum("gio,gij,gjo->", off, hessian, off)) / power
+        error = _product(off, hessian, off) / power
         return self._cheaper(layer, made, error, slope)
 
     def _cheaper(self, layer: Layer, made: _Made, error: float, slope: float) -> _Made:
@@ -319,7 +319,7 @@ class Calibration:
             spread, power = found.own[0], float(np.square(first[0]).sum(1) @ found.own[0])
             effect = np.square(first[0]) * spread[:, None]
         else:
-            power = float(np.einsum("gio,gij,gjo->", first, found.own, first))
+            power = _product(first, found.own, first)
             inverse = np.linalg.inv(found.damped)
             effect = np.square(first) / np.diagonal(inverse, axis1=1, axis2=2)[:, :, None]
         scale = self.importance[layer.name] / power if power > 0 else 0.0
@@ -333,6 +333,11 @@ class _Made:
 
     written: Written
     how: str
+
+
+def _product(a: NDArray[Any], moments: NDArray[np.float64], b: NDArray[Any]) -> float:
+    """The sum over outputs of a' H b; all are [groups, inputs, ...]."""
+    return float((a * (moments @ b)).sum())
 
 
 def _with(tensor: TensorProto, array: NDArray[Any]) -> TensorProto:

@@ -13,8 +13,14 @@ from prune2onnx.packing.calibration.layers import Layer
 _FEWEST_ROWS = 1 << 14
 _EACH = 64  # rows for an input
 _MOST_WORK = 2e11  # products of a moment, for each group
-DAMPING = 0.01
-"""What is added to each input's power, relative to the mean of all."""
+DAMPING = 0.15
+"""What is added to each input's power, relative to the mean of all. With too little, layers fit the
+examples and not the others: on MiniLM with 1,024 pieces of 32 tokens, 0.01 gave 15 % more held-out
+error at equal bits than 0.2; ResNet-20 is alike from 0.01 to 0.2."""
+
+_UNSEEN = 0.3
+"""What each row of a table counts besides the times that it is looked up; of 0, 0.3, 1 and more,
+this gave the least error for MiniLM's tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +91,7 @@ def moments(
 def _frequencies(layer: Layer, indices: Sequence[NDArray[np.generic]]) -> Moments:
     """Of a table: how often each row is looked up; those that never are count a little, too."""
     size = len(layer.weight.rows)
-    counts = np.ones(size)
+    counts = np.full(size, _UNSEEN)
     for found in indices:
         counts += np.bincount(found.reshape(-1).astype(np.int64) % size, minlength=size)
     own = (counts / counts.sum())[None]

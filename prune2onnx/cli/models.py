@@ -173,6 +173,7 @@ def pack(
         target,
         file_nbytes(target),
         as_json,
+        result.errors,
         before=result.nbytes_before,
         notes=result.notes,
         load=result.load and result.load.to_dict(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,15 +39,33 @@ def print_json(content: Any) -> None:
 
 
 def print_weights(
-    rows: tuple[WeightRow, ...], file: Path, nbytes: int, as_json: bool, **facts: Any
+    rows: tuple[WeightRow, ...],
+    file: Path,
+    nbytes: int,
+    as_json: bool,
+    errors: Mapping[str, float] | None = None,
+    **facts: Any,
 ) -> None:
-    """Prints how the weights of a file are stored: a table, or JSON with further facts."""
+    """Prints how the weights of a file are stored: a table, or JSON with further facts.
+
+    Args:
+        rows: the weights.
+        file: that they are in.
+        nbytes: its size.
+        as_json: whether JSON is printed.
+        errors: what lossy packing has changed, by weight.
+        facts: further ones.
+    """
+    errors = errors or {}
     if as_json:
         weights = [row.to_dict() for row in rows]
+        for weight in weights:
+            if weight["name"] in errors:
+                weight["relative_error"] = errors[weight["name"]]
         known = {key: value for key, value in facts.items() if value is not None}
         print_json({"file": str(file), "nbytes": nbytes, **known, "weights": weights})
         return
-    console.print(weights_table(rows, nbytes))
+    console.print(weights_table(rows, nbytes, errors))
     if before := facts.get("before"):
         say(f"{before:,} bytes before, {nbytes:,} now: {before / nbytes:.2f} times smaller")
 
@@ -144,18 +162,22 @@ def weights_progress() -> Iterator[Callable[[str, int, int], None]]:
     shown = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
     task = shown.add_task("", total=None)
     began = said = time.monotonic()
+    before = 0
 
     def tell(name: str, done: int, total: int) -> None:
-        nonlocal said
-        shown.update(task, description=name, completed=done, total=total)
+        nonlocal began, said, before
         now = time.monotonic()
+        if done <= before:  # another pass
+            began = now
+            shown.reset(task)
+        shown.update(task, description=name, completed=done, total=total)
         if not console.is_terminal and now - said >= _LINE_SECONDS:
             said = now
-            left = (now - began) * (total - done) / done
-            say(
-                f"{done / total:4.0%}  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB, "
-                f"about {left:,.0f} s left  {name}"
-            )
+            left = ""
+            if before and done > before:
+                left = f"about {(now - began) * (total - done) / done:,.0f} s left  "
+            say(f"{done / total:4.0%}  {done / 1e6:,.1f} of {total / 1e6:,.1f} MB, {left}{name}")
+        before = done
 
     with shown:
         yield tell

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -23,16 +23,19 @@ if TYPE_CHECKING:  # these import onnxruntime and data sets, which only some ver
 _MOST_ROWS = 1000  # that anyone reads
 
 
-def weights_table(rows: Sequence[WeightRow], nbytes: int | None = None) -> Table:
+def weights_table(
+    rows: Sequence[WeightRow], nbytes: int | None = None, errors: Mapping[str, float] | None = None
+) -> Table:
     """One line per weight, and totals.
 
     Args:
         rows: the weights; if their entropy was measured, columns compare with other forms.
         nbytes: size of the whole file; the rest is graph and decoder.
+        errors: by name, what lossy packing has changed; a column of its own.
     """
     table = Table(title="weights")
     compared = any(row.entropy_nbytes is not None for row in rows)
-    others = ("entropy", "sparse", "zipped") if compared else ()
+    others = ("entropy", "sparse", "zipped") if compared else ("error",) if errors else ()
     headings = ("name", "shape", "type", "density", "codec", "bytes", "bits/weight")
     for heading in (*headings, *others, "why dense"):
         numeric = heading in ("density", "bytes", "bits/weight", *others)
@@ -64,6 +67,8 @@ def weights_table(rows: Sequence[WeightRow], nbytes: int | None = None) -> Table
         if compared:
             forms = (row.entropy_nbytes, row.sparse_nbytes, row.zipped_nbytes)
             cells += ["" if form is None else f"{form:,.0f}" for form in forms]
+        elif errors:
+            cells.append(f"{errors.get(row.name, 0.0):.2%}")
         table.add_row(*cells, Text(printable(row.reason)))
     own = sum(row.nbytes for row in rows)
     blank = [""] * 4

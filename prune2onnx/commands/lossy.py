@@ -67,6 +67,8 @@ class Lossy:
         model: the model, with the same initializers.
         quantized: codes and scale of the weights that have them.
         notes: what was done, in words.
+        errors: by weight: relative error of its layer's outputs on examples; without examples, of
+            the weight.
         goals: one for each budget.
         curve: sizes and errors, from small to large.
     """
@@ -74,6 +76,7 @@ class Lossy:
     model: ModelProto
     quantized: Mapping[str, Quantized]
     notes: tuple[str, ...]
+    errors: Mapping[str, float]
     goals: tuple[Goal, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
 
@@ -138,7 +141,14 @@ def _approximated(
             model, bits=options.bits, prune=options.prune, max_rel_error=options.max_rel_error
         )
         made = made if evaluate is None else replace(made, output_error=evaluate(made.model))
-    return Lossy(made.model, made.quantized, made.notes)
+    return Lossy(made.model, made.quantized, made.notes, _errors(made))
+
+
+def _errors(made: Approximation) -> dict[str, float]:
+    return {
+        row.name: row.relative_error if row.layer_error is None else row.layer_error
+        for row in made.rows
+    }
 
 
 def calibrate(
@@ -218,7 +228,9 @@ class _Calibrated:
                 f"{len(left)} weights were rounded without examples, {left[0]} the first: read by "
                 "several nodes, or by none that is calibrated"
             )
-        return Lossy(made.model, made.quantized, tuple(notes), self._goals(best), curve)
+        return Lossy(
+            made.model, made.quantized, tuple(notes), _errors(made), self._goals(best), curve
+        )
 
     def _check(self) -> None:
         options = self.options
@@ -256,7 +268,7 @@ class _Calibrated:
             pattern=Pattern(fraction, self.options.pattern),
             progress=self._told,
         )
-        found.measure(self.data.error)
+        found.measure(output_error(self.model, self.data.batches[:1]))
         return found
 
     @cached_property

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from onnx import ModelProto
@@ -50,6 +50,7 @@ class PackResult:
         warning: that it takes far more than the dense one, and what to do; "" where it does not.
         goals: one for each budget: a size, an error of the outputs, an accuracy loss.
         curve: as of `commands.lossy.Lossy`.
+        errors: the same; empty where nothing is lost.
     """
 
     rows: tuple[WeightRow, ...]
@@ -60,6 +61,7 @@ class PackResult:
     warning: str = ""
     goals: tuple[Goal, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
+    errors: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def missed(self) -> tuple[Goal, ...]:
@@ -129,9 +131,9 @@ def pack_file(
             notes.append("packing would not make the file smaller; its weights stay dense")
         notes += _size_notes(result, rows, given.nbytes, options.strip)
         files = save(result, target, options.external, source=source)
-    budgets = (made.goals, made.curve) if made is not None else ()
+    lost = (made.goals, made.curve, made.errors) if made is not None else ()
     warning = "" if load is None else load.warning(_advice(load, rows, options.load))
-    return PackResult(rows, tuple(notes), given.nbytes, files, load, warning, *budgets)
+    return PackResult(rows, tuple(notes), given.nbytes, files, load, warning, *lost)
 
 
 def _written(

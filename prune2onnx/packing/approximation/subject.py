@@ -45,6 +45,8 @@ class Approximated:
         nnz: elements that are not zero (for integers: not the zero point).
         relative_error: ||W' - W||_2 / ||W||_2 against the initializer that was given.
         nbytes: estimated bytes in the file: entropy of the codes, codebook, scale, call.
+        layer_error: relative error of the layer's outputs on examples, for what it is given there;
+            None without calibration.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Approximated:
     nnz: int
     relative_error: float
     nbytes: int
+    layer_error: float | None = None
 
     @property
     def size(self) -> int:

@@ -36,7 +36,7 @@ from prune2onnx.packing.calibration.walk import Run, Values, Walk
 from prune2onnx.packing.quantized import MOST_STEPS
 
 Progress = Callable[[str, int, int], None]
-"""Is told a layer's weight, and how many elements of how many are done."""
+"""Is told a layer's weight, and how many bytes of how many are done."""
 
 _ROUNDS = 2  # of choosing codes: their prices are those of the codes before
 _MEASURED = 32  # most layers, or runs of layers, whose influence on the outputs is measured
@@ -139,7 +139,8 @@ class Calibration:
                 candidate = subject.best_at(name, slope)
                 written[name], hows[name] = weight.write(candidate), candidate.how
                 current[name] = _with(tensors[name], written[name].array)
-        total = sum(layer.weight.array.size for layer in self._layers)
+        errors: dict[str, float] = {}
+        total = sum(layer.weight.array.nbytes for layer in self._layers)
         done = 0
         with (
             Walk(subject.model, current, self._batches, self._run) as now,
@@ -153,14 +154,17 @@ class Calibration:
                     found = self._moments(layer, now, original, known)
                     made, bias = self._compressed(layer, found, slope)
                     written[layer.name], hows[layer.name] = made.written, made.how
+                    errors[layer.name] = math.sqrt(max(made.error, 0.0))
                     current[layer.name] = _with(tensors[layer.name], made.written.array)
                     if bias is not None:
                         first = array_of(tensors[layer.bias])
                         biases[layer.bias] = (first + bias.reshape(first.shape)).astype(first.dtype)
                         current[layer.bias] = _with(tensors[layer.bias], biases[layer.bias])
-                    done += layer.weight.array.size
+                    done += layer.weight.array.nbytes
                     self._progress(layer.name, done, total)
-        return subject.result(written, hows, halve=math.inf if slope else 0.0, changed=biases)
+        result = subject.result(written, hows, halve=math.inf if slope else 0.0, changed=biases)
+        rows = (replace(row, layer_error=errors.get(row.name)) for row in result.rows)
+        return replace(result, rows=tuple(rows))
 
     # Layers
 
@@ -227,7 +231,8 @@ class Calibration:
                 stay[group] = found
                 values[group] = refit(target[group], hessian[group], values[group], found)
         if slope is None:
-            return self._as_floats(layer, values)
+            off = np.stack(values) - target
+            return self._as_floats(layer, values, _product(off, hessian, off) / power)
         price = slope * power / self.importance[layer.name]
         step = step_for(np.concatenate([factor.spread for factor in factors]), price)
         # what is left of a pruned weight is larger; a step has at most so many multiples
@@ -246,28 +251,29 @@ class Calibration:
         step = fit / norm if fit > 0 and norm > 0 else step
         rows = layer.as_rows(codes)
         steps = np.full(len(rows), step, np.float32)
-        made = _Made(layer.weight.on_grid(rows, steps), "calibrated grid")
         off = target - whole * step
         error = _product(off, hessian, off) / power
-        return self._cheaper(layer, made, error, slope)
+        made = _Made(layer.weight.on_grid(rows, steps), "calibrated grid", error)
+        return self._cheaper(layer, made, slope)
 
-    def _cheaper(self, layer: Layer, made: _Made, error: float, slope: float) -> _Made:
+    def _cheaper(self, layer: Layer, made: _Made, slope: float) -> _Made:
         """What takes the least error and bits: codes, or more precision than they have."""
         importance = self.importance[layer.name]
         others = [one for one in layer.weight.candidates if one.how not in (*_GRIDS, "codebook")]
         if self._pattern.fraction:
             return made
         best = min(others, key=lambda one: importance * one.error + slope * one.bits)
-        if importance * best.error + slope * best.bits < importance * error + slope * (
-            made.written.bits
-        ):
-            return _Made(layer.weight.write(best), best.how)
+        cost = importance * made.error + slope * made.written.bits
+        if importance * best.error + slope * best.bits < cost:
+            return _Made(layer.weight.write(best), best.how, best.error)
         return made
 
-    def _as_floats(self, layer: Layer, values: Sequence[NDArray[np.float32]]) -> _Made:
+    def _as_floats(
+        self, layer: Layer, values: Sequence[NDArray[np.float32]], error: float
+    ) -> _Made:
         rows = layer.as_rows(np.stack(values))
         array = layer.weight.unfolded(rows).astype(layer.weight.array.dtype)
-        return _Made(replace(self._kept(layer), array=array), "pruned")
+        return _Made(replace(self._kept(layer), array=array), "pruned", error)
 
     def _looked_up(
         self,
@@ -287,11 +293,9 @@ class Calibration:
         for _ in range(_ROUNDS):
             codes = looked_up(first, frequency, step, price, codes)
         rows = layer.as_rows(codes[None])
-        made = _Made(
-            layer.weight.on_grid(rows, np.full(len(rows), step, np.float32)), "calibrated grid"
-        )
         error = float(np.square(first - codes * step).sum(1) @ frequency) / power
-        return self._cheaper(layer, made, error, slope)
+        written = layer.weight.on_grid(rows, np.full(len(rows), step, np.float32))
+        return self._cheaper(layer, _Made(written, "calibrated grid", error), slope)
 
     # Zeros
 
@@ -329,10 +333,11 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """A weight as it is written, and by which encoding."""
+    """A weight as it is written, by which encoding, and the layer's relative squared error."""
 
     written: Written
     how: str
+    error: float = 0.0
 
 
 def _product(a: NDArray[Any], moments: NDArray[np.float64], b: NDArray[Any]) -> float:

@@ -11,7 +11,7 @@ that a bit has to save.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +48,7 @@ class Pattern:
     """Which weights become zero.
 
     Attributes:
-        fraction: of all elements of the layers' weights; 0 for none.
+        fraction: of all elements of the layers' weights, tables aside; 0 for none.
         keep: n of each m neighbouring inputs stay; None: those with the most effect, wherever.
     """
 
@@ -149,7 +149,7 @@ class Calibration:
             for at, layers in self._groups(now):
                 now.advance(at)
                 original.advance(at)
-                known: dict[str, Moments] = {}
+                known: dict[Hashable, Moments] = {}
                 for layer in layers:
                     found = self._moments(layer, now, original, known)
                     made, bias = self._compressed(layer, found, slope)
@@ -181,10 +181,10 @@ class Calibration:
         return found
 
     def _moments(
-        self, layer: Layer, now: Walk, original: Walk, known: dict[str, Moments]
+        self, layer: Layer, now: Walk, original: Walk, known: dict[Hashable, Moments]
     ) -> Moments:
-        key = f"{layer.source}\0{layer.bias != ''}\0{layer.weight.rows.shape}\0{layer.groups}"
-        if key not in known or layer.rows is None:
+        key = layer.view
+        if key not in known:
             known[key] = moments(layer, now.value(layer.source), original.value(layer.source))
         return known[key]
 
@@ -287,7 +287,7 @@ class Calibration:
         if slope is None or not power > 0:
             return _Made(self._kept(layer), "kept")
         price = slope * power / self.importance[layer.name]
-        step = step_for(frequency, price)
+        step = step_for(frequency, price, coarser=1.0)
         step = max(step, float(np.abs(first).max()) / MOST_STEPS)
         codes = np.rint(first / step).astype(np.int16)
         for _ in range(_ROUNDS):
@@ -308,24 +308,23 @@ class Calibration:
         with Walk(self._subject.model, tensors, self._batches, self._run) as walk:
             for at, layers in self._groups(walk):
                 walk.advance(at)
-                known: dict[str, Moments] = {}
+                known: dict[Hashable, Moments] = {}
                 for layer in layers:
                     found = self._moments(layer, walk, walk, known)
-                    effects[layer.name] = self._effects(layer, found)
-        every = np.sort(np.concatenate(list(effects.values())))
+                    if layer.rows is not None:
+                        effects[layer.name] = self._effects(layer, found)
+        every = np.sort(np.concatenate([np.zeros(0, np.float32), *effects.values()]))
+        if not every.size:
+            return {}
         limit = every[min(int(self._pattern.fraction * every.size), every.size - 1)]
         return {name: float((own < limit).mean()) for name, own in effects.items()}
 
     def _effects(self, layer: Layer, found: Moments) -> NDArray[np.float32]:
         """What each weight does to the outputs, as far as others cannot take its place."""
         first = layer.matrices(layer.weight.rows).astype(np.float64)
-        if layer.rows is None:
-            spread, power = found.own[0], float(np.square(first[0]).sum(1) @ found.own[0])
-            effect = np.square(first[0]) * spread[:, None]
-        else:
-            power = _product(first, found.own, first)
-            inverse = np.linalg.inv(found.damped)
-            effect = np.square(first) / np.diagonal(inverse, axis1=1, axis2=2)[:, :, None]
+        power = _product(first, found.own, first)
+        inverse = np.linalg.inv(found.damped)
+        effect = np.square(first) / np.diagonal(inverse, axis1=1, axis2=2)[:, :, None]
         scale = self.importance[layer.name] / power if power > 0 else 0.0
         found_effects: NDArray[np.float32] = (effect * scale).astype(np.float32).reshape(-1)
         return found_effects

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,6 +55,13 @@ class Layer:
     groups: int
     rows: Rows | None
     bias: str = ""
+
+    @property
+    def view(self) -> Hashable:
+        """What two layers have in common if their inputs have the same moments."""
+        how = (self.rows.func, self.rows.args) if isinstance(self.rows, partial) else self.rows
+        size = len(self.weight.array) if self.rows is None else 0
+        return self.source, bool(self.bias), how, size
 
     def matrices(self, rows: NDArray[Any]) -> NDArray[Any]:
         """What has the shape of `Weight.rows`, as [groups, inputs, outputs]."""

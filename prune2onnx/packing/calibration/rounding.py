@@ -21,7 +21,7 @@ from scipy import linalg
 from prune2onnx.packing.approximation.rounding import cheapest, code_bits
 
 _BLOCK = 64  # inputs whose errors are handed on together
-_COARSER = 1.6
+COARSER = 1.6
 """How much coarser steps are than on a fine grid without a price of bits: prices add zeros, and
 that and this together cost least. Tried on ResNet-20 from 0.8 to 2.2: 1.6 to 2.2 are alike."""
 
@@ -56,17 +56,18 @@ class Factor:
         return 1 / np.square(np.diag(self.upper))
 
 
-def step_for(spread: NDArray[np.float64], price: float) -> float:
+def step_for(spread: NDArray[np.float64], price: float, coarser: float = COARSER) -> float:
     """The step at which a bit costs what it saves.
 
     A step s makes an error of s^2 / 12 times the mean of `spread`, for each weight, and halving it
     costs a bit.
 
     Args:
-        spread: `Factor.spread`, of all groups.
+        spread: `Factor.spread`, of all groups; of a table, how often rows are looked up.
         price: the error that a bit has to save.
+        coarser: factor on that step.
     """
-    return _COARSER * math.sqrt(6 * price / math.log(2) / float(spread.mean()))
+    return coarser * math.sqrt(6 * price / math.log(2) / float(spread.mean()))
 
 
 def rounded(

@@ -144,6 +144,9 @@ def test_tables_recurrent_layers_and_attention():
     subject = Calibration(model, batches[:-2], run_all)
     assert set(subject.names) == {"e", "w", "r", "q", "k", "v", "o"}
     made = subject.at(subject.slope(3.5))
+    pruned = Calibration(model, batches[:-2], run_all, pattern=Pattern(0.5)).at(None)
+    zeros = {row.name: 1 - row.nnz / row.size for row in pruned.rows}
+    assert zeros["e"] == 0 and min(zeros[name] for name in "wrqkvo") > 0.2
     assert error(made.model) < error(approximate(model, bits=made.bits).model)
 
 

@@ -125,3 +125,16 @@ def test_a_bias_is_known_where_it_is_the_layers_own():
     weights = {"w": normal(8, 8), "b": normal(8), "v": normal(8, 8), "c": normal(8)}
     made = networks.model(nodes, weights, {"x": (1, 8)}, {"y": None})
     assert [layer.bias for layer in layers_of(Subject(made, None))] == ["b", ""]
+
+
+def test_layers_share_moments_where_they_see_the_same():
+    """Convolutions of one shape and source may have other windows."""
+    nodes = [
+        helper.make_node("Conv", ["x", f"w{n}"], [f"y{n}"], dilations=[d, d], pads=[d] * 4)
+        for n, d in enumerate((1, 2, 1))
+    ]
+    nodes.append(helper.make_node("Sum", ["y0", "y1", "y2"], ["y"]))
+    weights = {f"w{n}": normal(4, 4, 3, 3) for n in range(3)}
+    made = networks.model(nodes, weights, {"x": (1, 4, 9, 9)}, {"y": None})
+    first, second, third = (layer.view for layer in layers_of(Subject(made, None)))
+    assert first == third != second

@@ -235,25 +235,26 @@ class Calibration:
             return self._as_floats(layer, values, _product(off, hessian, off) / power)
         price = slope * power / self.importance[layer.name]
         step = step_for(np.concatenate([factor.spread for factor in factors]), price)
-        # what is left of a pruned weight is larger; a step has at most so many multiples
-        step = max(step, float(max(np.abs(one).max() for one in values)) / MOST_STEPS)
-        codes = np.rint(np.stack(values) / step).astype(np.int16)
+        most = np.stack([np.abs(one).max(0) for one in values])
+        steps = _steps(layer, step, most)
+        codes = np.rint(np.stack(values) / steps[:, None]).astype(np.int16)
         for _ in range(_ROUNDS):
             codes = np.stack(
                 [
-                    rounded(values[group], factor, step, price, codes, stay[group])
+                    rounded(values[group], factor, steps[group], price, codes, stay[group])
                     for group, factor in enumerate(factors)
                 ]
             )
-        whole = codes.astype(np.float64)
-        fit = _product(target, hessian, whole)
-        norm = _product(whole, hessian, whole)
-        step = fit / norm if fit > 0 and norm > 0 else step
         rows = layer.as_rows(codes)
-        steps = np.full(len(rows), step, np.float32)
-        off = target - whole * step
+        whole: NDArray[Any] = codes * steps[:, None].astype(np.float64)
+        if not np.ptp(steps):  # the step that fits best
+            fit = _product(target, hessian, whole)
+            norm = _product(whole, hessian, whole)
+            scale = fit / norm if fit > 0 and norm > 0 else 1.0
+            steps, whole = (steps * scale).astype(np.float32), whole * scale
+        off = target - whole
         error = _product(off, hessian, off) / power
-        made = _Made(layer.weight.on_grid(rows, steps), "calibrated grid", error)
+        made = _Made(layer.weight.on_grid(rows, steps.reshape(-1)), "calibrated grid", error)
         return self._cheaper(layer, made, slope)
 
     def _cheaper(self, layer: Layer, made: _Made, slope: float) -> _Made:
@@ -288,13 +289,12 @@ class Calibration:
             return _Made(self._kept(layer), "kept")
         price = slope * power / self.importance[layer.name]
         step = step_for(frequency, price, coarser=1.0)
-        step = max(step, float(np.abs(first).max()) / MOST_STEPS)
-        codes = np.rint(first / step).astype(np.int16)
+        steps = _steps(layer, step, np.abs(first).max(1)[None])[0]
+        codes = np.rint(first / steps[:, None]).astype(np.int16)
         for _ in range(_ROUNDS):
-            codes = looked_up(first, frequency, step, price, codes)
-        rows = layer.as_rows(codes[None])
-        error = float(np.square(first - codes * step).sum(1) @ frequency) / power
-        written = layer.weight.on_grid(rows, np.full(len(rows), step, np.float32))
+            codes = looked_up(first, frequency, steps, price, codes)
+        error = float(np.square(first - codes * steps[:, None]).sum(1) @ frequency) / power
+        written = layer.weight.on_grid(layer.as_rows(codes[None]), steps)
         return self._cheaper(layer, _Made(written, "calibrated grid", error), slope)
 
     # Zeros
@@ -337,6 +337,28 @@ class _Made:
     written: Written
     how: str
     error: float = 0.0
+
+
+def _steps(layer: Layer, step: float, most: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+    """The step of each output, or of each row of a table: larger where a weight would need it.
+
+    Args:
+        layer: whose.
+        step: that is wanted.
+        most: the largest weight of each, [groups, outputs].
+    """
+    needed = most / MOST_STEPS
+    if (needed <= step).all():
+        return np.full(most.shape, step, np.float32)
+    layout, dtype = layer.weight.role.layout, layer.weight.array.dtype
+    if dtype != np.float32 or layout is None or layout.groups > 1:  # they have one step for all
+        return np.full(most.shape, max(step, float(needed.max())), np.float32)
+    # two bytes each, where they are not too small for that
+    half = np.float16(step) if step > 2.0**-12 else step
+    larger = needed.astype(np.float16) if needed.min() > 2.0**-12 else needed
+    return np.where(needed <= half, half, np.nextafter(larger, larger.dtype.type(np.inf))).astype(
+        np.float32
+    )
 
 
 def _product(a: NDArray[Any], moments: NDArray[np.float64], b: NDArray[Any]) -> float:

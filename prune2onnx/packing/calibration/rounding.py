@@ -73,7 +73,7 @@ def step_for(spread: NDArray[np.float64], price: float, coarser: float = COARSER
 def rounded(
     target: NDArray[np.floating],
     factor: Factor,
-    step: float,
+    steps: NDArray[np.float32],
     price: float,
     codes: NDArray[np.integer],
     stay: NDArray[np.bool_] | None = None,
@@ -83,7 +83,7 @@ def rounded(
     Args:
         target: [inputs, outputs], the weights without any error.
         factor: of the same inputs.
-        step: above 0.
+        steps: of each output, above 0; few are larger than the least, at which bits are priced.
         price: the error that a bit has to save.
         codes: of the whole weight, as far as it is known: bits are those of its histogram.
         stay: weights that may be other than zero; default: all.
@@ -91,16 +91,15 @@ def rounded(
     Returns:
         Of the shape of `target`; deterministic.
     """
-    table = price * code_bits(codes)
+    table = price / float(steps.min()) ** 2 * code_bits(codes)
     found = np.zeros(target.shape, np.int16)
 
     def choose(at: int, here: NDArray[np.float32]) -> NDArray[np.float32]:
-        cost = table * np.float32((factor.upper[at, at] / step) ** 2)
-        code = cheapest(here / np.float32(step), cost)
+        code = cheapest(here / steps, table * np.float32(factor.upper[at, at] ** 2))
         if stay is not None:
             code[~stay[factor.order[at]]] = 0
         found[factor.order[at]] = code
-        return code * np.float32(step)
+        return code * steps
 
     _in_order(target, factor, choose)
     return found
@@ -109,14 +108,14 @@ def rounded(
 def looked_up(
     table: NDArray[np.floating],
     frequency: NDArray[np.float64],
-    step: float,
+    steps: NDArray[np.float32],
     price: float,
     codes: NDArray[np.integer],
 ) -> NDArray[np.int16]:
     """Codes of a table [rows, places], whose rows are looked up so often; as for `rounded`."""
     bits = price * code_bits(codes)
     found = np.empty(table.shape, np.int16)
-    for row, often in enumerate(frequency):
+    for row, (often, step) in enumerate(zip(frequency, steps, strict=True)):
         cost = bits / np.float32(often * step**2)
         found[row] = cheapest((table[row] / step).astype(np.float32), cost)
     return found

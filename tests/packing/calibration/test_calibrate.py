@@ -82,6 +82,22 @@ def test_what_is_made_is_deterministic_and_has_codes():
     assert set(made.quantized) == {"a.w", "b.w", "c.w", "d.w"}
 
 
+def test_an_outlier_makes_its_own_output_coarser_and_no_other():
+    model = convnet()
+    error = output_error(model, HELD)
+    before = calibrated(model, slope=1e-7)
+    (weight,) = (t for t in model.graph.initializer if t.name == "c.w")
+    array = np.frombuffer(weight.raw_data, np.float32).reshape(32, -1).copy()
+    array[3, 7] = 300 * array.std()
+    weight.raw_data = array.tobytes()
+    made = calibrated(model, slope=1e-7)
+    steps = made.quantized["c.w"].scale
+    assert steps.size == 32 and np.sort(steps.reshape(-1))[-1] > 2 * np.median(steps)
+    assert np.sort(steps.reshape(-1))[-2] < 2 * np.median(steps)
+    assert made.bits < before.bits + 1 and output_error(model, HELD)(made.model) < 0.05
+    assert error(before.model) < 0.05
+
+
 def test_biases_take_up_the_difference_of_means():
     model = convnet()
     made = calibrated(model, slope=1e-4)

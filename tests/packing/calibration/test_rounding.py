@@ -22,6 +22,10 @@ def hessian(size: int, correlation: float = 0.8) -> np.ndarray:
     return x.T @ x / len(x) + 1e-3 * np.eye(size)
 
 
+def even(step: float, outputs: int) -> np.ndarray:
+    return np.full(outputs, step, np.float32)
+
+
 def error(weights, target, moments) -> float:
     off = np.asarray(weights, np.float64) - target
     return float(np.einsum("io,ij,jo->", off, moments, off))
@@ -40,14 +44,14 @@ def test_the_factor_is_that_of_the_inverse():
 def test_later_inputs_make_up_for_errors():
     moments, target = hessian(150), RNG.normal(size=(150, 30))
     factor, nothing = Factor.of(moments), np.zeros((150, 30), np.int16)
-    codes = rounded(target, factor, 0.5, 0.0, nothing)
+    codes = rounded(target, factor, even(0.5, 30), 0.0, nothing)
     nearest = np.rint(target / 0.5)
     assert error(codes * 0.5, target, moments) < 0.5 * error(nearest * 0.5, target, moments)
 
 
 def test_without_correlation_weights_are_rounded_to_nearest():
     target = RNG.normal(size=(70, 5))
-    codes = rounded(target, Factor.of(np.eye(70)), 0.25, 0.0, np.zeros((70, 5), np.int16))
+    codes = rounded(target, Factor.of(np.eye(70)), even(0.25, 5), 0.0, np.zeros((70, 5), np.int16))
     assert np.array_equal(codes, np.rint(target.astype(np.float32) / np.float32(0.25)))
 
 
@@ -56,7 +60,7 @@ def test_a_price_saves_bits():
     factor = Factor.of(moments)
     step = step_for(factor.spread, 0.01)
     first = np.rint(target / step).astype(np.int16)
-    free, dear = (rounded(target, factor, step, price, first) for price in (0.0, 0.01))
+    free, dear = (rounded(target, factor, even(step, 40), price, first) for price in (0.0, 0.01))
     assert np.count_nonzero(dear) < np.count_nonzero(free)
     assert error(free * step, target, moments) < error(dear * step, target, moments)
 
@@ -64,14 +68,16 @@ def test_a_price_saves_bits():
 def test_weights_that_may_not_stay_are_zero():
     moments, target = hessian(30), RNG.normal(size=(30, 6))
     stay = RNG.random((30, 6)) < 0.5
-    codes = rounded(target, Factor.of(moments), 0.1, 0.0, np.zeros((30, 6), np.int16), stay)
+    codes = rounded(
+        target, Factor.of(moments), even(0.1, 6), 0.0, np.zeros((30, 6), np.int16), stay
+    )
     assert not codes[~stay].any() and codes[stay].any()
 
 
 def test_rows_that_are_looked_up_often_are_precise():
     table = RNG.normal(size=(200, 20))
     often = np.where(np.arange(200) % 2, 1.0, 0.001) / 100
-    codes = looked_up(table, often, 0.2, 1e-5, np.rint(table / 0.2).astype(np.int16))
+    codes = looked_up(table, often, even(0.2, 200), 1e-5, np.rint(table / 0.2).astype(np.int16))
     off = np.square(table - codes * 0.2).mean(1)
     assert off[1::2].mean() < 0.3 * off[::2].mean()
 

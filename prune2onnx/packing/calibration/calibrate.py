@@ -23,7 +23,7 @@ from prune2onnx.graph.tensors import array_of
 from prune2onnx.packing.approximation.candidates import Written
 from prune2onnx.packing.approximation.subject import Approximation, Subject
 from prune2onnx.packing.calibration.layers import Layer, layers_of
-from prune2onnx.packing.calibration.moments import Moments, moments
+from prune2onnx.packing.calibration.moments import DAMPING, PRUNING, Moments, moments
 from prune2onnx.packing.calibration.rounding import (
     Factor,
     looked_up,
@@ -195,7 +195,7 @@ class Calibration:
         first = layer.matrices(layer.weight.rows).astype(np.float64)
         if layer.rows is None:
             return self._looked_up(layer, first[0], found.own[0], slope), None
-        hessian = found.damped
+        hessian = found.damped(PRUNING if self._pattern.fraction else DAMPING)
         target = first + np.linalg.solve(hessian, (found.cross - found.own) @ first)
         # what the outputs' error is relative to
         power = _product(first, found.own, first)
@@ -323,7 +323,7 @@ class Calibration:
         """What each weight does to the outputs, as far as others cannot take its place."""
         first = layer.matrices(layer.weight.rows).astype(np.float64)
         power = _product(first, found.own, first)
-        inverse = np.linalg.inv(found.damped)
+        inverse = np.linalg.inv(found.damped(PRUNING))
         effect = np.square(first) / np.diagonal(inverse, axis1=1, axis2=2)[:, :, None]
         scale = self.importance[layer.name] / power if power > 0 else 0.0
         found_effects: NDArray[np.float32] = (effect * scale).astype(np.float32).reshape(-1)

@@ -18,6 +18,10 @@ DAMPING = 0.15
 examples and not the others: on MiniLM with 1,024 pieces of 32 tokens, 0.01 gave 15 % more held-out
 error at equal bits than 0.2; ResNet-20 is alike from 0.01 to 0.2."""
 
+PRUNING = 0.01
+"""The same where weights become zero: what is left has to change more. ResNet-20 with 70 % zeros
+loses 4.3 points with 0.15."""
+
 _UNSEEN = 0.3
 """What each row of a table counts besides the times that it is looked up; of 0, 0.3, 1 and more,
 this gave the least error for MiniLM's tokens."""
@@ -40,11 +44,10 @@ class Moments:
     mean: NDArray[np.float64]
     original_mean: NDArray[np.float64]
 
-    @property
-    def damped(self) -> NDArray[np.float64]:
+    def damped(self, part: float = DAMPING) -> NDArray[np.float64]:
         """`own` with a floor under each input's power, so that it can be inverted."""
         power = np.trace(self.own, axis1=1, axis2=2) / self.own.shape[1]
-        least = np.where(power > 0, DAMPING * power, 1.0)
+        least = np.where(power > 0, part * power, 1.0)
         return self.own + least[:, None, None] * np.eye(self.own.shape[1])
 
 

@@ -99,6 +99,10 @@ def pack_file(
             f"--portable and --format {options.form}: such a file has no decoder to write out; "
             "give one of them"
         )
+    if options.curve and not options.lossy:
+        raise RecipeError(
+            "--curve shows what other sizes cost; give --bits, --target-size or --max-error, too"
+        )
     given = read(source, lazily=True)
     normal, is_changed = given.normal, given.is_upgraded
     notes = list(normal.notes)

@@ -346,6 +346,9 @@ def test_a_curve_shows_other_sizes(tmp_path):
         ({"max_drop": 0.1, "data": "inputs"}, "limit the error of the outputs by --max-error"),
         ({"bits": 3, "target_size": 9, "data": "inputs"}, "give one of them"),
         ({"bits": 9, "data": "inputs"}, "expected 1 to 8"),
+        ({"prune": 1.5, "data": "inputs"}, "expected 0 <= D < 1"),
+        ({"max_error": 0.0, "data": "inputs"}, "expected a number above 0"),
+        ({"curve": True, "data": "inputs"}, "--curve shows what other sizes cost"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(options, message, tmp_path):

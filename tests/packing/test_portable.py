@@ -22,7 +22,11 @@ from prune2onnx.packing.unpack import coded, unpack
 from prune2onnx.runtime.folding import folds
 from prune2onnx.runtime.validate import check_weights
 
-FROZEN = sorted(path.name for path in freeze.FOLDER.glob("v[23]-*.onnx"))
+FROZEN = sorted(
+    path.name
+    for path in freeze.FOLDER.glob("v[23]-*.onnx")
+    if not path.name.startswith("v3-staged")  # with matrices in shape, which --portable never has
+)
 
 FOLDED = {
     *("Add", "Cast", "Clip", "Concat", "ConstantOfShape", "Div", "Expand", "Gather", "Identity"),

@@ -20,6 +20,7 @@ from prune2onnx.cli.options import (
 )
 from prune2onnx.cli.output import (
     console,
+    must_meet,
     print_json,
     print_load,
     print_weights,
@@ -27,7 +28,6 @@ from prune2onnx.cli.output import (
     weights_progress,
 )
 from prune2onnx.cli.tables import curve_table, layers_table, shrink_table
-from prune2onnx.errors import BudgetError
 from prune2onnx.runs.defaults import MAX_DROP, MAX_REL_ERROR, Int8Options, PackOptions
 from prune2onnx.shrinking.structure import BLOCK
 
@@ -186,9 +186,7 @@ def pack(
         console.print(curve_table(result.curve))
     for goal in result.goals:
         say(str(goal))
-    if result.missed:
-        missed = "; ".join(map(str, result.missed))
-        raise BudgetError(f"{target}: {missed}; give a larger budget, or more --examples")
+    must_meet(result.missed, target, "give a larger budget, or more --examples")
 
 
 @click.command(cls=GroupedCommand)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from prune2onnx.cli.tables import weights_table
-from prune2onnx.errors import MismatchError, printable
+from prune2onnx.errors import BudgetError, MismatchError, printable
 from prune2onnx.packing.load_cost import Prediction
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.history import Callbacks, Epoch, Step, TrialStart
-from prune2onnx.runs.report import Report
+from prune2onnx.runs.report import Goal, Report
 
 console = Console(stderr=True)
 if not console.is_terminal:  # a log has no width: wide enough that no column is cut
@@ -76,6 +76,16 @@ def print_load(load: Prediction | None, file: Path, warning: str, as_json: bool)
         click.echo(f"prune2onnx: {file}: warning: {warning}", err=True)
     elif load is not None and not as_json:
         say(f"a load takes {load}; prune2onnx validate measures it")
+
+
+def must_meet(missed: Sequence[Goal], file: Path, advice: str) -> None:
+    """Checks that no budget was missed.
+
+    Raises:
+        BudgetError: one was; the text says by how much, and the advice.
+    """
+    if missed:
+        raise BudgetError(f"{file}: {'; '.join(map(str, missed))}; {advice}")
 
 
 def must_fold(report: Report, file: Path) -> None:

@@ -17,7 +17,7 @@ from prune2onnx.cli.options import (
     overrides_of,
     recipe_options,
 )
-from prune2onnx.cli.output import console, must_fold, progress, say
+from prune2onnx.cli.output import console, must_fold, must_meet, progress, say
 from prune2onnx.cli.tables import front_table, report_table, weights_table
 from prune2onnx.errors import BudgetError, Prune2OnnxError, RecipeError
 from prune2onnx.runs.history import Callbacks
@@ -102,12 +102,12 @@ def compress(
     if as_json:
         click.echo(report.to_json(), nl=False)
     must_fold(report, directory / "model.onnx")
-    if report.missed:
-        missed = "; ".join(map(str, report.missed))
-        raise BudgetError(
-            f"{directory / 'model.onnx'}: {missed}; prune longer (--prune-epochs), train the last "
-            "phases longer (--tune-epochs, --quantize-epochs), or set a larger budget"
-        )
+    must_meet(
+        report.missed,
+        directory / "model.onnx",
+        "prune longer (--prune-epochs), train the last phases longer (--tune-epochs, "
+        "--quantize-epochs), or set a larger budget",
+    )
 
 
 def _started(

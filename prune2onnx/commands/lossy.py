@@ -6,7 +6,6 @@ What is tried and in which order; how weights change is in `packing.approximatio
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -16,7 +15,7 @@ from onnx import ModelProto
 
 from prune2onnx.errors import RecipeError
 from prune2onnx.packing.approximation.approximate import approximate, search
-from prune2onnx.packing.approximation.subject import Approximation
+from prune2onnx.packing.approximation.subject import Approximation, check_limits
 from prune2onnx.packing.calibration import budget
 from prune2onnx.packing.calibration.calibrate import Calibration, Pattern
 from prune2onnx.packing.pack import Progress
@@ -24,14 +23,10 @@ from prune2onnx.packing.quantized import Quantized
 from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runs.report import Goal
 from prune2onnx.runtime.calibration import CalibrationData, calibration_data
-from prune2onnx.runtime.compare import output_error
-from prune2onnx.runtime.inputs import Inputs, inputs_of
-from prune2onnx.runtime.session import run_all, session
+from prune2onnx.runtime.compare import output_error, run_all
+from prune2onnx.runtime.inputs import Inputs, random_inputs
 
-_EXAMPLES = 256
-"""Random inputs for a search for the fewest bits; examples, where they have no labels."""
-
-_BATCH = 64  # of them at a time
+_RANDOM = 4  # sets of random inputs, for the error of the outputs
 _START_BITS = 4.0
 _TRIES = 6
 _CURVE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0)
@@ -102,7 +97,7 @@ def changed(
         Prune2OnnxError: the data do not fit, or no trial was within a limit.
     """
     if evaluate is None and options.inputs.data not in (None, "random"):
-        data = calibration_data(model, options.inputs, options.examples, _BATCH)
+        data = calibration_data(model, options.inputs, options.examples)
         return _Calibrated(model, options, data, nbytes_of, progress).result()
     _require_no_examples(options)
     return _approximated(model, options, evaluate)
@@ -131,8 +126,7 @@ def _approximated(
     if options.bits is not None and options.max_rel_error is not None:
         raise RecipeError("--bits and --max-rel-error: give one of them, it determines the other")
     if evaluate is None and options.inputs.data is not None:
-        opened = session(model)
-        inputs = inputs_of(model, opened, options.inputs, count=4, examples=_EXAMPLES)
+        inputs = random_inputs(model, range(_RANDOM), shapes=options.inputs.shapes)
         evaluate = output_error(model, inputs)
     if evaluate is not None and options.max_rel_error is not None:
         made = search(model, evaluate, options.max_rel_error, prune=options.prune)
@@ -236,14 +230,7 @@ class _Calibrated:
         options = self.options
         if options.bits is not None and options.target_size is not None:
             raise RecipeError("--bits and --target-size: give one of them, it determines the other")
-        if options.bits is not None and not 1 <= options.bits <= 8:
-            raise RecipeError(f"{options.bits} bits for each weight, expected 1 to 8")
-        if options.prune is not None and not 0 <= options.prune < 1:
-            raise RecipeError(
-                f"a fraction of {options.prune:g} to prune, expected 0 <= D < 1, such as 0.5"
-            )
-        if self._error is not None and not 0 < self._error < math.inf:
-            raise RecipeError(f"an error of {self._error:g}, expected a number above 0")
+        check_limits(bits=options.bits, prune=options.prune, error=self._error)
         if options.max_drop is not None and self.data.wrong is None:
             raise RecipeError(
                 f"--max-drop {options.max_drop:g} counts wrong labels, and --data "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import onnxruntime as ort
 from onnx import ModelProto
 
 from prune2onnx.data import Data, batches, first, load_data
@@ -15,7 +16,7 @@ from prune2onnx.runtime.compare import error_percent, output_error, scores
 from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of, named_arrays
 from prune2onnx.runtime.session import input_text, session
 
-_PART = 5  # one in so many examples of an archive without splits is held out
+PART = 5  # one in so many examples without splits is held out
 _MOST_HELD_OUT = 512
 
 
@@ -54,10 +55,10 @@ def calibration_data(
     assert options.data is not None
     opened = session(model)
     if named_arrays(options.data, opened) is not None:
-        wanted = examples + min(-(-examples // (_PART - 1)), _MOST_HELD_OUT)
+        wanted = examples + min(-(-examples // (PART - 1)), _MOST_HELD_OUT)
         for each in (size, 1):  # one by one where all are in one batch
             found = inputs_of(model, opened, options, count=0, examples=wanted, batch=each)
-            if len(found) >= _PART:
+            if len(found) >= PART:
                 break
         if len(found) < 2:
             raise Prune2OnnxError(
@@ -68,29 +69,30 @@ def calibration_data(
     if options.shapes:
         raise RecipeError("--input-shape is for random inputs, and --data gives others; give one")
     data = load_data(options.data)
-    held = batches_of(model, data, data.validation, _MOST_HELD_OUT)
+    held = batches_of(opened, data, data.validation, _MOST_HELD_OUT)
     wrong = error_on(data) if len(opened.get_outputs()[0].shape or ()) == 2 else None
     return CalibrationData(
-        batches_of(model, data, data.train, examples),
+        batches_of(opened, data, data.train, examples),
         output_error(model, held),
         wrong,
         len(data.validation),
     )
 
 
-def parted(found: Sequence[Inputs], part: int = _PART) -> tuple[list[Inputs], list[Inputs]]:
-    """Examples to calibrate with, and every so many-th one, the first included, held out."""
-    held = list(found[::part])
-    return [one for at, one in enumerate(found) if at % part] or held, held
+def parted(found: Sequence[Inputs]) -> tuple[list[Inputs], list[Inputs]]:
+    """Examples to calibrate with, and one in `PART`, the first included, held out."""
+    held = list(found[::PART])
+    return [one for at, one in enumerate(found) if at % PART] or held, held
 
 
-def batches_of(model: ModelProto, data: Data, split: MapDataset, examples: int) -> list[Inputs]:
-    """The first examples of a split, in batches, as inputs of a model.
+def batches_of(
+    opened: ort.InferenceSession, data: Data, split: MapDataset, examples: int
+) -> list[Inputs]:
+    """The first examples of a split, in batches, as inputs of a model that is opened.
 
     Raises:
         Prune2OnnxError: the model has several inputs.
     """
-    opened = session(model)
     if len(opened.get_inputs()) > 1:
         raise Prune2OnnxError(
             f"the model's inputs are {input_text(opened)}, and {data.name} has one array of "

@@ -41,17 +41,27 @@ _ROUNDING: dict[int, float] = {
 }
 
 
-def outputs_of(model: onnx.ModelProto, inputs: Sequence[dict[str, NDArray[Any]]]) -> list[Any]:
-    """All outputs of a model for several inputs, in one list.
+def run_all(
+    model: ModelProto | ort.InferenceSession, batches: Sequence[dict[str, NDArray[Any]]]
+) -> list[list[Any]]:
+    """The outputs of a model, or of one that is opened, for each batch of inputs.
 
     Raises:
         Prune2OnnxError: onnxruntime cannot open the model, or fails on the inputs.
     """
-    return _outputs(session(model), inputs)
+    opened = session(model) if isinstance(model, ModelProto) else model
+    return [run_once(opened, each, Path("the model")) for each in batches]
 
 
-def _outputs(opened: ort.InferenceSession, inputs: Sequence[dict[str, NDArray[Any]]]) -> list[Any]:
-    return [out for each in inputs for out in run_once(opened, each, Path("the model"))]
+def outputs_of(
+    model: onnx.ModelProto | ort.InferenceSession, inputs: Sequence[dict[str, NDArray[Any]]]
+) -> list[Any]:
+    """All outputs of a model, or of one that is opened, for several inputs, in one list.
+
+    Raises:
+        Prune2OnnxError: onnxruntime cannot open the model, or fails on the inputs.
+    """
+    return [output for outputs in run_all(model, inputs) for output in outputs]
 
 
 def compared(
@@ -100,7 +110,7 @@ def check_same(
         raise UnrunnableError(str(error)) from error
     require_determined(reference)
     inputs = inputs_of(reference, opened, options, count=2, examples=_COMPARED)
-    wanted = _outputs(opened, inputs)
+    wanted = outputs_of(opened, inputs)
     if not says_something(wanted):
         raise UnrunnableError("its outputs are empty or NaN, so a comparison proves nothing")
     got = outputs_of(model, inputs)
@@ -108,7 +118,7 @@ def check_same(
     try:
         return _compared_all(name, got, wanted, rounding)
     except MismatchError:
-        for again in (_outputs(opened, inputs), outputs_of(reference, inputs)):
+        for again in (outputs_of(opened, inputs), outputs_of(reference, inputs)):
             _require_repeated(name, again, wanted, rounding)
         raise
 

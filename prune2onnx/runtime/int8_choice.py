@@ -21,7 +21,7 @@ from prune2onnx.runs.defaults import (
     Int8Options,
 )
 from prune2onnx.runtime.benchmark import Timing, timings
-from prune2onnx.runtime.calibration import batches_of, error_on, parted
+from prune2onnx.runtime.calibration import PART, batches_of, error_on, parted
 from prune2onnx.runtime.compare import output_error
 from prune2onnx.runtime.inputs import Inputs, inputs_of
 from prune2onnx.runtime.int8 import Int8, quantize_int8
@@ -30,7 +30,6 @@ from prune2onnx.runtime.session import session
 _SECONDS = 1.0
 _FEW = 8  # examples for ranges where only the file's size matters
 _RANDOM = 16  # sets of random inputs
-_HELD_OUT = 5  # one in so many examples without labels measures the error
 _MOST_HELD_OUT = 128
 
 
@@ -79,11 +78,12 @@ def labelled(model: ModelProto, data: Data, options: Int8Options) -> Examples:
     Raises:
         Prune2OnnxError: the model has several inputs.
     """
-    calibration = batches_of(model, data, data.train, options.examples)
+    opened = session(model)
+    calibration = batches_of(opened, data, data.train, options.examples)
     if options.max_rel_error is None:
         allowed = MAX_DROP if options.max_drop is None else options.max_drop
         return Examples(calibration, error_on(data), allowed)
-    held = batches_of(model, data, data.validation, options.examples)
+    held = batches_of(opened, data, data.validation, options.examples)
     return _by_outputs(model, calibration, held, options)
 
 
@@ -108,9 +108,9 @@ def unlabelled(model: ModelProto, inputs: InputOptions, options: Int8Options) ->
             "none; limit the error of the outputs by --max-rel-error"
         )
     found = inputs_of(
-        model, session(model), inputs, count=_RANDOM, examples=options.examples * _HELD_OUT
+        model, session(model), inputs, count=_RANDOM, examples=options.examples * PART
     )
-    others, held = parted(found, _HELD_OUT)
+    others, held = parted(found)
     if inputs.data == "random":  # ranges that a few of them miss would say nothing of the model
         others = found
     return _by_outputs(model, others[: options.examples], held[:_MOST_HELD_OUT], options, inputs)
@@ -173,12 +173,14 @@ def choose(
 
 def all_int8(model: ModelProto, data: Data) -> ModelProto:
     """A model with all its layers in int8, stripped, for its size: its ranges are not exact."""
-    return strip(quantize_int8(model, batches_of(model, data, data.train, _FEW)).model).model
+    return strip(
+        quantize_int8(model, batches_of(session(model), data, data.train, _FEW)).model
+    ).model
 
 
 def int8_error(model: ModelProto, data: Data) -> float:
     """Percent of the validation split that a model gets wrong with all its layers in int8."""
-    taken = batches_of(model, data, data.train, Int8Options.examples)
+    taken = batches_of(session(model), data, data.train, Int8Options.examples)
     return error_on(data)(quantize_int8(model, taken).model)
 
 

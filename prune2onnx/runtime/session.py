@@ -147,16 +147,6 @@ def run(
     return [_array(o) if isinstance(o, ort.OrtValue) else o for o in made]
 
 
-def run_all(model: ModelProto, batches: Sequence[dict[str, NDArray[Any]]]) -> list[list[Any]]:
-    """The outputs of a model for each batch of inputs.
-
-    Raises:
-        Prune2OnnxError: onnxruntime cannot open the model, or fails on the inputs.
-    """
-    opened = session(model)
-    return [run_once(opened, each, Path("the model")) for each in batches]
-
-
 def _in_time(
     opened: ort.InferenceSession, inputs: dict[str, NDArray[Any]], seconds: float
 ) -> Sequence[Any]:

@@ -22,7 +22,7 @@ from dataclasses import replace
 from onnx import ModelProto
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError
-from prune2onnx.packing.approximation.subject import Approximation, Subject
+from prune2onnx.packing.approximation.subject import Approximation, Subject, check_limits
 
 _CORRECTIONS = 3  # codes whose errors cancel take a little more bits than estimated
 _LEAST_BITS, _FIRST_BITS, _MOST_BITS = 0.5, 5.0, 33.0  # of a search; more keeps every weight
@@ -66,9 +66,7 @@ def approximate(
         raise RecipeError("bits and a relative error: give one of them, it determines the other")
     if bits is None and max_rel_error is None and prune is None:
         raise RecipeError("nothing to do: give bits, a fraction to prune or a relative error")
-    if bits is not None and not 1 <= bits <= 8:
-        raise RecipeError(f"{bits} bits for each weight, expected 1 to 8")
-    _check_error(max_rel_error)
+    check_limits(bits=bits, error=max_rel_error)
     subject = Subject(model, prune)
     if bits is not None:
         target = bits
@@ -116,7 +114,7 @@ def search(
         RecipeError: an argument is out of range.
         Prune2OnnxError: no trial was within the limit; or as for `approximate`.
     """
-    _check_error(limit)
+    check_limits(error=limit)
     if evaluations < 2:
         raise RecipeError(f"{evaluations} evaluations, expected 2 or more")
     subject = Subject(model, prune)
@@ -153,8 +151,3 @@ def search(
             f"weight, expected at most {limit:.3g}; allow a larger error, or prune less"
         )
     return min(within, key=lambda made: made.nbytes)
-
-
-def _check_error(error: float | None) -> None:
-    if error is not None and not 0 < error < math.inf:
-        raise RecipeError(f"a relative error of {error}, expected a number above 0, such as 0.01")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -114,12 +114,27 @@ class Approximation:
         return tuple(notes)
 
 
+def check_limits(
+    *, bits: float | None = None, prune: float | None = None, error: float | None = None
+) -> None:
+    """Makes sure that what is asked for is in range.
+
+    Raises:
+        RecipeError: it is not.
+    """
+    if bits is not None and not 1 <= bits <= 8:
+        raise RecipeError(f"{bits} bits for each weight, expected 1 to 8")
+    if prune is not None and not 0 <= prune < 1:
+        raise RecipeError(f"a fraction of {prune} to prune, expected 0 <= D < 1, such as 0.5")
+    if error is not None and not 0 < error < math.inf:
+        raise RecipeError(f"a relative error of {error}, expected a number above 0, such as 0.01")
+
+
 class Subject:
     """A model that is being approximated: its weights, pruned, with their candidate encodings."""
 
     def __init__(self, model: ModelProto, prune: float | None) -> None:
-        if prune is not None and not 0 <= prune < 1:
-            raise RecipeError(f"a fraction of {prune} to prune, expected 0 <= D < 1, such as 0.5")
+        check_limits(prune=prune)
         if is_packed(model):
             raise Prune2OnnxError("the model is packed; unpack it before it is approximated")
         self.model = model
@@ -206,13 +221,28 @@ class Subject:
         self, evaluate: Callable[[ModelProto], float], chosen: Mapping[str, Candidate]
     ) -> None:
         """Sets each weight's importance by how much its error alone changes the outputs."""
-        for name, candidate in chosen.items():
-            if not candidate.error:
-                continue
-            alone = {other: self.weights[other].candidates[-1] for other in chosen}
-            error = float(evaluate(self.rounded(alone | {name: candidate}, halve=0.0).model))
-            if math.isfinite(error):
-                self.importance[name] = max(error**2, 1e-12) / candidate.error
+        each = ({name: candidate} for name, candidate in chosen.items())
+        for run, squared, own in self.alone(evaluate, each):
+            self.importance |= dict.fromkeys(run, max(squared, 1e-12) / own)
+
+    def alone(
+        self, evaluate: Callable[[ModelProto], float], runs: Iterable[Mapping[str, Candidate]]
+    ) -> Iterator[tuple[Mapping[str, Candidate], float, float]]:
+        """What some weights change while all others stay.
+
+        Args:
+            evaluate: a model -> the relative error of its outputs.
+            runs: the weights that change together, and how.
+
+        Yields:
+            A run that has errors, the squared error of the outputs, and that of its weights.
+        """
+        kept = {name: weight.candidates[-1] for name, weight in self.weights.items()}
+        for run in runs:
+            if own := sum(candidate.error for candidate in run.values()):
+                error = float(evaluate(self.rounded({**kept, **run}, halve=0.0).model))
+                if math.isfinite(error):
+                    yield run, error**2, own
 
     # Writing
 

@@ -1,8 +1,8 @@
 """A trained network compressed with a few examples, without training, layer by layer.
 
 Each layer sees what the compressed layers before it hand on, and aims at what the original layer
-gave for the original inputs: W* is the least-squares solution of X~ W* = X W (a refit, which makes
-up for the errors before it), and W* is then rounded, or pruned, one input after the other
+gave for the original inputs: W* is the least-squares solution of X~ W* = X W (a refit, which
+compensates for the errors before it), and W* is then rounded, or pruned, one input after the other
 (`rounding`). A bias takes up the difference of means. How much error a layer may add is one slope
 for all layers, as without data (`approximation`): the relative squared error of a layer's outputs
 that a bit has to save.
@@ -11,14 +11,15 @@ that a bit has to save.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto
 
+from prune2onnx.graph.protobuf import tensor as stored
 from prune2onnx.graph.tensors import array_of
 from prune2onnx.packing.approximation.candidates import Written
 from prune2onnx.packing.approximation.subject import Approximation, Subject
@@ -33,10 +34,8 @@ from prune2onnx.packing.calibration.rounding import (
     step_for,
 )
 from prune2onnx.packing.calibration.walk import Run, Values, Walk
+from prune2onnx.packing.pack import Progress
 from prune2onnx.packing.quantized import MOST_STEPS
-
-Progress = Callable[[str, int, int], None]
-"""Is told a layer's weight, and how many bytes of how many are done."""
 
 _ROUNDS = 2  # of choosing codes: their prices are those of the codes before
 _MEASURED = 32  # most layers, or runs of layers, whose influence on the outputs is measured
@@ -83,7 +82,6 @@ class Calibration:
         self._batches, self._run, self._progress = batches, run, progress
         self._pattern = pattern or Pattern()
         self._layers = layers_of(self._subject)
-        self.importance = dict.fromkeys(self._subject.weights, 1.0)
         self._fractions: dict[str, float] = {}
 
     @property
@@ -94,7 +92,7 @@ class Calibration:
     def measure(self, evaluate: Callable[[ModelProto], float], bits: float = 3.5) -> None:
         """Compares how much errors of each weight change the outputs, for slopes.
 
-        Errors of early layers are made up for by later ones in part, which a measurement of each
+        Later layers compensate for errors of early ones in part, which a measurement of each
         alone does not see: so the importance is the geometric mean of what is measured and of 1.
 
         Args:
@@ -103,20 +101,18 @@ class Calibration:
         """
         subject = self._subject
         chosen = subject.within(bits)
-        each = -(-len(chosen) // _MEASURED)
-        names = [layer.name for layer in self._layers]
-        names += [name for name in chosen if name not in names]
-        kept = {name: weight.candidates[-1] for name, weight in subject.weights.items()}
-        for begin in range(0, len(names), max(each, 1)):
-            run = {name: chosen[name] for name in names[begin : begin + each]}
-            own = sum(candidate.error for candidate in run.values())
-            error = float(evaluate(subject.rounded(kept | run, halve=0.0).model)) if own else 0.0
-            if own and math.isfinite(error) and error > 0:
-                self.importance |= dict.fromkeys(run, math.sqrt(error**2 / own))
+        each = max(1, -(-len(chosen) // _MEASURED))
+        names = list(dict.fromkeys([*self.names, *chosen]))
+        runs = (
+            {name: chosen[name] for name in names[begin : begin + each]}
+            for begin in range(0, len(names), each)
+        )
+        for run, squared, own in subject.alone(evaluate, runs):
+            if squared > 0:
+                subject.importance |= dict.fromkeys(run, math.sqrt(squared / own))
 
     def slope(self, bits: float) -> float:
         """About the slope at which weights take so many bits each."""
-        self._subject.importance = self.importance
         return self._subject.slope_for(bits)
 
     def at(self, slope: float | None) -> Approximation:
@@ -125,7 +121,6 @@ class Calibration:
         Deterministic for the same batches.
         """
         subject = self._subject
-        subject.importance = self.importance
         written: dict[str, Written] = {}
         hows: dict[str, str] = {}
         biases: dict[str, NDArray[Any]] = {}
@@ -146,22 +141,17 @@ class Calibration:
             Walk(subject.model, current, self._batches, self._run) as now,
             Walk(subject.model, tensors, self._batches, self._run) as original,
         ):
-            for at, layers in self._groups(now):
-                now.advance(at)
-                original.advance(at)
-                known: dict[Hashable, Moments] = {}
-                for layer in layers:
-                    found = self._moments(layer, now, original, known)
-                    made, bias = self._compressed(layer, found, slope)
-                    written[layer.name], hows[layer.name] = made.written, made.how
-                    errors[layer.name] = math.sqrt(max(made.error, 0.0))
-                    current[layer.name] = _with(tensors[layer.name], made.written.array)
-                    if bias is not None:
-                        first = array_of(tensors[layer.bias])
-                        biases[layer.bias] = (first + bias.reshape(first.shape)).astype(first.dtype)
-                        current[layer.bias] = _with(tensors[layer.bias], biases[layer.bias])
-                    done += layer.weight.array.nbytes
-                    self._progress(layer.name, done, total)
+            for layer, found in self._visited(now, original):
+                made, bias = self._compressed(layer, found, slope)
+                written[layer.name], hows[layer.name] = made.written, made.how
+                errors[layer.name] = math.sqrt(max(made.error, 0.0))
+                current[layer.name] = _with(tensors[layer.name], made.written.array)
+                if bias is not None:
+                    first = array_of(tensors[layer.bias])
+                    biases[layer.bias] = (first + bias.reshape(first.shape)).astype(first.dtype)
+                    current[layer.bias] = _with(tensors[layer.bias], biases[layer.bias])
+                done += layer.weight.array.nbytes
+                self._progress(layer.name, done, total)
         result = subject.result(written, hows, halve=math.inf if slope else 0.0, changed=biases)
         rows = (replace(row, layer_error=errors.get(row.name)) for row in result.rows)
         return replace(result, rows=tuple(rows))
@@ -180,13 +170,17 @@ class Calibration:
             found.append((at, inside))
         return found
 
-    def _moments(
-        self, layer: Layer, now: Walk, original: Walk, known: dict[Hashable, Moments]
-    ) -> Moments:
-        key = layer.view
-        if key not in known:
-            known[key] = moments(layer, now.value(layer.source), original.value(layer.source))
-        return known[key]
+    def _visited(self, now: Walk, original: Walk) -> Iterator[tuple[Layer, Moments]]:
+        """Each layer when its inputs are there, with their moments."""
+        for at, layers in self._groups(now):
+            now.advance(at)
+            original.advance(at)
+            known: dict[Hashable, Moments] = {}
+            for layer in layers:
+                if layer.view not in known:
+                    values = (walk.value(layer.source) for walk in (now, original))
+                    known[layer.view] = moments(layer, *values)
+                yield layer, known[layer.view]
 
     def _compressed(
         self, layer: Layer, found: Moments, slope: float | None
@@ -233,7 +227,7 @@ class Calibration:
         if slope is None:
             off = np.stack(values) - target
             return self._as_floats(layer, values, _product(off, hessian, off) / power)
-        price = slope * power / self.importance[layer.name]
+        price = slope * power / self._subject.importance[layer.name]
         step = step_for(np.concatenate([factor.spread for factor in factors]), price)
         most = np.stack([np.abs(one).max(0) for one in values])
         steps = _steps(layer, step, most)
@@ -259,10 +253,10 @@ class Calibration:
 
     def _cheaper(self, layer: Layer, made: _Made, slope: float) -> _Made:
         """What takes the least error and bits: codes, or more precision than they have."""
-        importance = self.importance[layer.name]
-        others = [one for one in layer.weight.candidates if one.how not in (*_GRIDS, "codebook")]
         if self._pattern.fraction:
             return made
+        importance = self._subject.importance[layer.name]
+        others = [one for one in layer.weight.candidates if one.how not in (*_GRIDS, "codebook")]
         best = min(others, key=lambda one: importance * one.error + slope * one.bits)
         cost = importance * made.error + slope * made.written.bits
         if importance * best.error + slope * best.bits < cost:
@@ -287,7 +281,7 @@ class Calibration:
         power = float(np.square(first).sum(1) @ frequency)
         if slope is None or not power > 0:
             return _Made(self._kept(layer), "kept")
-        price = slope * power / self.importance[layer.name]
+        price = slope * power / self._subject.importance[layer.name]
         step = step_for(frequency, price, coarser=1.0)
         steps = _steps(layer, step, np.abs(first).max(1)[None])[0]
         codes = np.rint(first / steps[:, None]).astype(np.int16)
@@ -306,13 +300,9 @@ class Calibration:
         tensors = {tensor.name: tensor for tensor in self._subject.model.graph.initializer}
         effects: dict[str, NDArray[np.float32]] = {}
         with Walk(self._subject.model, tensors, self._batches, self._run) as walk:
-            for at, layers in self._groups(walk):
-                walk.advance(at)
-                known: dict[Hashable, Moments] = {}
-                for layer in layers:
-                    found = self._moments(layer, walk, walk, known)
-                    if layer.rows is not None:
-                        effects[layer.name] = self._effects(layer, found)
+            for layer, found in self._visited(walk, walk):
+                if layer.rows is not None:
+                    effects[layer.name] = self._effects(layer, found)
         every = np.sort(np.concatenate([np.zeros(0, np.float32), *effects.values()]))
         if not every.size:
             return {}
@@ -325,7 +315,7 @@ class Calibration:
         power = _product(first, found.own, first)
         inverse = np.linalg.inv(found.damped(PRUNING))
         effect = np.square(first) / np.diagonal(inverse, axis1=1, axis2=2)[:, :, None]
-        scale = self.importance[layer.name] / power if power > 0 else 0.0
+        scale = self._subject.importance[layer.name] / power if power > 0 else 0.0
         found_effects: NDArray[np.float32] = (effect * scale).astype(np.float32).reshape(-1)
         return found_effects
 
@@ -368,9 +358,7 @@ def _product(a: NDArray[Any], moments: NDArray[np.float64], b: NDArray[Any]) -> 
 
 def _with(tensor: TensorProto, array: NDArray[Any]) -> TensorProto:
     """An initializer with other values."""
-    made = numpy_helper.from_array(np.ascontiguousarray(array), tensor.name)
-    made.data_type = tensor.data_type
-    return made
+    return stored(tensor.name, array, tensor.data_type)
 
 
 def _chosen(

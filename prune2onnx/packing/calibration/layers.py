@@ -169,6 +169,16 @@ def states_of(node: NodeProto) -> str:
     return node.output[0] if node.output and node.output[0] else f"{node.name}{_LOST}"
 
 
+def with_states(node: NodeProto) -> NodeProto:
+    """A node; a recurrent one has a name for all of its states."""
+    if node.op_type not in _RECURRENT or (node.output and node.output[0]):
+        return node
+    named = NodeProto()
+    named.CopyFrom(node)
+    named.output[:] = [states_of(node), *node.output[1:]]
+    return named
+
+
 def _last(x: NDArray[Any], picked: Picked) -> NDArray[np.float32]:
     flat = x.reshape(-1, x.shape[-1])
     return flat[picked(len(flat))][:, None]

@@ -1,4 +1,4 @@
-"""Rounding a layer's weights one input after the other, so that later ones make up for the errors.
+"""Rounding a layer's weights one input after the other; later ones compensate for the errors.
 
 The error of a layer's outputs is sum_o e_o' H e_o for errors e_o of the weights of output o, with H
 the second moments of its inputs. With the Cholesky factor U of H's inverse, H^-1 = U' U, it is the
@@ -124,7 +124,7 @@ def looked_up(
 def pruned(
     target: NDArray[np.floating], factor: Factor, chosen: Chosen, block: int = 2 * _BLOCK
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """The weights with zeros, and others that make up for them.
+    """The weights with zeros, and others that compensate for them.
 
     Args:
         target: [inputs, outputs].

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, TensorProto, helper
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.protobuf import copy_but
 from prune2onnx.graph.walk import used_in
-from prune2onnx.packing.calibration.layers import states_of
+from prune2onnx.packing.calibration.layers import with_states
 
 Values = dict[str, NDArray[Any]]
 
@@ -70,11 +70,6 @@ class Walk:
         self._folder.cleanup()
 
     @property
-    def at(self) -> int:
-        """The place of the next node."""
-        return self._at
-
-    @property
     def makers(self) -> dict[str, int]:
         """The place of the node that makes each value; inputs are not in it."""
         return {name: at for at, node in enumerate(self._nodes) for name in node.output if name}
@@ -123,7 +118,7 @@ class Walk:
         return found
 
     def _piece(self, begin: int, end: int, wanted: Collection[str]) -> ModelProto:
-        nodes = [_with_states(node) for node in self._nodes[begin:end]]
+        nodes = [with_states(node) for node in self._nodes[begin:end]]
         used = used_in(nodes) - {name for node in nodes for name in node.output}
         piece = ModelProto()
         copy_but(piece, self._model, "graph")
@@ -155,13 +150,3 @@ class Walk:
             Path(value.filename).unlink(missing_ok=True)
         else:
             self._held -= value.nbytes
-
-
-def _with_states(node: NodeProto) -> NodeProto:
-    """A node; a recurrent one has a name for all of its states."""
-    if node.op_type not in ("GRU", "LSTM", "RNN") or (node.output and node.output[0]):
-        return node
-    named = NodeProto()
-    named.CopyFrom(node)
-    named.output[:] = [states_of(node), *node.output[1:]]
-    return named

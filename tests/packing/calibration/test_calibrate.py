@@ -14,8 +14,7 @@ from prune2onnx.packing.approximation.approximate import approximate
 from prune2onnx.packing.calibration.budget import Trial, of_bits, of_error, of_size, search
 from prune2onnx.packing.calibration.calibrate import Calibration, Pattern
 from prune2onnx.packing.quantized import Quantized
-from prune2onnx.runtime.compare import output_error
-from prune2onnx.runtime.session import run_all
+from prune2onnx.runtime.compare import output_error, run_all
 
 
 def convnet(seed: int = 0):

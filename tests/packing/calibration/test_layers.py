@@ -7,7 +7,7 @@ from onnx import helper
 
 from prune2onnx.packing.approximation.subject import Subject
 from prune2onnx.packing.calibration.layers import layers_of
-from prune2onnx.runtime.session import run_all
+from prune2onnx.runtime.compare import run_all
 
 RNG = np.random.default_rng(0)
 

@@ -41,7 +41,7 @@ def test_the_factor_is_that_of_the_inverse():
     assert np.array_equal(Factor.of(moments, in_order=True).order, np.arange(40))
 
 
-def test_later_inputs_make_up_for_errors():
+def test_later_inputs_compensate_for_errors():
     moments, target = hessian(150), RNG.normal(size=(150, 30))
     factor, nothing = Factor.of(moments), np.zeros((150, 30), np.int16)
     codes = rounded(target, factor, even(0.5, 30), 0.0, nothing)

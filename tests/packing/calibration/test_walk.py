@@ -7,8 +7,9 @@ from onnx import helper, numpy_helper
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.packing.calibration import walk as walks
+from prune2onnx.packing.calibration.layers import states_of
 from prune2onnx.packing.calibration.walk import Walk
-from prune2onnx.runtime.session import run_all
+from prune2onnx.runtime.compare import run_all
 
 RNG = np.random.default_rng(0)
 
@@ -70,7 +71,7 @@ def test_states_of_a_recurrent_layer_without_that_output():
     x = RNG.normal(size=(7, 2, 6)).astype(np.float32)
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     with Walk(model, tensors, [{"x": x}], run_all) as walk:
-        (states,) = walk.value(walks.states_of(node))
+        (states,) = walk.value(states_of(node))
     (outputs,) = run_all(model, [{"x": x}])
     assert states.shape == (7, 1, 2, 5)
     np.testing.assert_allclose(states[-1], outputs[0], atol=1e-6)

@@ -151,6 +151,7 @@ def interrupted(
     running = process(verb.start(folder), temporaries)
     time.sleep(moment)
     if running.poll() is not None:
+        running.communicate()  # closes its pipe
         return []
     begun = time.monotonic()
     os.killpg(running.pid, signal.SIGINT)

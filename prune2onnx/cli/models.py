@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ _external = click.option(
 )
 @click.option("--bits", type=float, help="lossy: about so many bits per weight on average, 1 to 8")
 @click.option(
+    "--compute",
+    type=choice_of(PackOptions, "compute"),
+    default=PackOptions.compute,
+    show_default=True,
+    help="lossy: what matrices and tables are while a session runs. int8: activations are rounded, "
+    "too; int8-weights and int4: kernels of onnxruntime that read narrow weights; auto: what is "
+    "fastest on this machine, with at most --max-error, or 5 %",
+)
+@click.option(
     "--prune",
     type=Pruned(),
     help="lossy: fraction of the weights to make zero, 0 to 1; with --data also N:M, N of M "
@@ -120,6 +130,7 @@ def pack(
     anonymize: bool,
     portable: bool,
     bits: float | None,
+    compute: Any,
     prune: float | tuple[int, int] | None,
     max_rel_error: float | None,
     target_size: int | None,
@@ -141,6 +152,7 @@ def pack(
     prune2onnx pack model.onnx small.onnx
     prune2onnx pack model.onnx small.onnx --bits 6
     prune2onnx pack model.onnx small.onnx --data folder:images --max-error 5%
+    prune2onnx pack model.onnx small.onnx --compute int8 --bits 5
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
     from prune2onnx.commands.pack import pack_file
     from prune2onnx.graph.file import file_nbytes
@@ -163,6 +175,7 @@ def pack(
         external=external,
         anonymize=anonymize,
         portable=portable,
+        compute=compute,
     )
     with weights_progress() as progress:
         result = pack_file(source, target, options, progress=progress)
@@ -180,6 +193,7 @@ def pack(
         load_warning=result.warning or None,
         goals=[goal.to_dict() for goal in result.goals] or None,
         curve=[point.to_dict() for point in result.curve] or None,
+        layers=[asdict(layer) for layer in result.layers] or None,
     )
     print_load(result.load, target, result.warning, as_json)
     if result.curve and not as_json:

@@ -13,6 +13,7 @@ from typing import Any
 
 from onnx import ModelProto
 
+from prune2onnx.commands.computing import Computing
 from prune2onnx.errors import RecipeError
 from prune2onnx.packing.approximation.approximate import approximate, search
 from prune2onnx.packing.approximation.subject import Approximation, check_limits
@@ -29,6 +30,7 @@ from prune2onnx.runtime.inputs import Inputs, random_inputs
 _RANDOM = 4  # sets of random inputs, for the error of the outputs
 _START_BITS = 4.0
 _TRIES = 6
+_NO_PRICE = 2.0**-60  # slope at which bits cost nothing
 _CURVE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0)
 """Octaves from the slope that was chosen, for a curve of size against error."""
 
@@ -80,6 +82,7 @@ def changed(
     model: ModelProto,
     options: PackOptions,
     nbytes_of: Callable[[Approximation], int],
+    computing: Computing,
     evaluate: Callable[[ModelProto], float] | None = None,
     progress: Progress = lambda name, done, total: None,
 ) -> Lossy:
@@ -89,6 +92,7 @@ def changed(
         model: normalized.
         options: which weights may change how far.
         nbytes_of: size of the file with some weights.
+        computing: what its layers compute in.
         evaluate: a model -> the outputs' error, for a search without calibration.
         progress: is told how far a pass of calibration has come.
 
@@ -98,9 +102,9 @@ def changed(
     """
     if evaluate is None and options.inputs.data not in (None, "random"):
         data = calibration_data(model, options.inputs, options.examples)
-        return _Calibrated(model, options, data, nbytes_of, progress).result()
+        return _Calibrated(model, options, data, nbytes_of, computing, progress).result()
     _require_no_examples(options)
-    return _approximated(model, options, evaluate)
+    return _approximated(model, options, computing, evaluate)
 
 
 def _require_no_examples(options: PackOptions) -> None:
@@ -121,7 +125,10 @@ def _require_no_examples(options: PackOptions) -> None:
 
 
 def _approximated(
-    model: ModelProto, options: PackOptions, evaluate: Callable[[ModelProto], float] | None
+    model: ModelProto,
+    options: PackOptions,
+    computing: Computing,
+    evaluate: Callable[[ModelProto], float] | None,
 ) -> Lossy:
     if options.bits is not None and options.max_rel_error is not None:
         raise RecipeError("--bits and --max-rel-error: give one of them, it determines the other")
@@ -129,12 +136,24 @@ def _approximated(
         inputs = random_inputs(model, range(_RANDOM), shapes=options.inputs.shapes)
         evaluate = output_error(model, inputs)
     if evaluate is not None and options.max_rel_error is not None:
-        made = search(model, evaluate, options.max_rel_error, prune=options.prune)
+        made = search(
+            model,
+            evaluate,
+            options.max_rel_error,
+            form=computing.model_of,
+            prune=options.prune,
+            on_grids=computing.on_grids,
+        )
     else:
         made = approximate(
-            model, bits=options.bits, prune=options.prune, max_rel_error=options.max_rel_error
+            model,
+            bits=options.bits,
+            prune=options.prune,
+            max_rel_error=options.max_rel_error,
+            on_grids=computing.on_grids,
         )
-        made = made if evaluate is None else replace(made, output_error=evaluate(made.model))
+        if evaluate is not None:
+            made = replace(made, output_error=evaluate(computing.model_of(made)))
     return Lossy(made.model, made.quantized, made.notes, _errors(made))
 
 
@@ -179,7 +198,8 @@ def calibrate(
     if not options.lossy:
         raise RecipeError("nothing to do: give bits, a fraction to prune or a largest error")
     data = CalibrationData(list(batches), output_error(model, list(held_out)))
-    return _Calibrated(model, options, data, lambda made: made.nbytes).result()
+    computing = Computing(model, options)
+    return _Calibrated(model, options, data, lambda made: made.nbytes, computing).result()
 
 
 @dataclass
@@ -190,6 +210,7 @@ class _Calibrated:
     options: PackOptions
     data: CalibrationData
     nbytes_of: Callable[[Approximation], int]
+    computing: Computing
     progress: Progress = lambda name, done, total: None
     _pass: int = field(default=0, init=False)
     _last: tuple[float, Approximation] | None = field(default=None, init=False)
@@ -198,8 +219,8 @@ class _Calibrated:
         options, data = self.options, self.data
         self._check()
         goals = self._budgets()
-        if not goals:  # only zeros
-            tried = [self._trial(0.0)]
+        if not goals:  # only zeros, or only blocks
+            tried = [self._trial(_NO_PRICE if self.computing.in_blocks else 0.0)]
         else:
             start = self._calibration.slope(options.bits or _START_BITS)
             tried = budget.search(self._trial, start, goals[0], _TRIES)
@@ -253,6 +274,8 @@ class _Calibrated:
             self.data.batches,
             run_all,
             pattern=Pattern(fraction, self.options.pattern),
+            on_grids=self.computing.on_grids,
+            in_blocks=self.computing.in_blocks,
             progress=self._told,
         )
         found.measure(output_error(self.model, self.data.batches[:1]))
@@ -275,9 +298,9 @@ class _Calibrated:
         made = self._made(slope)
         sized = self.options.target_size is not None or self.options.curve
         nbytes = self.nbytes_of(made) if sized else made.nbytes
-        wrong = self.data.wrong
-        drop = None if wrong is None else wrong(made.model) - self._wrong
-        return budget.Trial(slope, made.bits, nbytes, self.data.error(made.model), drop)
+        wrong, model = self.data.wrong, self.computing.model_of(made)
+        drop = None if wrong is None else wrong(model) - self._wrong
+        return budget.Trial(slope, made.bits, nbytes, self.data.error(model), drop)
 
     def _told(self, name: str, done: int, total: int) -> None:
         self.progress(f"calibrating, pass {self._pass}: {name}", done, total)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from onnx import ModelProto
 
+from prune2onnx.commands.computing import Computing
 from prune2onnx.commands.lossy import CurvePoint, Lossy, changed
 from prune2onnx.commands.source import read
 from prune2onnx.errors import RecipeError
@@ -22,10 +23,10 @@ from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.approximation.subject import Approximation
+from prune2onnx.packing.compute.narrow import Layer, Narrowed, narrowed
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter
 from prune2onnx.packing.pack import Load, Progress, pack_normalized
-from prune2onnx.packing.quantized import Quantized
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runs.report import Goal
@@ -51,6 +52,7 @@ class PackResult:
         goals: one for each budget: a size, an error of the outputs, an accuracy loss.
         curve: as of `commands.lossy.Lossy`.
         errors: the same; empty where nothing is lost.
+        layers: what each matrix computes in; empty unless it was asked for.
     """
 
     rows: tuple[WeightRow, ...]
@@ -62,6 +64,7 @@ class PackResult:
     goals: tuple[Goal, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
+    layers: tuple[Layer, ...] = ()
 
     @property
     def missed(self) -> tuple[Goal, ...]:
@@ -114,36 +117,41 @@ def pack_file(
     if is_changed:
         _, note = compared(source.name, normal.model, given.unpacked, options.inputs)
         notes += note or ["onnxruntime gives equal outputs before and after"]
-    elif options.inputs.data is not None and not options.lossy:
+    elif options.inputs.data is not None and not options.lossy and options.compute == "float32":
         notes.append("nothing changes the outputs, so --data was not used")
     if options.strip:
         normal = replace(normal, model=strip(normal.model).model)
-    quantized: Mapping[str, Quantized] | None = None
+    computing = Computing(normal.model, options)
     made: Lossy | None = None
-    if options.lossy:
+    if options.lossy or computing.calibrates:
 
         def size_of(some: Approximation) -> int:
-            own = replace(normal, model=some.model)
-            return nbytes(_written(own, options, some.quantized, check=False)[0])
+            form = computing.of(some)
+            own = replace(normal, model=form.model)
+            return nbytes(_written(own, options, form, check=False)[0])
 
-        made = changed(normal.model, options, size_of, evaluate, progress)
-        normal, quantized = replace(normal, model=made.model), made.quantized
+        made = changed(normal.model, options, size_of, computing, evaluate, progress)
+        form = narrowed(made.model, computing.compute, made.quantized)
         notes += made.notes
+    else:
+        form = computing.plain()
+    notes += [*form.notes, *computing.notes]
+    normal = replace(normal, model=form.model)
     with _spill(target, nbytes(normal.model)) as spill:
-        result, rows, load = _written(normal, options, quantized, progress=progress, spill=spill)
+        result, rows, load = _written(normal, options, form, progress=progress, spill=spill)
         if options.form == "packed" and not is_packed(result):
             notes.append("packing would not make the file smaller; its weights stay dense")
         notes += _size_notes(result, rows, given.nbytes, options.strip)
         files = save(result, target, options.external, source=source)
-    lost = (made.goals, made.curve, made.errors) if made is not None else ()
+    lost = (made.goals, made.curve, made.errors) if made is not None else ((), (), {})
     warning = "" if load is None else load.warning(_advice(load, rows, options.load))
-    return PackResult(rows, tuple(notes), given.nbytes, files, load, warning, *lost)
+    return PackResult(rows, tuple(notes), given.nbytes, files, load, warning, *lost, form.layers)
 
 
 def _written(
     normal: Rewritten,
     options: PackOptions,
-    quantized: Mapping[str, Quantized] | None,
+    form: Narrowed,
     *,
     check: bool = True,
     progress: Progress = lambda name, done, total: None,
@@ -157,7 +165,8 @@ def _written(
     packed = pack_normalized(
         normal,
         load=options.load,
-        quantized=quantized,
+        quantized=form.quantized,
+        few_bytes=form.narrow if options.lossy else (),
         anonymize=options.anonymize,
         portable=options.portable,
         short_names=options.strip,

@@ -10,7 +10,7 @@ Lossless: `approximation` runs before where precision may be lost. `unpack` is t
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
@@ -147,6 +147,7 @@ def pack_normalized(
     *,
     load: Load = "balanced",
     quantized: Mapping[str, Quantized] | None = None,
+    few_bytes: Collection[str] = (),
     anonymize: bool = False,
     portable: bool = False,
     short_names: bool = False,
@@ -160,6 +161,7 @@ def pack_normalized(
         normal: the model, and why some of its weights cannot be packed.
         load: as for `pack`.
         quantized: as for `pack`.
+        few_bytes: weights that are coded even where a load takes long for what that saves.
         anonymize: as for `pack`.
         portable: as for `pack`.
         short_names: as for `pack`.
@@ -175,6 +177,7 @@ def pack_normalized(
         own_name = {new: old for old, new in new_name.items()}
         reasons = {new_name.get(name, name): reason for name, reason in reasons.items()}
         quantized = {new_name.get(name, name): known for name, known in quantized.items()}
+        few_bytes = [new_name.get(name, name) for name in few_bytes]
     opset = opset_of(model.opset_import)
     assert opset is not None  # normalize() sees to it
     reasons = _obstacles(model) | reasons
@@ -193,7 +196,9 @@ def pack_normalized(
     dense = {tensor.name: framed(tensor_nbytes(tensor)) for tensor in tensors}
     gained = {tensor.name: dense[tensor.name] - _notes_nbytes(tensor) for tensor in tensors}
     staged_opset = max(opset, OPSET) if portable else opset
-    methods, stay = staged.chosen(large, gained, staged_opset, bounds, fast=load == "fast")
+    methods, stay = staged.chosen(
+        large, gained, staged_opset, bounds, fast=load == "fast", few_bytes=few_bytes
+    )
     for one in large if load == "balanced" else ():
         name = one.weight.name
         if name in methods and is_regular(one, staged.estimate(one, methods[name], opset)):

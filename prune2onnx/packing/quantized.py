@@ -31,7 +31,8 @@ class Quantized:
     Attributes:
         codes: int64, the weight's shape; 0 where the weight is zero, else 1 + the level's index.
         codebook: [levels], the weight's dtype, ascending, without the zero.
-        scale: float32, positive, broadcastable to the weight, such as [out, 1, 1, 1]; None: 1.
+        scale: float32, positive, broadcastable to the weight, such as [out, 1, 1, 1]; None: 1. Of
+            blocks of 4 bits, which stay so at run time, one for each element, of either sign.
             Only float32 weights have one: their product is one IEEE multiplication, the same in
             numpy and in every onnxruntime. For float16 and bfloat16 that does not hold (kernels
             compute in float32, or are missing), so their codebook holds the final values.

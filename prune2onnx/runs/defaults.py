@@ -49,6 +49,7 @@ class PackOptions:
         external: name of a data file for large weights.
         anonymize: as for `packing.pack`.
         portable: as for `packing.pack`.
+        compute: what matrices compute in (`packing.compute`); "auto": what is fastest here.
     """
 
     load: Literal["small", "balanced", "fast"] = "balanced"
@@ -68,6 +69,7 @@ class PackOptions:
     external: str | None = None
     anonymize: bool = False
     portable: bool = False
+    compute: Literal["float32", "int8", "int8-weights", "int4", "auto"] = "float32"
 
     @property
     def lossy(self) -> bool:

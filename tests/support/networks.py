@@ -284,3 +284,22 @@ def weights(m: ModelProto) -> dict[str, bytes]:
         t.name: (t.data_type, tuple(t.dims), numpy_helper.to_array(t).tobytes())
         for t in m.graph.initializer
     }
+
+
+def tokens(count: int = 50, width: int = 70) -> ModelProto:
+    """Rows of a table, three products of one value, and a product with the table itself."""
+    rng = np.random.default_rng(0)
+    matrices = {"table": rng.normal(0, 1, (count, width)).astype(np.float32)}
+    for at in range(4):
+        matrices[f"w{at}"] = rng.normal(0, width**-0.5, (width, width)).astype(np.float32)
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["e"]),
+        *(helper.make_node("MatMul", ["e", f"w{at}"], [f"p{at}"]) for at in range(3)),
+        helper.make_node("Sum", ["p0", "p1", "p2"], ["s"]),
+        helper.make_node("MatMul", ["s", "w3"], ["t"]),
+        helper.make_node("Transpose", ["table"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["t", "turned"], ["y"]),
+    ]
+    made = model(nodes, matrices, {}, {"y": ["n", "length", count]})
+    made.graph.input.append(value("ids", ["n", "length"], TensorProto.INT64))
+    return made

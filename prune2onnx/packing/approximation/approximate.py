@@ -16,7 +16,7 @@ The result is a dense model, which `pack` codes without further loss. Nothing he
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from onnx import ModelProto
@@ -35,6 +35,7 @@ def approximate(
     bits: float | None = None,
     prune: float | None = None,
     max_rel_error: float | None = None,
+    on_grids: Collection[str] = (),
 ) -> Approximation:
     """Approximates weights: to a size, to an error each, or by zeros alone.
 
@@ -54,6 +55,7 @@ def approximate(
             not smaller, so that no layer loses all of its weights.
         max_rel_error: E, above 0: each weight takes the fewest bits with ||dW|| <= E ||W||, where
             W is the weight after pruning.
+        on_grids: weights that are whole multiples of a scale for each output, if they change.
 
     Returns:
         Deterministic.
@@ -67,7 +69,7 @@ def approximate(
     if bits is None and max_rel_error is None and prune is None:
         raise RecipeError("nothing to do: give bits, a fraction to prune or a relative error")
     check_limits(bits=bits, error=max_rel_error)
-    subject = Subject(model, prune)
+    subject = Subject(model, prune, on_grids)
     if bits is not None:
         target = bits
         made = subject.rounded(subject.within(target))
@@ -87,7 +89,9 @@ def search(
     evaluate: Callable[[ModelProto], float],
     limit: float,
     *,
+    form: Callable[[Approximation], ModelProto] = lambda made: made.model,
     prune: float | None = None,
+    on_grids: Collection[str] = (),
     evaluations: int = 10,
     single: int = 32,
 ) -> Approximation:
@@ -100,7 +104,9 @@ def search(
         model: as for `approximate`.
         evaluate: a model -> ||Y' - Y||_2 / ||Y||_2, its outputs against those of the model given.
         limit: above 0: the largest error to accept.
+        form: what is tried -> the model that is evaluated.
         prune: as for `approximate`.
+        on_grids: as for `approximate`.
         evaluations: the most calls of `evaluate`, at least 2.
         single: a model with at most this many weights is also evaluated once per weight, to measure
             how much that weight alone changes the outputs; this then replaces the relative error
@@ -117,13 +123,13 @@ def search(
     check_limits(error=limit)
     if evaluations < 2:
         raise RecipeError(f"{evaluations} evaluations, expected 2 or more")
-    subject = Subject(model, prune)
+    subject = Subject(model, prune, on_grids)
 
     tried: list[Approximation] = []
 
     def trial(bits: float) -> float:
         made = subject.rounded(subject.within(bits))
-        error = float(evaluate(made.model))
+        error = float(evaluate(form(made)))
         tried.append(replace(made, output_error=error if math.isfinite(error) else math.inf))
         # the bits that meet the limit if each one halves the error; at most 3 from these
         return bits + math.log2(min(max(error / limit, 1 / 8), 8.0)) if error == error else bits + 3

@@ -30,6 +30,7 @@ CALL_BITS = 8 * 32
 """Bits of a coded weight of any size: its name, entries in the call, a table of codewords."""
 
 _SAMPLE = 1 << 16  # elements from which the candidates of a large weight are estimated
+_IN_BLOCK = 32  # inputs that have one step in 4 bits
 _SCALE_BITS = 16.0  # of a factor: all steps are float16 numbers
 _WORST = 0.9  # largest relative squared error of a candidate
 _LEVELS = (1, 2, 3, 4, 6, 8, 12, 16)  # of codebooks; above, a grid takes fewer bits at equal error
@@ -76,10 +77,12 @@ class Weight:
     Attributes:
         array: its values, any float type, int8 or uint8; finite.
         role: of kind "weight" or "integer".
+        only_grids: whether grids are its only encodings, besides the values that it has.
     """
 
     array: NDArray[Any]
     role: Role
+    only_grids: bool = False
 
     @cached_property
     def candidates(self) -> tuple[Candidate, ...]:
@@ -114,6 +117,8 @@ class Weight:
             flat = codes.reshape(-1)
             bits = self._coded_bits(flat, self._book_bits(flat, steps), size / sample.size)
             add(how, parameter, bits, flat * step)
+        if self.only_grids:
+            return _pareto(found)
         if self.role.kind != "integer":
             for levels in _LEVELS:
                 clustered = k_means(sample, levels)
@@ -174,6 +179,14 @@ class Weight:
         quantized = replace(_quantized(whole, 1.0, dtype), scale=np.ascontiguousarray(scale))
         return Written(quantized.dense(), quantized, bits)
 
+    def in_blocks(self, codes: NDArray[np.int16], steps: NDArray[np.float32]) -> Written:
+        """The weight as multiples of a step for each element; both have the shape of `rows`."""
+        quantized = replace(
+            _quantized(self.unfolded(codes), 1.0, self.array.dtype), scale=self.unfolded(steps)
+        )
+        book = _SCALE_BITS * np.unique(steps).size + _entropy_bits(steps[:, ::_IN_BLOCK])
+        return Written(quantized.dense(), quantized, self._coded_bits(codes, book, 1))
+
     def pruned(self, gone: NDArray[np.bool_]) -> Weight:
         """The weight with zeros where `gone` is true, and other elements to compensate for them.
 
@@ -184,11 +197,11 @@ class Weight:
         """
         if self.role.zero_point is not None:
             zero = self.role.zero_point.astype(self.array.dtype)
-            return Weight(np.where(gone, zero, self.array), self.role)
+            return replace(self, array=np.where(gone, zero, self.array))
         left = np.where(gone, np.zeros((), self.array.dtype), self.array)
         metric = self._metric
         if metric is None or self.rows.shape[2] == 1:
-            return Weight(left, self.role)
+            return replace(self, array=left)
         kernel = metric.kernel / np.linalg.eigvalsh(metric.kernel)[-1]
         free = self._folded(~gone & (self.array != 0)).reshape(self.rows.shape)
         now = ahead = self.rows * free
@@ -200,7 +213,7 @@ class Weight:
             now, momentum = following, grown
         limit = float(np.abs(self.rows).max())  # so that no type overflows
         compensated = self.unfolded(np.clip(now, -limit, limit))
-        return Weight(compensated.astype(self.array.dtype), self.role)
+        return replace(self, array=compensated.astype(self.array.dtype))
 
     # The view [rows, inner, places]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -131,9 +131,21 @@ def check_limits(
 
 
 class Subject:
-    """A model that is being approximated: its weights, pruned, with their candidate encodings."""
+    """A model that is being approximated: its weights, pruned, with their candidate encodings.
 
-    def __init__(self, model: ModelProto, prune: float | None) -> None:
+    Args:
+        model: unpacked and normalized.
+        prune: fraction of all weights' elements that become zero.
+        on_grids: weights that have no other encodings than whole multiples of scales.
+
+    Raises:
+        RecipeError: the fraction is out of range.
+        Prune2OnnxError: the model is packed.
+    """
+
+    def __init__(
+        self, model: ModelProto, prune: float | None, on_grids: Collection[str] = ()
+    ) -> None:
         check_limits(prune=prune)
         if is_packed(model):
             raise Prune2OnnxError("the model is packed; unpack it before it is approximated")
@@ -156,7 +168,7 @@ class Subject:
                 continue
             self.arrays[tensor.name] = array
             if role.kind in ("weight", "integer"):
-                self.weights[tensor.name] = Weight(array, role)
+                self.weights[tensor.name] = Weight(array, role, tensor.name in on_grids)
         if prune:
             self.weights = _pruned(self.weights, prune)
         self.importance = dict.fromkeys(self.weights, 1.0)

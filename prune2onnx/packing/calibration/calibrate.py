@@ -11,7 +11,7 @@ that a bit has to save.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ from prune2onnx.packing.calibration.rounding import (
     step_for,
 )
 from prune2onnx.packing.calibration.walk import Run, Values, Walk
+from prune2onnx.packing.compute.codes import each_input, in_blocks
 from prune2onnx.packing.pack import Progress
 from prune2onnx.packing.quantized import MOST_STEPS
 
@@ -63,6 +64,8 @@ class Calibration:
         batches: inputs by name, for each batch of examples.
         run: runs a model on batches.
         pattern: which weights become zero.
+        on_grids: weights that are whole multiples of a scale for each output.
+        in_blocks: those that are codes of 4 bits, with a scale for each block of inputs.
         progress: is told how far a pass has come.
 
     Raises:
@@ -76,11 +79,13 @@ class Calibration:
         run: Run,
         *,
         pattern: Pattern | None = None,
+        on_grids: Collection[str] = (),
+        in_blocks: Collection[str] = (),
         progress: Progress = lambda name, done, total: None,
     ) -> None:
-        self._subject = Subject(model, None)
+        self._subject = Subject(model, None, on_grids)
         self._batches, self._run, self._progress = batches, run, progress
-        self._pattern = pattern or Pattern()
+        self._pattern, self._blocks = pattern or Pattern(), frozenset(in_blocks)
         self._layers = layers_of(self._subject)
         self._fractions: dict[str, float] = {}
 
@@ -187,6 +192,12 @@ class Calibration:
     ) -> tuple[_Made, NDArray[np.float64] | None]:
         """A layer's weight, and what is added to its bias."""
         first = layer.matrices(layer.weight.rows).astype(np.float64)
+        if layer.rows is None and layer.name in self._blocks:
+            codes, scales = in_blocks(np.ascontiguousarray(first[0], np.float32))
+            made = layer.weight.in_blocks(
+                layer.as_rows(codes[None]), layer.as_rows(each_input(scales, first.shape[2])[None])
+            )
+            return _Made(made, "4-bit blocks", _off(made.array, layer.weight.array)), None
         if layer.rows is None:
             return self._looked_up(layer, first[0], found.own[0], slope), None
         hessian = found.damped(PRUNING if self._pattern.fraction else DAMPING)
@@ -228,6 +239,10 @@ class Calibration:
             off = np.stack(values) - target
             return self._as_floats(layer, values, _product(off, hessian, off) / power)
         price = slope * power / self._subject.importance[layer.name]
+        if layer.name in self._blocks:
+            made = self._blocked(layer, values[0], factors[0], stay[0], price)
+            off = target - layer.matrices(layer.weight.rows_of(made.array)).astype(np.float64)
+            return _Made(made, "4-bit blocks", _product(off, hessian, off) / power)
         step = step_for(np.concatenate([factor.spread for factor in factors]), price)
         most = np.stack([np.abs(one).max(0) for one in values])
         steps = _steps(layer, step, most)
@@ -251,9 +266,25 @@ class Calibration:
         made = _Made(layer.weight.on_grid(rows, steps.reshape(-1)), "calibrated grid", error)
         return self._cheaper(layer, made, slope)
 
+    def _blocked(
+        self,
+        layer: Layer,
+        values: NDArray[np.float32],
+        factor: Factor,
+        stay: NDArray[np.bool_] | None,
+        price: float,
+    ) -> Written:
+        """Codes of 4 bits; arguments as in `_rounded`, of the only group."""
+        first, scales = in_blocks(np.ascontiguousarray(values.T))
+        steps = np.ascontiguousarray(each_input(scales, len(values)).T)
+        codes = first.T.astype(np.int16)
+        for _ in range(_ROUNDS):
+            codes = rounded(values, factor, steps, price, codes, stay, bounds=(-8, 7))
+        return layer.weight.in_blocks(layer.as_rows(codes[None]), layer.as_rows(steps[None]))
+
     def _cheaper(self, layer: Layer, made: _Made, slope: float) -> _Made:
         """What takes the least error and bits: codes, or more precision than they have."""
-        if self._pattern.fraction:
+        if self._pattern.fraction or layer.weight.only_grids:
             return made
         importance = self._subject.importance[layer.name]
         others = [one for one in layer.weight.candidates if one.how not in (*_GRIDS, "codebook")]
@@ -349,6 +380,11 @@ def _steps(layer: Layer, step: float, most: NDArray[np.floating[Any]]) -> NDArra
     return np.where(needed <= half, half, np.nextafter(larger, larger.dtype.type(np.inf))).astype(
         np.float32
     )
+
+
+def _off(new: NDArray[Any], old: NDArray[Any]) -> float:
+    """Relative squared error."""
+    return float(np.square(new - old).sum()) / max(float(np.square(old).sum()), 1e-30)
 
 
 def _product(a: NDArray[Any], moments: NDArray[np.float64], b: NDArray[Any]) -> float:

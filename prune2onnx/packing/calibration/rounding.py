@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from prune2onnx.packing.approximation.rounding import cheapest, code_bits
+from prune2onnx.packing.quantized import MOST_STEPS
 
 _BLOCK = 64  # inputs whose errors are handed on together
 COARSER = 1.6
@@ -77,29 +78,34 @@ def rounded(
     price: float,
     codes: NDArray[np.integer],
     stay: NDArray[np.bool_] | None = None,
+    bounds: tuple[int, int] = (-MOST_STEPS, MOST_STEPS),
 ) -> NDArray[np.int16]:
     """Codes of a group's weights: they become code * step.
 
     Args:
         target: [inputs, outputs], the weights without any error.
         factor: of the same inputs.
-        steps: of each output, above 0; few are larger than the least, at which bits are priced.
+        steps: [outputs], above 0; few are larger than the least, at which bits are priced. Or of
+            each weight, of either sign, such as [inputs, outputs].
         price: the error that a bit has to save.
         codes: of the whole weight, as far as it is known: bits are those of its histogram.
         stay: weights that may be other than zero; default: all.
+        bounds: least and greatest code.
 
     Returns:
         Of the shape of `target`; deterministic.
     """
-    table = price / float(steps.min()) ** 2 * code_bits(codes)
+    unit = float(steps.min()) ** 2 if steps.ndim == 1 else float(np.square(steps).mean())
+    table = price / unit * code_bits(codes)
     found = np.zeros(target.shape, np.int16)
 
     def choose(at: int, here: NDArray[np.float32]) -> NDArray[np.float32]:
-        code = cheapest(here / steps, table * np.float32(factor.upper[at, at] ** 2))
+        own = steps if steps.ndim == 1 else steps[factor.order[at]]
+        code = cheapest(here / own, table * np.float32(factor.upper[at, at] ** 2), *bounds)
         if stay is not None:
             code[~stay[factor.order[at]]] = 0
         found[factor.order[at]] = code
-        return code * steps
+        return code * own
 
     _in_order(target, factor, choose)
     return found

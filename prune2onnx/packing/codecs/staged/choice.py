@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +79,8 @@ _MATRIX_ROW = 512  # each row has a table
 _FAST = 1.6
 """What a load may take without an entropy code, relative to that of a dense weight."""
 
+_TENTH = 0.1
+
 _SAVED_NS = 80.0  # of a byte that is saved: fetching it at 100 Mbit/s
 
 
@@ -133,6 +135,7 @@ def chosen(
     bounds: Bounds = GATED,
     *,
     fast: bool = False,
+    few_bytes: Collection[str] = (),
 ) -> tuple[dict[str, Method], dict[str, str]]:
     """The large weights that are decoded in stages.
 
@@ -146,6 +149,8 @@ def chosen(
         bounds: which weights are large.
         fast: whether there is no entropy code, and a load may take about one and a half times that
             of the dense weight, whatever is saved.
+        few_bytes: weights that are coded wherever that saves a tenth, since they have lost
+            precision for the sake of bytes.
 
     Returns:
         Name -> method; and name -> why it stays dense. Those that no method fits are in neither.
@@ -166,7 +171,8 @@ def chosen(
             allowed *= _FAST
         else:
             allowed += _SAVED_NS * saved
-        if saved > 0 and spent <= allowed:
+        wanted = not fast and name in few_bytes and saved > _TENTH * dense[name]
+        if saved > 0 and (wanted or spent <= allowed):
             found[name] = best
         else:
             stay[name] = (

@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from onnx import TensorProto
 
 from prune2onnx.graph.protobuf import tensor
 from prune2onnx.packing.codecs.methods import Method
+from prune2onnx.packing.codecs.staged.alike import parted
 from prune2onnx.packing.codecs.staged.choice import Known
 from prune2onnx.packing.codecs.staged.large import Large
 from prune2onnx.packing.codecs.staged.pieces import STAGE_SIZE, Piece, pieces_of, together
@@ -61,7 +63,7 @@ def encode(
     first, repeated = _without_repetition(weights)
     pieces = pieces_of([one.weight for one in first], stage_size)
     gates = writer.gates(max(piece.stage for piece in pieces) + 1)
-    kinds = {one.weight.name: Kind.of(one, methods[one.weight.name]) for one in first}
+    kinds = _kinds(first, methods)
     alike: dict[Kind, list[Known]] = {}
     for one in first:
         alike.setdefault(kinds[one.weight.name], []).append(one)
@@ -86,6 +88,24 @@ def encode(
         writer.same(weight, original, methods[weight.name])
         done(weight.name, weight.nbytes)
     return writer.made
+
+
+def _kinds(weights: Sequence[Known], methods: Mapping[str, Method]) -> dict[str, Kind]:
+    """How each weight is stored; those on levels have a code with others that are alike."""
+    kinds = {one.weight.name: Kind.of(one, methods[one.weight.name]) for one in weights}
+    for kind in set(kinds.values()):
+        if kind.how.positions != "all" or kind.how.values.name != "levels":
+            continue
+        books = {
+            one.weight.name: one.survey.book
+            for one in weights
+            if kinds[one.weight.name] == kind and one.survey.book is not None
+        }
+        codes = parted(list(books.values()))
+        kinds |= {
+            name: replace(kind, own=str(code)) for name, code in zip(books, codes, strict=True)
+        }
+    return kinds
 
 
 def _vectors(

@@ -44,7 +44,7 @@ class Kind:
         how: the method.
         number: ONNX's number of the type in which weights are rebuilt.
         own: what they must have in common besides: the name of a weight with its own codebook;
-            whether floats have 16 lower bits.
+            whether floats have 16 lower bits; the number of a code (`alike`).
     """
 
     how: Method

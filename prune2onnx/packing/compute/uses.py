@@ -1,0 +1,143 @@
+"""Which weights can stay narrow at run time: how each is read, and along which axis it has scales."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+from onnx import ModelProto, NodeProto, TensorProto
+
+from prune2onnx.graph.tensors import element_type
+from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, nodes_in
+
+LEAST_ELEMENTS = 1024
+"""Smaller weights stay float32: their scales and nodes would cost more than they save."""
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One reader of a weight.
+
+    Attributes:
+        node: MatMul, Gemm or Gather.
+        at: its place in the graph.
+        is_transposed: whether the weight is stored as [outputs, inputs] for a product.
+        behind: the Transpose between the weight and the node; None: it reads the weight itself.
+    """
+
+    node: NodeProto
+    at: int
+    is_transposed: bool = False
+    behind: NodeProto | None = None
+
+    @property
+    def is_lookup(self) -> bool:
+        """Whether rows are looked up; else the weight is multiplied with."""
+        return bool(self.node.op_type == "Gather")
+
+
+@dataclass(frozen=True, eq=False)
+class Narrowable:
+    """A weight that can stay narrow.
+
+    Attributes:
+        tensor: float32, two axes.
+        axis: the one that counts outputs, or rows of a table: each has a scale.
+        uses: all of its readers.
+    """
+
+    tensor: TensorProto
+    axis: int
+    uses: tuple[Use, ...]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether rows are looked up, and nothing else."""
+        return all(use.is_lookup for use in self.uses)
+
+
+def narrowable(model: ModelProto) -> tuple[list[Narrowable], dict[str, str]]:
+    """The weights of a model that can stay narrow, and why the others cannot.
+
+    Args:
+        model: unpacked and normalized.
+
+    Returns:
+        Weights, in the order of the initializers; name -> reason, for other floating-point tensors
+        of two or more axes.
+    """
+    graph = model.graph
+    readers: dict[str, list[tuple[NodeProto, int, int]]] = defaultdict(list)
+    for at, node in enumerate(graph.node):
+        for inner in nodes_in([node]):
+            for index, name in enumerate(inner.input):
+                readers[name].append((inner, index, at if inner is node else -1))
+    taken = {value.name for value in (*graph.input, *graph.output)}
+    found, reasons = [], {}
+    for tensor in graph.initializer:
+        if tensor.data_type not in _FLOATS or len(tensor.dims) < 2:
+            continue
+        made = _of(tensor, readers, taken)
+        if isinstance(made, str):
+            reasons[tensor.name] = made
+        else:
+            found.append(made)
+    return found, reasons
+
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+
+def _of(
+    tensor: TensorProto, readers: dict[str, list[tuple[NodeProto, int, int]]], taken: set[str]
+) -> Narrowable | str:
+    """A weight's uses; a text: why it has others."""
+    if tensor.name in taken:
+        return "also an input or output of the graph"
+    if tensor.data_type != TensorProto.FLOAT:
+        return f"{element_type(tensor)}; only float32 weights are made narrow"
+    if math.prod(tensor.dims) < LEAST_ELEMENTS:
+        return f"fewer than {LEAST_ELEMENTS} elements"
+    uses: list[Use] = []
+    for node, index, at in readers[tensor.name]:
+        if at >= 0 and _is_turn(node) and node.output[0] not in taken:
+            behind = [_use(*reader, turn=node) for reader in readers[node.output[0]]]
+        else:
+            behind = [_use(node, index, at)]
+        for use in behind:
+            if isinstance(use, str):
+                return use
+            uses.append(use)
+    if not uses:
+        return "read by no node"
+    if len(tensor.dims) != 2:
+        return f"{len(tensor.dims)} axes; only matrices are made narrow"
+    axes = {0 if use.is_lookup or use.is_transposed else 1 for use in uses}
+    if len(axes) > 1:
+        return "read along different axes, which would need different scales"
+    return Narrowable(tensor, axes.pop(), tuple(uses))
+
+
+def _is_turn(node: NodeProto) -> bool:
+    return bool(
+        node.op_type == "Transpose"
+        and node.domain in DEFAULT_DOMAINS
+        and attribute(node, "perm", [1, 0]) == [1, 0]
+    )
+
+
+def _use(node: NodeProto, index: int, at: int, turn: NodeProto | None = None) -> Use | str:
+    op = node.op_type if node.domain in DEFAULT_DOMAINS else f"{node.domain}.{node.op_type}"
+    turned = turn is not None
+    if at < 0:
+        return f"read by {op} in a body of If, Loop or Scan"
+    if op == "MatMul" and index == 1:
+        return Use(node, at, turned, turn)
+    if op == "Gemm" and index == 1 and not attribute(node, "transA", 0):
+        return Use(node, at, turned != bool(attribute(node, "transB", 0)), turn)
+    if op == "Gather" and index == 0 and not attribute(node, "axis", 0) and not turned:
+        return Use(node, at)
+    if op in ("Conv", "ConvTranspose"):
+        return f"read by {op}; `prune2onnx quantize` makes it int8"
+    return f"read by {op} as input {index}"

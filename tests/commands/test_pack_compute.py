@@ -1,4 +1,4 @@
-"""From a file to one that computes in int8 or int4: rates, calibration, kernels, and what is said."""
+"""From a file to one that computes in int8 or int4: rates, calibration, kernels, messages."""
 
 import json
 

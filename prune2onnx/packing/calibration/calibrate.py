@@ -193,11 +193,7 @@ class Calibration:
         """A layer's weight, and what is added to its bias."""
         first = layer.matrices(layer.weight.rows).astype(np.float64)
         if layer.rows is None and layer.name in self._blocks:
-            codes, scales = in_blocks(np.ascontiguousarray(first[0], np.float32))
-            made = layer.weight.in_blocks(
-                layer.as_rows(codes[None]), layer.as_rows(each_input(scales, first.shape[2])[None])
-            )
-            return _Made(made, "4-bit blocks", _off(made.array, layer.weight.array)), None
+            return self._table_in_blocks(layer, first[0].astype(np.float32)), None
         if layer.rows is None:
             return self._looked_up(layer, first[0], found.own[0], slope), None
         hessian = found.damped(PRUNING if self._pattern.fraction else DAMPING)
@@ -240,9 +236,9 @@ class Calibration:
             return self._as_floats(layer, values, _product(off, hessian, off) / power)
         price = slope * power / self._subject.importance[layer.name]
         if layer.name in self._blocks:
-            made = self._blocked(layer, values[0], factors[0], stay[0], price)
-            off = target - layer.matrices(layer.weight.rows_of(made.array)).astype(np.float64)
-            return _Made(made, "4-bit blocks", _product(off, hessian, off) / power)
+            blocked = self._blocked(layer, values[0], factors[0], stay[0], price)
+            off = target - layer.matrices(layer.weight.rows_of(blocked.array)).astype(np.float64)
+            return _Made(blocked, "4-bit blocks", _product(off, hessian, off) / power)
         step = step_for(np.concatenate([factor.spread for factor in factors]), price)
         most = np.stack([np.abs(one).max(0) for one in values])
         steps = _steps(layer, step, most)
@@ -281,6 +277,13 @@ class Calibration:
         for _ in range(_ROUNDS):
             codes = rounded(values, factor, steps, price, codes, stay, bounds=(-8, 7))
         return layer.weight.in_blocks(layer.as_rows(codes[None]), layer.as_rows(steps[None]))
+
+    def _table_in_blocks(self, layer: Layer, table: NDArray[np.float32]) -> _Made:
+        codes, scales = in_blocks(table)
+        steps = each_input(scales, table.shape[1])
+        made = layer.weight.in_blocks(layer.as_rows(codes[None]), layer.as_rows(steps[None]))
+        off = float(np.square(table - codes * steps).sum())
+        return _Made(made, "4-bit blocks", off / max(float(np.square(table).sum()), 1e-30))
 
     def _cheaper(self, layer: Layer, made: _Made, slope: float) -> _Made:
         """What takes the least error and bits: codes, or more precision than they have."""
@@ -380,11 +383,6 @@ def _steps(layer: Layer, step: float, most: NDArray[np.floating[Any]]) -> NDArra
     return np.where(needed <= half, half, np.nextafter(larger, larger.dtype.type(np.inf))).astype(
         np.float32
     )
-
-
-def _off(new: NDArray[Any], old: NDArray[Any]) -> float:
-    """Relative squared error."""
-    return float(np.square(new - old).sum()) / max(float(np.square(old).sum()), 1e-30)
 
 
 def _product(a: NDArray[Any], moments: NDArray[np.float64], b: NDArray[Any]) -> float:

@@ -102,7 +102,7 @@ def blobs(codes: NDArray[np.int8], bits: int, block: int) -> NDArray[np.uint8]:
     padded = np.pad(codes, ((0, 0), (0, blocks * block - inputs)))
     unsigned = (padded.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
     if bits == 4:
-        unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << 4
+        unsigned = unsigned[:, 0::2] | unsigned[:, 1::2] << np.uint8(4)
     return unsigned.reshape(outputs, blocks, -1)
 
 

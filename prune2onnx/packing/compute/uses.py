@@ -1,4 +1,4 @@
-"""Which weights can stay narrow at run time: how each is read, and along which axis it has scales."""
+"""Which weights can stay narrow at run time, how each is read, and along which axis scales lie."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from prune2onnx.errors import RecipeError
 from prune2onnx.packing.approximation.approximate import approximate, search
 from prune2onnx.packing.approximation.subject import Approximation, check_limits
 from prune2onnx.packing.calibration import budget
-from prune2onnx.packing.calibration.calibrate import Calibration, Pattern
+from prune2onnx.packing.calibration.calibrate import Calibration
+from prune2onnx.packing.calibration.zeros import Pattern
 from prune2onnx.packing.pack import Progress
 from prune2onnx.packing.quantized import Quantized
 from prune2onnx.runs.defaults import PackOptions
@@ -219,8 +220,8 @@ class _Calibrated:
         left = [row.name for row in made.rows if row.how in ("grid", "channel grid")]
         if left:
             notes.append(
-                f"{len(left)} weights were rounded without examples, {left[0]} the first: read by "
-                "several nodes, or by none that is calibrated"
+                f"{len(left)} weights were rounded without examples, {left[0]} the first: what "
+                "reads them is not known, or no example reaches it"
             )
         return Lossy(
             made.model, made.quantized, tuple(notes), _errors(made), self._goals(best), curve

@@ -13,14 +13,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
 from prune2onnx.packing.approximation.rounding import cheapest, code_bits
+from prune2onnx.packing.quantized import MOST_STEPS
 
 _BLOCK = 64  # inputs whose errors are handed on together
+_ROWS = 1 << 10  # of a table, that are rounded together
+
+Bounds = tuple[NDArray[np.integer[Any]] | int, NDArray[np.integer[Any]] | int]
+"""Smallest and largest code: one for all, or one for each weight."""
+
+EVERY: Bounds = (-MOST_STEPS, MOST_STEPS)
 COARSER = 1.6
 """How much coarser steps are than on a fine grid without a price of bits: prices add zeros, and
 that and this together cost least. Tried on ResNet-20 from 0.8 to 2.2: 1.6 to 2.2 are alike."""
@@ -77,28 +85,34 @@ def rounded(
     price: float,
     codes: NDArray[np.integer],
     stay: NDArray[np.bool_] | None = None,
+    bounds: Bounds = EVERY,
 ) -> NDArray[np.int16]:
     """Codes of a group's weights: they become code * step.
 
     Args:
         target: [inputs, outputs], the weights without any error.
         factor: of the same inputs.
-        steps: of each output, above 0; few are larger than the least, at which bits are priced.
+        steps: of each output, above 0.
         price: the error that a bit has to save.
         codes: of the whole weight, as far as it is known: bits are those of its histogram.
         stay: weights that may be other than zero; default: all.
+        bounds: smallest and largest codes.
 
     Returns:
         Of the shape of `target`; deterministic.
     """
-    table = price / float(steps.min()) ** 2 * code_bits(codes)
+    low, high = (np.broadcast_to(bound, target.shape) for bound in bounds)
+    bits = code_bits(codes, _widest(bounds))
+    prices = (price / np.square(steps, dtype=np.float64)).astype(np.float32)
     found = np.zeros(target.shape, np.int16)
 
     def choose(at: int, here: NDArray[np.float32]) -> NDArray[np.float32]:
-        code = cheapest(here / steps, table * np.float32(factor.upper[at, at] ** 2))
+        row = factor.order[at]
+        each = prices * np.float32(factor.upper[at, at] ** 2)
+        code = cheapest(here / steps, bits, low[row], high[row], each)
         if stay is not None:
-            code[~stay[factor.order[at]]] = 0
-        found[factor.order[at]] = code
+            code[~stay[row]] = 0
+        found[row] = code
         return code * steps
 
     _in_order(target, factor, choose)
@@ -111,14 +125,22 @@ def looked_up(
     steps: NDArray[np.float32],
     price: float,
     codes: NDArray[np.integer],
+    bounds: Bounds = EVERY,
 ) -> NDArray[np.int16]:
     """Codes of a table [rows, places], whose rows are looked up so often; as for `rounded`."""
-    bits = price * code_bits(codes)
+    bits = code_bits(codes, _widest(bounds))
+    prices = (price / (frequency * np.square(steps, dtype=np.float64))).astype(np.float32)
+    low, high = (np.broadcast_to(bound, table.shape) for bound in bounds)
     found = np.empty(table.shape, np.int16)
-    for row, (often, step) in enumerate(zip(frequency, steps, strict=True)):
-        cost = bits / np.float32(often * step**2)
-        found[row] = cheapest((table[row] / step).astype(np.float32), cost)
+    for begin in range(0, len(table), _ROWS):
+        some = slice(begin, begin + _ROWS)
+        units = (table[some] / steps[some, None]).astype(np.float32)
+        found[some] = cheapest(units, bits, low[some], high[some], prices[some, None])
     return found
+
+
+def _widest(bounds: Bounds) -> int:
+    return max(int(np.max(bounds[1])), -int(np.min(bounds[0])), MOST_STEPS)
 
 
 def pruned(

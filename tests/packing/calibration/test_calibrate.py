@@ -12,7 +12,8 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.normalize import normalize
 from prune2onnx.packing.approximation.approximate import approximate
 from prune2onnx.packing.calibration.budget import Trial, of_bits, of_error, of_size, search
-from prune2onnx.packing.calibration.calibrate import Calibration, Pattern
+from prune2onnx.packing.calibration.calibrate import Calibration
+from prune2onnx.packing.calibration.zeros import Pattern
 from prune2onnx.packing.quantized import Quantized
 from prune2onnx.runtime.compare import output_error, run_all
 

@@ -26,6 +26,8 @@ from prune2onnx.runs.report import Goal
 from prune2onnx.runtime.calibration import CalibrationData, calibration_data
 from prune2onnx.runtime.compare import output_error, run_all
 from prune2onnx.runtime.inputs import Inputs, random_inputs
+from prune2onnx.shrinking.shrink import shrink, structure
+from prune2onnx.shrinking.structure import BLOCK
 
 _RANDOM = 4  # sets of random inputs, for the error of the outputs
 _START_BITS = 4.0
@@ -112,6 +114,7 @@ def _require_no_examples(options: PackOptions) -> None:
         "--max-drop": options.max_drop,
         "--curve": options.curve or None,
         f"--prune {':'.join(map(str, options.pattern or ()))}": options.pattern,
+        f"--prune channels:{options.channels or 0:g}": options.channels,
     }
     for name, value in asked.items():
         if value is not None:
@@ -153,6 +156,7 @@ def calibrate(
     *,
     bits: float | None = None,
     prune: float | tuple[int, int] | None = None,
+    channels: float | None = None,
     max_error: float | None = None,
 ) -> Lossy:
     """Rounds and prunes weights with examples, without training.
@@ -165,6 +169,7 @@ def calibrate(
         held_out: others, on which outputs are compared with the model's own.
         bits: of each weight on average, 1 to 8.
         prune: fraction of the weights to make zero, or (n, m): n of m neighbours stay.
+        channels: fraction of the weights that goes first, with whole channels and neurons.
         max_error: largest relative error of the outputs on `held_out`.
 
     Raises:
@@ -175,12 +180,18 @@ def calibrate(
         bits=bits,
         prune=None if isinstance(prune, tuple) else prune,
         pattern=prune if isinstance(prune, tuple) else None,
+        channels=channels,
         max_error=max_error,
     )
     if not options.lossy:
         raise RecipeError("nothing to do: give bits, a fraction to prune or a largest error")
     data = CalibrationData(list(batches), output_error(model, list(held_out)))
     return _Calibrated(model, options, data, lambda made: made.nbytes).result()
+
+
+def _size(model: ModelProto) -> int:
+    """Elements of all weights of layers."""
+    return sum(layer.size for layer in structure(model).layers)
 
 
 @dataclass
@@ -194,10 +205,13 @@ class _Calibrated:
     progress: Progress = lambda name, done, total: None
     _pass: int = field(default=0, init=False)
     _last: tuple[float, Approximation] | None = field(default=None, init=False)
+    _removed: tuple[str, ...] = field(default=(), init=False)
 
     def result(self) -> Lossy:
         options, data = self.options, self.data
         self._check()
+        if options.channels is not None:
+            self._remove_channels(options.channels)
         goals = self._budgets()
         if not goals:  # only zeros
             tried = [self._trial(0.0)]
@@ -211,7 +225,7 @@ class _Calibrated:
         best = self._best(tried, goals)
         made = replace(self._made(best.slope), output_error=best.error)
         curve = self._curve(best) if options.curve and best.slope else ()
-        notes = list(made.notes)
+        notes = [*self._removed, *made.notes]
         if best.drop is not None:
             notes.append(
                 f"{best.drop:+.2f} points of error on {data.labelled} held-out examples, of which "
@@ -232,6 +246,7 @@ class _Calibrated:
         if options.bits is not None and options.target_size is not None:
             raise RecipeError("--bits and --target-size: give one of them, it determines the other")
         check_limits(bits=options.bits, prune=options.prune, error=self._error)
+        check_limits(prune=options.channels)
         if options.max_drop is not None and self.data.wrong is None:
             raise RecipeError(
                 f"--max-drop {options.max_drop:g} counts wrong labels, and --data "
@@ -249,15 +264,26 @@ class _Calibrated:
         fraction = self.options.prune or 0.0
         if self.options.pattern is not None:
             fraction = 1 - self.options.pattern[0] / self.options.pattern[1]
+        return self._measured(Pattern(fraction, self.options.pattern))
+
+    def _measured(self, pattern: Pattern) -> Calibration:
         found = Calibration(
-            self.model,
-            self.data.batches,
-            run_all,
-            pattern=Pattern(fraction, self.options.pattern),
-            progress=self._told,
+            self.model, self.data.batches, run_all, pattern=pattern, progress=self._told
         )
         found.measure(output_error(self.model, self.data.batches[:1]))
         return found
+
+    def _remove_channels(self, fraction: float) -> None:
+        """Takes whole channels away; what reads them is refit."""
+        before = _size(self.model)
+        made = self._measured(Pattern(channels=fraction)).at(None)
+        shrunk = shrink(made.model, multiple=BLOCK)
+        self.model = shrunk.model
+        part = 1 - _size(self.model) / before
+        note = f"{shrunk.removed:,} channels and neurons are gone, with {part:.0%} of the weights"
+        if part < 0.95 * fraction:
+            note += f", not {fraction:.0%}: the others must stay, or cannot be followed"
+        self._removed = (note,)
 
     @cached_property
     def _wrong(self) -> float:

@@ -25,6 +25,7 @@ from prune2onnx.graph.protobuf import tensor as stored
 from prune2onnx.graph.tensors import array_of
 from prune2onnx.packing.approximation.candidates import Written
 from prune2onnx.packing.approximation.subject import Approximation, Subject
+from prune2onnx.packing.calibration.channels import Read, channels_in, read_by, refit_inputs
 from prune2onnx.packing.calibration.grids import Grid
 from prune2onnx.packing.calibration.layers import Layer, Use, layers_of
 from prune2onnx.packing.calibration.moments import (
@@ -46,6 +47,7 @@ from prune2onnx.packing.calibration.rounding import (
 from prune2onnx.packing.calibration.walk import Run, Values, Walk
 from prune2onnx.packing.calibration.zeros import Pattern, chosen_in
 from prune2onnx.packing.pack import Progress
+from prune2onnx.shrinking.costs import structure
 
 _ROUNDS = 2  # of choosing codes: their prices are those of the codes before
 _MEASURED = 32  # most layers, or runs of layers, whose influence on the outputs is measured
@@ -80,6 +82,7 @@ class Calibration:
         self._pattern = pattern or Pattern()
         self._layers = layers_of(self._subject)
         self._fractions: dict[str, float] = {}
+        self._inputs: dict[str, NDArray[np.bool_]] = {}  # those that stay
 
     @property
     def names(self) -> list[str]:
@@ -123,8 +126,12 @@ class Calibration:
         biases: dict[str, NDArray[Any]] = {}
         tensors = {tensor.name: tensor for tensor in subject.model.graph.initializer}
         current = dict(tensors)
+        if slope is None and not self._pattern.makes_zeros:
+            return subject.result({}, halve=0.0)
         if self._pattern.fraction and not self._fractions:
             self._fractions = self._spread_zeros()
+        if self._pattern.channels and not self._inputs:
+            self._inputs = self._spread_channels()
         calibrated = set(self.names)
         for name, weight in subject.weights.items():
             if slope is not None and name not in calibrated:
@@ -216,7 +223,7 @@ class Calibration:
         first = layer.values()
         if layer.is_table:
             return self._looked_up(layer, first[0], found.own[0], slope), None
-        hessian = found.damped(PRUNING if self._pattern.fraction else DAMPING)
+        hessian = found.damped(PRUNING if self._pattern.makes_zeros else DAMPING)
         target = first + np.linalg.solve(hessian, (found.cross - found.own) @ first)
         # what the outputs' error is relative to
         power = _product(first, found.own, first)
@@ -258,6 +265,10 @@ class Calibration:
                 values[group], found = pruned(target[group], factor, chosen)
                 stay[group] = found
                 values[group] = refit(target[group], hessian[group], values[group], found)
+        elif layer.name in self._inputs:
+            inputs = self._inputs[layer.name]
+            values = list(refit_inputs(target, hessian, inputs).astype(np.float32))
+            stay = [np.broadcast_to(one[:, None], layer.shape[1:]) for one in inputs]
         if slope is None and layer.scale is None:
             off = np.stack(values) - target
             return self._as_floats(layer, values, _product(off, hessian, off) / power)
@@ -298,7 +309,7 @@ class Calibration:
 
     def _cheaper(self, layer: Layer, made: _Made, slope: float) -> _Made:
         """What takes the least error and bits: codes, or more precision than they have."""
-        if self._pattern.fraction:
+        if self._pattern.makes_zeros:
             return made
         importance = self._subject.importance[layer.name]
         others = [one for one in layer.stored.candidates if one.how not in (*_GRIDS, "codebook")]
@@ -339,6 +350,23 @@ class Calibration:
         return self._cheaper(layer, _Made(written, "calibrated grid", error), slope)
 
     # Zeros
+
+    def _spread_channels(self) -> dict[str, NDArray[np.bool_]]:
+        """The inputs of each layer that stay, where some go."""
+        found = structure(self._subject.model)
+        costs = {cost.weight: cost for cost in found.layers}
+        tensors = {tensor.name: tensor for tensor in self._subject.model.graph.initializer}
+        reads: dict[str, Read] = {}
+        with Walk(self._subject.model, tensors, self._batches, self._run) as walk:
+            for layer, seen in self._visited(walk, walk):
+                if seen is not None and layer.name in costs:
+                    importance = self._subject.importance[layer.name]
+                    read = read_by(layer, seen, costs[layer.name], importance)
+                    reads |= {} if read is None else {layer.name: read}
+        gone = channels_in(found, reads, self._pattern.channels)
+        return {
+            name: ~gone[read.columns] for name, read in reads.items() if gone[read.columns].any()
+        }
 
     def _spread_zeros(self) -> dict[str, float]:
         """The fraction of each layer's weights that becomes zero: those with the least effect."""

@@ -17,10 +17,17 @@ class Pattern:
     Attributes:
         fraction: of all elements of the layers' weights, tables aside; 0 for none.
         keep: n of each m neighbouring inputs stay; None: those with the most effect, wherever.
+        channels: fraction of all elements that goes with whole channels, which no layer reads then.
     """
 
     fraction: float = 0.0
     keep: tuple[int, int] | None = None
+    channels: float = 0.0
+
+    @property
+    def makes_zeros(self) -> bool:
+        """Whether it does anything."""
+        return bool(self.fraction or self.channels)
 
 
 def chosen_in(

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from onnx import ModelProto
 
 from prune2onnx.errors import RecipeError
@@ -18,6 +19,7 @@ from prune2onnx.packing.approximation.approximate import approximate, search
 from prune2onnx.packing.approximation.subject import Approximation, check_limits
 from prune2onnx.packing.calibration import budget
 from prune2onnx.packing.calibration.calibrate import Calibration
+from prune2onnx.packing.calibration.journal import Journal
 from prune2onnx.packing.calibration.zeros import Pattern
 from prune2onnx.packing.pack import Progress
 from prune2onnx.packing.quantized import Quantized
@@ -85,6 +87,7 @@ def changed(
     nbytes_of: Callable[[Approximation], int],
     evaluate: Callable[[ModelProto], float] | None = None,
     progress: Progress = lambda name, done, total: None,
+    journal: Callable[[CalibrationData], Journal] = lambda data: Journal(None),
 ) -> Lossy:
     """A model with fewer bits in its weights.
 
@@ -94,6 +97,7 @@ def changed(
         nbytes_of: size of the file with some weights.
         evaluate: a model -> the outputs' error, for a search without calibration.
         progress: is told how far a pass of calibration has come.
+        journal: examples -> what an interrupted run has done with them.
 
     Raises:
         RecipeError: options that exclude each other, or need data that are not given.
@@ -101,7 +105,7 @@ def changed(
     """
     if evaluate is None and options.inputs.data not in (None, "random"):
         data = calibration_data(model, options.inputs, options.examples)
-        return _Calibrated(model, options, data, nbytes_of, progress).result()
+        return _Calibrated(model, options, data, nbytes_of, progress, journal(data)).result()
     _require_no_examples(options)
     return _approximated(model, options, evaluate)
 
@@ -203,6 +207,7 @@ class _Calibrated:
     data: CalibrationData
     nbytes_of: Callable[[Approximation], int]
     progress: Progress = lambda name, done, total: None
+    journal: Journal = field(default_factory=lambda: Journal(None))
     _pass: int = field(default=0, init=False)
     _last: tuple[float, Approximation] | None = field(default=None, init=False)
     _removed: tuple[str, ...] = field(default=(), init=False)
@@ -231,6 +236,8 @@ class _Calibrated:
                 f"{best.drop:+.2f} points of error on {data.labelled} held-out examples, of which "
                 f"one is {100 / data.labelled:.2g} points"
             )
+        if self.journal.restored:
+            notes.append("continued: an interrupted run had done a part of this")
         left = [row.name for row in made.rows if row.how in ("grid", "channel grid")]
         if left:
             notes.append(
@@ -268,7 +275,12 @@ class _Calibrated:
 
     def _measured(self, pattern: Pattern) -> Calibration:
         found = Calibration(
-            self.model, self.data.batches, run_all, pattern=pattern, progress=self._told
+            self.model,
+            self.data.batches,
+            run_all,
+            pattern=pattern,
+            progress=self._told,
+            journal=self.journal,
         )
         found.measure(output_error(self.model, self.data.batches[:1]))
         return found
@@ -299,6 +311,15 @@ class _Calibrated:
         return self._last[1]
 
     def _trial(self, slope: float) -> budget.Trial:
+        known = self.journal.get("trial", slope)
+        if known is not None:
+            return budget.Trial(**{name: number.item() for name, number in known.items()})
+        trial = self._tried(slope)
+        given = {name: number for name, number in asdict(trial).items() if number is not None}
+        self.journal.put({name: np.array(number) for name, number in given.items()}, "trial", slope)
+        return trial
+
+    def _tried(self, slope: float) -> budget.Trial:
         made = self._made(slope)
         sized = self.options.target_size is not None or self.options.curve
         nbytes = self.nbytes_of(made) if sized else made.nbytes

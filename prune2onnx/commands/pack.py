@@ -6,8 +6,9 @@ The order of the steps, and what is reported about them; each step lives in a mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from onnx import ModelProto
@@ -22,6 +23,7 @@ from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.approximation.subject import Approximation
+from prune2onnx.packing.calibration.journal import Journal, journal_of
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter
 from prune2onnx.packing.pack import Load, Progress, pack_normalized
@@ -29,6 +31,7 @@ from prune2onnx.packing.quantized import Quantized
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runs.report import Goal
+from prune2onnx.runtime.calibration import CalibrationData
 from prune2onnx.runtime.compare import compared
 from prune2onnx.shrinking.shrink import shrink
 from prune2onnx.shrinking.structure import BLOCK
@@ -120,16 +123,21 @@ def pack_file(
         normal = replace(normal, model=strip(normal.model).model)
     quantized: Mapping[str, Quantized] | None = None
     made: Lossy | None = None
-    if options.lossy:
+    with ExitStack() as until_written:
+        if options.lossy:
 
-        def size_of(some: Approximation) -> int:
-            own = replace(normal, model=some.model)
-            return nbytes(_written(own, options, some.quantized, check=False)[0])
+            def size_of(some: Approximation) -> int:
+                own = replace(normal, model=some.model)
+                return nbytes(_written(own, options, some.quantized, check=False)[0])
 
-        made = changed(normal.model, options, size_of, evaluate, progress)
-        normal, quantized = replace(normal, model=made.model), made.quantized
-        notes += made.notes
-    with _spill(target, nbytes(normal.model)) as spill:
+            def journal(data: CalibrationData) -> Journal:
+                kept = journal_of(target, normal.model, data.batches, _settings(options))
+                return until_written.enter_context(kept)
+
+            made = changed(normal.model, options, size_of, evaluate, progress, journal)
+            normal, quantized = replace(normal, model=made.model), made.quantized
+            notes += made.notes
+        spill = until_written.enter_context(_spill(target, nbytes(normal.model)))
         result, rows, load = _written(normal, options, quantized, progress=progress, spill=spill)
         if options.form == "packed" and not is_packed(result):
             notes.append("packing would not make the file smaller; its weights stay dense")
@@ -138,6 +146,12 @@ def pack_file(
     lost = (made.goals, made.curve, made.errors) if made is not None else ()
     warning = "" if load is None else load.warning(_advice(load, rows, options.load))
     return PackResult(rows, tuple(notes), given.nbytes, files, load, warning, *lost)
+
+
+def _settings(options: PackOptions) -> str:
+    """What results of calibration depend on besides the model and its examples."""
+    versions = [f"{name} {version(name)}" for name in ("prune2onnx", "numpy", "onnxruntime")]
+    return "; ".join([*versions, repr(replace(options, external=None))])
 
 
 def _written(

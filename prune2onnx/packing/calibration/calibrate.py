@@ -10,10 +10,12 @@ that a bit has to save.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,9 @@ from prune2onnx.packing.approximation.candidates import Written
 from prune2onnx.packing.approximation.subject import Approximation, Subject
 from prune2onnx.packing.calibration.channels import Read, channels_in, read_by, refit_inputs
 from prune2onnx.packing.calibration.grids import Grid
+from prune2onnx.packing.calibration.journal import Journal
 from prune2onnx.packing.calibration.layers import Layer, Use, layers_of
+from prune2onnx.packing.calibration.made import Made
 from prune2onnx.packing.calibration.moments import (
     DAMPING,
     PRUNING,
@@ -63,6 +67,7 @@ class Calibration:
         run: runs a model on batches.
         pattern: which weights become zero.
         progress: is told how far a pass has come.
+        journal: what an interrupted run has done is taken from it.
 
     Raises:
         Prune2OnnxError: the model is packed.
@@ -76,7 +81,9 @@ class Calibration:
         *,
         pattern: Pattern | None = None,
         progress: Progress = lambda name, done, total: None,
+        journal: Journal | None = None,
     ) -> None:
+        self._journal = journal or Journal(None)
         self._subject = Subject(model, None)
         self._batches, self._run, self._progress = batches, run, progress
         self._pattern = pattern or Pattern()
@@ -101,13 +108,19 @@ class Calibration:
         """
         subject = self._subject
         chosen = subject.within(bits)
+        numbers = itertools.count()
+
+        def measured(model: ModelProto) -> float:
+            name = ("importance", self._pattern, next(numbers))
+            return self._journal.number(lambda: evaluate(model), *name)
+
         each = max(1, -(-len(chosen) // _MEASURED))
         names = list(dict.fromkeys([*self.names, *chosen]))
         runs = (
             {name: chosen[name] for name in names[begin : begin + each]}
             for begin in range(0, len(names), each)
         )
-        for run, squared, own in subject.alone(evaluate, runs):
+        for run, squared, own in subject.alone(measured, runs):
             if squared > 0:
                 subject.importance |= dict.fromkeys(run, math.sqrt(squared / own))
 
@@ -145,10 +158,17 @@ class Calibration:
             Walk(subject.model, current, self._batches, self._run) as now,
             Walk(subject.model, tensors, self._batches, self._run) as original,
         ):
-            for layer, found in self._visited(now, original):
-                made, bias = self._alone(layer, slope), None
-                if found is not None:
-                    made, bias = self._compressed(layer, found, slope)
+            known = {layer.name: self._restored(layer, slope) for layer in self._layers}
+            for layer, found in self._visited(now, original, known):
+                before = known.pop(layer.name)
+                if before is not None:
+                    made, bias = before
+                else:
+                    made, bias = self._alone(layer, slope), None
+                    if found is not None:
+                        made, bias = self._compressed(layer, found, slope)
+                    self._keep(layer, slope, made, bias)
+                if made.error is not None:
                     errors[layer.name] = math.sqrt(max(made.error, 0.0))
                 written[layer.name], hows[layer.name] = made.written, made.how
                 current[layer.name] = _with(tensors[layer.name], made.written.array)
@@ -161,6 +181,18 @@ class Calibration:
         result = subject.result(written, hows, halve=math.inf if slope else 0.0, changed=biases)
         rows = (replace(row, layer_error=errors.get(row.name)) for row in result.rows)
         return replace(result, rows=tuple(rows))
+
+    def _keep(
+        self, layer: Layer, slope: float | None, made: Made, bias: NDArray[np.float64] | None
+    ) -> None:
+        arrays = made.arrays() | ({} if bias is None else {"shift": bias})
+        self._journal.put(arrays, "layer", self._pattern, slope, layer.name)
+
+    def _restored(
+        self, layer: Layer, slope: float | None
+    ) -> tuple[Made, NDArray[np.float64] | None] | None:
+        found = self._journal.get("layer", self._pattern, slope, layer.name)
+        return None if found is None else (Made.of(found), found.get("shift"))
 
     # Layers
 
@@ -180,18 +212,27 @@ class Calibration:
             found.append((at, inside))
         return found
 
-    def _visited(self, now: Walk, original: Walk) -> Iterator[tuple[Layer, Moments | None]]:
-        """Each layer when its inputs are there, with their moments; None where it has no inputs."""
+    def _visited(
+        self, now: Walk, original: Walk, known: Mapping[str, object] = MappingProxyType({})
+    ) -> Iterator[tuple[Layer, Moments | None]]:
+        """Each layer when its inputs are there, with their moments.
+
+        None where it has no inputs, or is known. Nodes are run in the same pieces in any case, so
+        that rounding is the same.
+        """
         for at, layers in self._groups(now):
             now.advance(at)
             original.advance(at)
-            known: dict[Hashable, Moments | None] = {}
+            shared: dict[Hashable, Moments | None] = {}
             for layer in layers:
-                if layer.view not in known:
+                if known.get(layer.name) is not None:
+                    yield layer, None
+                    continue
+                if layer.view not in shared:
                     parts = (self._seen(layer, use, at, now, original) for use in layer.uses)
                     met = [part for part in parts if part is not None]
-                    known[layer.view] = joined(layer, met) if met else None
-                yield layer, known[layer.view]
+                    shared[layer.view] = joined(layer, met) if met else None
+                yield layer, shared[layer.view]
 
     def _seen(self, layer: Layer, use: Use, at: int, now: Walk, original: Walk) -> Sums | None:
         """What one reader sees; one that comes later, in the original network."""
@@ -218,7 +259,7 @@ class Calibration:
 
     def _compressed(
         self, layer: Layer, found: Moments, slope: float | None
-    ) -> tuple[_Made, NDArray[np.float64] | None]:
+    ) -> tuple[Made, NDArray[np.float64] | None]:
         """A layer's weight, and what is added to its bias."""
         first = layer.values()
         if layer.is_table:
@@ -240,12 +281,12 @@ class Calibration:
     def _kept(self, layer: Layer) -> Written:
         return layer.stored.write(layer.stored.candidates[-1])
 
-    def _alone(self, layer: Layer, slope: float | None) -> _Made:
+    def _alone(self, layer: Layer, slope: float | None) -> Made:
         """A weight without examples: they never reach it, or give it zeros."""
         if slope is None:
-            return _Made(self._kept(layer), "kept")
+            return Made(self._kept(layer), "kept")
         best = self._subject.best_at(layer.name, slope)
-        return _Made(layer.stored.write(best), best.how)
+        return Made(layer.stored.write(best), best.how)
 
     def _rounded(
         self,
@@ -254,7 +295,7 @@ class Calibration:
         hessian: NDArray[np.float64],
         power: float,
         slope: float | None,
-    ) -> _Made:
+    ) -> Made:
         factors = [Factor.of(one, in_order=self._pattern.keep is not None) for one in hessian]
         stay: list[NDArray[np.bool_] | None] = [None] * layer.groups
         values = [one.astype(np.float32) for one in target]
@@ -304,27 +345,25 @@ class Calibration:
         off = target - whole
         error = _product(off, hessian, off) / power
         written = layer.written(layer.as_rows(codes), steps.reshape(-1), grid.parameter)
-        made = _Made(written, "calibrated grid", error)
+        made = Made(written, "calibrated grid", error)
         return made if slope is None else self._cheaper(layer, made, slope)
 
-    def _cheaper(self, layer: Layer, made: _Made, slope: float) -> _Made:
+    def _cheaper(self, layer: Layer, made: Made, slope: float) -> Made:
         """What takes the least error and bits: codes, or more precision than they have."""
         if self._pattern.makes_zeros:
             return made
         importance = self._subject.importance[layer.name]
         others = [one for one in layer.stored.candidates if one.how not in (*_GRIDS, "codebook")]
         best = min(others, key=lambda one: importance * one.error + slope * one.bits)
-        cost = importance * made.error + slope * made.written.bits
+        cost = importance * (made.error or 0.0) + slope * made.written.bits
         if importance * best.error + slope * best.bits < cost:
-            return _Made(layer.stored.write(best), best.how, best.error)
+            return Made(layer.stored.write(best), best.how, best.error)
         return made
 
-    def _as_floats(
-        self, layer: Layer, values: Sequence[NDArray[np.float32]], error: float
-    ) -> _Made:
+    def _as_floats(self, layer: Layer, values: Sequence[NDArray[np.float32]], error: float) -> Made:
         rows = layer.as_rows(np.stack(values))
         array = layer.restored(layer.weight.unfolded(rows).astype(layer.weight.array.dtype))
-        return _Made(replace(self._kept(layer), array=array), "pruned", error)
+        return Made(replace(self._kept(layer), array=array), "pruned", error)
 
     def _looked_up(
         self,
@@ -332,7 +371,7 @@ class Calibration:
         first: NDArray[np.float64],
         frequency: NDArray[np.float64],
         slope: float | None,
-    ) -> _Made:
+    ) -> Made:
         """A table, in which rows that are looked up often may have less error."""
         power = float(np.square(first).sum(1) @ frequency)
         if slope is None or not power > 0:
@@ -347,7 +386,7 @@ class Calibration:
             codes = looked_up(first, frequency, steps, price, codes, bounds)
         error = float(np.square(first - codes * steps[:, None]).sum(1) @ frequency) / power
         written = layer.written(layer.as_rows(codes[None]), steps, grid.parameter)
-        return self._cheaper(layer, _Made(written, "calibrated grid", error), slope)
+        return self._cheaper(layer, Made(written, "calibrated grid", error), slope)
 
     # Zeros
 
@@ -393,15 +432,6 @@ class Calibration:
         scale = self._subject.importance[layer.name] / power if power > 0 else 0.0
         found_effects: NDArray[np.float32] = (effect * scale).astype(np.float32).reshape(-1)
         return found_effects
-
-
-@dataclass(frozen=True, eq=False)
-class _Made:
-    """A weight as it is written, by which encoding, and the layer's relative squared error."""
-
-    written: Written
-    how: str
-    error: float = 0.0
 
 
 def _sums(layer: Layer, use: Use, now: Walk, original: Walk) -> Sums | None:

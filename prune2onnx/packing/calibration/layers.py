@@ -242,5 +242,7 @@ class _Finder:
         tensor = self._readers.stored.get(key)
         if tensor is None or key[0] or key in self._readers.taken:
             return False
+        if key in self._readers.makers:  # a Constant node
+            return False
         read = len(self._readers.of[key])
         return read == uses and math.prod(tensor.dims) == outputs and tensor.data_type in FLOATS

@@ -3,7 +3,7 @@
 import networks
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from prune2onnx.packing.approximation.subject import Subject
 from prune2onnx.packing.calibration.layers import layers_of
@@ -136,6 +136,17 @@ def test_a_bias_is_known_where_it_is_the_layers_own():
     weights = {"w": normal(8, 8), "b": normal(8), "v": normal(8, 8), "c": normal(8)}
     made = networks.model(nodes, weights, {"x": (1, 8)}, {"y": None})
     assert [layer.bias for layer in layers_of(Subject(made, None))] == ["b", ""]
+
+
+def test_the_bias_of_a_constant_node_is_left_alone():
+    small = numpy_helper.from_array(normal(4), "small")
+    nodes = [
+        helper.make_node("Constant", [], ["b"], value=small),
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["y"]),
+    ]
+    made = networks.model(nodes, {"w": normal(8, 4)}, {"x": (1, 8)}, {"y": None})
+    assert [layer.bias for layer in layers_of(Subject(made, None))] == [""]
 
 
 def test_layers_share_moments_where_they_see_the_same():

@@ -1,5 +1,7 @@
 """Presses Ctrl-C at random moments of pack, compress and sweep, and looks at what is left.
 
+"calibrate" is `pack --bits 3 --data npz:FILE`.
+
     python tools/interrupts.py --moments 50
 
 Each run is a fresh process in a session of its own, and each process of it gets the signal, as from
@@ -102,9 +104,22 @@ def verbs(scratch: Path, size: int = 1600) -> dict[str, Verb]:
     (scratch / "net.py").write_text(NET)
     net, large = f"{scratch / 'net.py'}:net", scratch / "large.onnx"
     network(large, size)
+    small, examples = scratch / "small.onnx", scratch / "examples.npz"
+    network(small, size // 4)
+    made = np.random.default_rng(0).normal(size=(400, size // 4)).astype(np.float32)
+    np.savez(examples, x=made)
     return {
         "pack": Verb(
             lambda folder: ["pack", str(large), str(folder / "out.onnx")],
+            "",
+            ("out.onnx",),
+            "out.onnx",
+        ),
+        "calibrate": Verb(
+            lambda folder: [
+                *("pack", str(small), str(folder / "out.onnx"), "--bits", "3"),
+                *("--data", f"npz:{examples}"),
+            ],
             "",
             ("out.onnx",),
             "out.onnx",
@@ -192,7 +207,8 @@ def half_files(
 ) -> list[str]:
     """Temporaries, and results that are neither what was there before nor what shall be there."""
     left = [path for path in temporaries.iterdir() if path.name not in row.usual]
-    faults = [f"left {path}" for path in [*folder.rglob("*.partial"), *left]]
+    kept = (path for end in ("partial", "calibration") for path in folder.rglob(f"*.{end}"))
+    faults = [f"left {path}" for path in [*kept, *left]]
     for name, content in verb.files(folder).items():
         if content != whole[name] and not (name == verb.replaces and content == BEFORE):
             faults.append(f"{name} is not whole")
@@ -218,7 +234,7 @@ def try_verb(verb: Verb, moments: int, rng: Random, scratch: Path, first: float 
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[pack] [compress] [sweep]")
+@click.argument("names", nargs=-1, metavar="[pack] [calibrate] [compress] [sweep]")
 @click.option("--moments", default=50, show_default=True, help="of each verb")
 @click.option("--first", default=1.0, show_default=True, help="in this part of its time, 0-1")
 @click.option("--seed", default=0, show_default=True, help="of the moments")

@@ -1,6 +1,6 @@
 """Lossy packing without training: size, error of the outputs, and accuracy.
 
-    PRUNE2ONNX_DATA=DIR python tools/lossy.py [resnet20] [resnet32] [slim320]
+    PRUNE2ONNX_DATA=DIR python tools/lossy.py [resnet20] [resnet32] [slim320] [--only TEXT]
 
 Each row is `prune2onnx pack` with the given options, on the dense file. ResNet-20 and -32 are
 trained, with BatchNorm folded, and run on the 10,000 test images of the CIFAR-10 copy. Rows with
@@ -50,7 +50,13 @@ WITHOUT = (
 ALONE = tuple(PackOptions(max_rel_error=error) for error in (0.01, 0.03, 0.05, 0.12, 0.2))
 LIMITS = ({"max_error": error} for error in (0.01, 0.03, 0.05, 0.12, 0.19))
 OTHERS = ({"bits": 3.0}, {"bits": 4.0}, {"prune": 0.5}, {"prune": 0.7}, {"prune": 0.5, "bits": 4.0})
-CALIBRATED = tuple(PackOptions(**given, examples=1024) for given in (*LIMITS, *OTHERS))
+CHANNELS = (
+    {"channels": 0.05},
+    {"channels": 0.1},
+    {"channels": 0.2},
+    {"channels": 0.1, "bits": 4.0},
+)
+CALIBRATED = tuple(PackOptions(**given, examples=1024) for given in (*LIMITS, *OTHERS, *CHANNELS))
 
 
 def images(part: str, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
@@ -82,15 +88,17 @@ def described(options: PackOptions) -> str:
     values = {
         "--bits": options.bits,
         "--prune": options.prune,
+        "--prune channels": options.channels,
         "--max-rel-error": options.max_rel_error,
         "--max-error": options.max_error,
     }
     text = " ".join(f"{name} {value:g}" for name, value in values.items() if value is not None)
+    text = text.replace("channels ", "channels:")
     return text + (" --data ..." if options.inputs.data else "")
 
 
-def table(name: str, folder: Path) -> None:
-    """Prints one network's rows."""
+def table(name: str, folder: Path, only: str) -> None:
+    """Prints one network's rows, or those in whose description a text occurs."""
     source = folder / f"{name}.onnx"
     labels = None
     if name == "slim320":
@@ -119,6 +127,8 @@ def table(name: str, folder: Path) -> None:
     with_data = [replace(options, inputs=data) for options in CALIBRATED]
     every = [*WITHOUT, *ALONE, *(with_data if labels is not None else ())]
     for options in every:
+        if only not in described(options):
+            continue
         target = folder / "packed.onnx"
         evaluate = output_error(dense, searched) if options in ALONE else None
         began = time.process_time()
@@ -140,11 +150,12 @@ def table(name: str, folder: Path) -> None:
 
 @click.command()
 @click.argument("networks", nargs=-1)
-def main(networks: tuple[str, ...]) -> None:
+@click.option("--only", default="", help="rows in whose options this text occurs")
+def main(networks: tuple[str, ...], only: str) -> None:
     """Print the tables of the networks, by default of all three."""
     with tempfile.TemporaryDirectory() as folder:
         for name in networks or ("resnet20", "resnet32", "slim320"):
-            table(name, Path(folder))
+            table(name, Path(folder), only)
 
 
 if __name__ == "__main__":

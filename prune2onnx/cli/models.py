@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from prune2onnx.cli.options import (
+    Channels,
     Fraction,
     GroupedCommand,
     Pruned,
@@ -87,7 +88,7 @@ _external = click.option(
     "--prune",
     type=Pruned(),
     help="lossy: fraction of the weights to make zero, 0 to 1; with --data also N:M, N of M "
-    "neighbours stay",
+    "neighbours stay, or channels:F, which removes whole channels and neurons, F of the weights",
 )
 @click.option(
     "--max-rel-error",
@@ -131,7 +132,7 @@ def pack(
     portable: bool,
     bits: float | None,
     compute: Any,
-    prune: float | tuple[int, int] | None,
+    prune: float | tuple[int, int] | Channels | None,
     max_rel_error: float | None,
     target_size: int | None,
     max_error: float | None,
@@ -165,6 +166,7 @@ def pack(
         bits=bits,
         prune=prune if isinstance(prune, float) else None,
         pattern=prune if isinstance(prune, tuple) else None,
+        channels=prune.fraction if isinstance(prune, Channels) else None,
         max_rel_error=max_rel_error,
         target_size=target_size,
         max_error=max_error,

@@ -11,6 +11,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from prune2onnx.runs.defaults import InputOptions
 from prune2onnx.runs.recipe import PHASES, RENAMED, settings
 
 _BYTES = TypeAdapter(ByteSize)
+_CHANNELS = "channels:"
 
 
 class Size(click.ParamType[int]):
@@ -54,15 +56,27 @@ class Fraction(click.ParamType[float]):
             self.fail(f"{value!r} is not a fraction, such as 0.01 or 1%", param, ctx)
 
 
-class Pruned(click.ParamType[float | tuple[int, int]]):
-    """A fraction that becomes zero, or N:M, of which N stay: 0.5 or 2:4."""
+@dataclass(frozen=True)
+class Channels:
+    """A fraction of the weights that goes with whole channels."""
 
-    name = "fraction|n:m"
+    fraction: float
+
+
+class Pruned(click.ParamType[float | tuple[int, int] | Channels]):
+    """A fraction that becomes zero, N:M, of which N stay, or channels: 0.5, 2:4, channels:0.5."""
+
+    name = "fraction|n:m|channels:fraction"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float | tuple[int, int]:
-        """Reads the number, or the pair."""
+    ) -> float | tuple[int, int] | Channels:
+        """Reads the number, the pair, or the number of channels."""
+        if str(value).startswith(_CHANNELS):
+            fraction = Fraction().convert(str(value).removeprefix(_CHANNELS), param, ctx)
+            if not 0 < fraction < 1:
+                self.fail(f"{value!r}: expected 0 < F < 1, such as channels:0.5", param, ctx)
+            return Channels(fraction)
         if ":" not in str(value):
             return Fraction().convert(value, param, ctx)
         n, _, m = str(value).partition(":")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from onnx import ModelProto
 
 from prune2onnx.commands.computing import Computing
@@ -18,7 +19,9 @@ from prune2onnx.errors import RecipeError
 from prune2onnx.packing.approximation.approximate import approximate, search
 from prune2onnx.packing.approximation.subject import Approximation, check_limits
 from prune2onnx.packing.calibration import budget
-from prune2onnx.packing.calibration.calibrate import Calibration, Pattern
+from prune2onnx.packing.calibration.calibrate import Calibration
+from prune2onnx.packing.calibration.journal import Journal
+from prune2onnx.packing.calibration.zeros import Pattern
 from prune2onnx.packing.pack import Progress
 from prune2onnx.packing.quantized import Quantized
 from prune2onnx.runs.defaults import PackOptions
@@ -26,6 +29,8 @@ from prune2onnx.runs.report import Goal
 from prune2onnx.runtime.calibration import CalibrationData, calibration_data
 from prune2onnx.runtime.compare import output_error, run_all
 from prune2onnx.runtime.inputs import Inputs, random_inputs
+from prune2onnx.shrinking.shrink import shrink, structure
+from prune2onnx.shrinking.structure import BLOCK
 
 _RANDOM = 4  # sets of random inputs, for the error of the outputs
 _START_BITS = 4.0
@@ -85,6 +90,7 @@ def changed(
     computing: Computing,
     evaluate: Callable[[ModelProto], float] | None = None,
     progress: Progress = lambda name, done, total: None,
+    journal: Callable[[CalibrationData], Journal] = lambda data: Journal(None),
 ) -> Lossy:
     """A model with fewer bits in its weights.
 
@@ -95,6 +101,7 @@ def changed(
         computing: what its layers compute in.
         evaluate: a model -> the outputs' error, for a search without calibration.
         progress: is told how far a pass of calibration has come.
+        journal: examples -> what an interrupted run has done with them.
 
     Raises:
         RecipeError: options that exclude each other, or need data that are not given.
@@ -102,7 +109,9 @@ def changed(
     """
     if evaluate is None and options.inputs.data not in (None, "random"):
         data = calibration_data(model, options.inputs, options.examples)
-        return _Calibrated(model, options, data, nbytes_of, computing, progress).result()
+        return _Calibrated(
+            model, options, data, nbytes_of, computing, progress, journal(data)
+        ).result()
     _require_no_examples(options)
     return _approximated(model, options, computing, evaluate)
 
@@ -115,6 +124,7 @@ def _require_no_examples(options: PackOptions) -> None:
         "--max-drop": options.max_drop,
         "--curve": options.curve or None,
         f"--prune {':'.join(map(str, options.pattern or ()))}": options.pattern,
+        f"--prune channels:{options.channels or 0:g}": options.channels,
     }
     for name, value in asked.items():
         if value is not None:
@@ -171,6 +181,7 @@ def calibrate(
     *,
     bits: float | None = None,
     prune: float | tuple[int, int] | None = None,
+    channels: float | None = None,
     max_error: float | None = None,
 ) -> Lossy:
     """Rounds and prunes weights with examples, without training.
@@ -183,6 +194,7 @@ def calibrate(
         held_out: others, on which outputs are compared with the model's own.
         bits: of each weight on average, 1 to 8.
         prune: fraction of the weights to make zero, or (n, m): n of m neighbours stay.
+        channels: fraction of the weights that goes first, with whole channels and neurons.
         max_error: largest relative error of the outputs on `held_out`.
 
     Raises:
@@ -193,6 +205,7 @@ def calibrate(
         bits=bits,
         prune=None if isinstance(prune, tuple) else prune,
         pattern=prune if isinstance(prune, tuple) else None,
+        channels=channels,
         max_error=max_error,
     )
     if not options.lossy:
@@ -200,6 +213,11 @@ def calibrate(
     data = CalibrationData(list(batches), output_error(model, list(held_out)))
     computing = Computing(model, options)
     return _Calibrated(model, options, data, lambda made: made.nbytes, computing).result()
+
+
+def _size(model: ModelProto) -> int:
+    """Elements of all weights of layers."""
+    return sum(layer.size for layer in structure(model).layers)
 
 
 @dataclass
@@ -212,12 +230,16 @@ class _Calibrated:
     nbytes_of: Callable[[Approximation], int]
     computing: Computing
     progress: Progress = lambda name, done, total: None
+    journal: Journal = field(default_factory=lambda: Journal(None))
     _pass: int = field(default=0, init=False)
     _last: tuple[float, Approximation] | None = field(default=None, init=False)
+    _removed: tuple[str, ...] = field(default=(), init=False)
 
     def result(self) -> Lossy:
         options, data = self.options, self.data
         self._check()
+        if options.channels is not None:
+            self._remove_channels(options.channels)
         goals = self._budgets()
         if not goals:  # only zeros, or only blocks
             tried = [self._trial(_NO_PRICE if self.computing.in_blocks else 0.0)]
@@ -231,17 +253,19 @@ class _Calibrated:
         best = self._best(tried, goals)
         made = replace(self._made(best.slope), output_error=best.error)
         curve = self._curve(best) if options.curve and best.slope else ()
-        notes = list(made.notes)
+        notes = [*self._removed, *made.notes]
         if best.drop is not None:
             notes.append(
                 f"{best.drop:+.2f} points of error on {data.labelled} held-out examples, of which "
                 f"one is {100 / data.labelled:.2g} points"
             )
+        if self.journal.restored:
+            notes.append("continued: an interrupted run had done a part of this")
         left = [row.name for row in made.rows if row.how in ("grid", "channel grid")]
         if left:
             notes.append(
-                f"{len(left)} weights were rounded without examples, {left[0]} the first: read by "
-                "several nodes, or by none that is calibrated"
+                f"{len(left)} weights were rounded without examples, {left[0]} the first: what "
+                "reads them is not known, or no example reaches it"
             )
         return Lossy(
             made.model, made.quantized, tuple(notes), _errors(made), self._goals(best), curve
@@ -252,6 +276,7 @@ class _Calibrated:
         if options.bits is not None and options.target_size is not None:
             raise RecipeError("--bits and --target-size: give one of them, it determines the other")
         check_limits(bits=options.bits, prune=options.prune, error=self._error)
+        check_limits(prune=options.channels)
         if options.max_drop is not None and self.data.wrong is None:
             raise RecipeError(
                 f"--max-drop {options.max_drop:g} counts wrong labels, and --data "
@@ -269,17 +294,33 @@ class _Calibrated:
         fraction = self.options.prune or 0.0
         if self.options.pattern is not None:
             fraction = 1 - self.options.pattern[0] / self.options.pattern[1]
+        return self._measured(Pattern(fraction, self.options.pattern))
+
+    def _measured(self, pattern: Pattern) -> Calibration:
         found = Calibration(
             self.model,
             self.data.batches,
             run_all,
-            pattern=Pattern(fraction, self.options.pattern),
+            pattern=pattern,
             on_grids=self.computing.on_grids,
             in_blocks=self.computing.in_blocks,
             progress=self._told,
+            journal=self.journal,
         )
         found.measure(output_error(self.model, self.data.batches[:1]))
         return found
+
+    def _remove_channels(self, fraction: float) -> None:
+        """Takes whole channels away; what reads them is refit."""
+        before = _size(self.model)
+        made = self._measured(Pattern(channels=fraction)).at(None)
+        shrunk = shrink(made.model, multiple=BLOCK)
+        self.model = shrunk.model
+        part = 1 - _size(self.model) / before
+        note = f"{shrunk.removed:,} channels and neurons are gone, with {part:.0%} of the weights"
+        if part < 0.95 * fraction:
+            note += f", not {fraction:.0%}: the others must stay, or cannot be followed"
+        self._removed = (note,)
 
     @cached_property
     def _wrong(self) -> float:
@@ -295,6 +336,15 @@ class _Calibrated:
         return self._last[1]
 
     def _trial(self, slope: float) -> budget.Trial:
+        known = self.journal.get("trial", slope)
+        if known is not None:
+            return budget.Trial(**{name: number.item() for name, number in known.items()})
+        trial = self._tried(slope)
+        given = {name: number for name, number in asdict(trial).items() if number is not None}
+        self.journal.put({name: np.array(number) for name, number in given.items()}, "trial", slope)
+        return trial
+
+    def _tried(self, slope: float) -> budget.Trial:
         made = self._made(slope)
         sized = self.options.target_size is not None or self.options.curve
         nbytes = self.nbytes_of(made) if sized else made.nbytes

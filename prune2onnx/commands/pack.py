@@ -6,8 +6,9 @@ The order of the steps, and what is reported about them; each step lives in a mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from onnx import ModelProto
@@ -23,6 +24,7 @@ from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.approximation.subject import Approximation
+from prune2onnx.packing.calibration.journal import Journal, journal_of
 from prune2onnx.packing.compute.narrow import Layer, Narrowed, narrowed
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter
@@ -30,6 +32,7 @@ from prune2onnx.packing.pack import Load, Progress, pack_normalized
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runs.report import Goal
+from prune2onnx.runtime.calibration import CalibrationData
 from prune2onnx.runtime.compare import compared
 from prune2onnx.shrinking.shrink import shrink
 from prune2onnx.shrinking.structure import BLOCK
@@ -123,21 +126,26 @@ def pack_file(
         normal = replace(normal, model=strip(normal.model).model)
     computing = Computing(normal.model, options)
     made: Lossy | None = None
-    if options.lossy or computing.calibrates:
+    with ExitStack() as until_written:
+        if options.lossy or computing.calibrates:
 
-        def size_of(some: Approximation) -> int:
-            form = computing.of(some)
-            own = replace(normal, model=form.model)
-            return nbytes(_written(own, options, form, check=False)[0])
+            def size_of(some: Approximation) -> int:
+                form = computing.of(some)
+                own = replace(normal, model=form.model)
+                return nbytes(_written(own, options, form, check=False)[0])
 
-        made = changed(normal.model, options, size_of, computing, evaluate, progress)
-        form = narrowed(made.model, computing.compute, made.quantized)
-        notes += made.notes
-    else:
-        form = computing.plain()
-    notes += [*form.notes, *computing.notes]
-    normal = replace(normal, model=form.model)
-    with _spill(target, nbytes(normal.model)) as spill:
+            def journal(data: CalibrationData) -> Journal:
+                kept = journal_of(target, normal.model, data.batches, _settings(options))
+                return until_written.enter_context(kept)
+
+            made = changed(normal.model, options, size_of, computing, evaluate, progress, journal)
+            form = narrowed(made.model, computing.compute, made.quantized)
+            notes += made.notes
+        else:
+            form = computing.plain()
+        notes += [*form.notes, *computing.notes]
+        normal = replace(normal, model=form.model)
+        spill = until_written.enter_context(_spill(target, nbytes(normal.model)))
         result, rows, load = _written(normal, options, form, progress=progress, spill=spill)
         if options.form == "packed" and not is_packed(result):
             notes.append("packing would not make the file smaller; its weights stay dense")
@@ -146,6 +154,12 @@ def pack_file(
     lost = (made.goals, made.curve, made.errors) if made is not None else ((), (), {})
     warning = "" if load is None else load.warning(_advice(load, rows, options.load))
     return PackResult(rows, tuple(notes), given.nbytes, files, load, warning, *lost, form.layers)
+
+
+def _settings(options: PackOptions) -> str:
+    """What results of calibration depend on besides the model and its examples."""
+    versions = [f"{name} {version(name)}" for name in ("prune2onnx", "numpy", "onnxruntime")]
+    return "; ".join([*versions, repr(replace(options, external=None))])
 
 
 def _written(

@@ -39,6 +39,7 @@ class PackOptions:
         bits: lossy: bits per weight, 1 to 8.
         prune: lossy: fraction of the weights that become zero.
         pattern: lossy: (n, m): n of m neighbouring weights stay; with data.
+        channels: lossy: fraction of the weights that goes with whole channels; with data.
         max_rel_error: lossy: largest relative error of each weight, or, with `data`, of outputs.
         target_size: lossy: most bytes of the file; with data.
         max_error: lossy: largest relative error of the outputs on held-out examples; with data.
@@ -59,6 +60,7 @@ class PackOptions:
     bits: float | None = None
     prune: float | None = None
     pattern: tuple[int, int] | None = None
+    channels: float | None = None
     max_rel_error: float | None = None
     target_size: int | None = None
     max_error: float | None = None
@@ -74,8 +76,9 @@ class PackOptions:
     @property
     def lossy(self) -> bool:
         """Whether weights may change."""
-        limits = (self.bits, self.prune, self.pattern, self.max_rel_error, self.target_size)
-        return any(one is not None for one in (*limits, self.max_error, self.max_drop))
+        limits = (self.bits, self.prune, self.pattern, self.channels, self.max_rel_error)
+        budgets = (self.target_size, self.max_error, self.max_drop)
+        return any(one is not None for one in (*limits, *budgets))
 
 
 MAX_DROP = 0.1

@@ -320,6 +320,10 @@ class Weight:
     def _picked(self, bound: NDArray[np.int64], picked: Any) -> NDArray[np.int64]:
         return bound if not bound.ndim else bound.reshape(-1)[picked].reshape(-1, 1, 1)
 
+    def code_bounds(self, parameter: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Smallest and largest code at a step of integers, broadcastable to `rows`."""
+        return self._multiples(*self._bounds, parameter)
+
     def _multiples(
         self, low: NDArray[np.int64], high: NDArray[np.int64], parameter: int
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 from prune2onnx.graph.tensors import array_of
 from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, bodies, nodes_in
 
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _BYTES = (TensorProto.INT8, TensorProto.UINT8)
 
 # operator -> inputs that are added to a result; operator -> inputs that multiply or divide a result
@@ -147,7 +147,7 @@ class _Reader:
             if found.kind in ("integer", ""):
                 return found
             return _unchanged("integers, but not a weight")
-        if tensor.data_type not in _FLOATS:
+        if tensor.data_type not in FLOATS:
             name = TensorProto.DataType.Name(tensor.data_type)
             return _unchanged(f"{name.lower()} is not approximated")
         found = self._merged(name, len(tensor.dims))
@@ -170,8 +170,7 @@ class _Reader:
         if len(kinds) > 1:
             return _unchanged(f"read both as {' and as '.join(sorted(kinds))}")
         for role in found[1:]:
-            if role.layout != first.layout:
-                first = replace(first, layout=None)
+            first = replace(first, layout=_common(first.layout, role.layout))
             if first.zero_point is not None and (
                 role.zero_point is None or not np.array_equal(role.zero_point, first.zero_point)
             ):
@@ -205,7 +204,7 @@ class _Reader:
             return self._dequantized(node, index, rank)
         if op in _INTEGER and index == _INTEGER[op][0]:
             return self._integer(node, rank)
-        layout = _layout(node, index, rank)
+        layout = layout_of(node, index, rank)
         if rank < 2 or layout is None:
             return _unchanged(f"read by {op} as input {index}: not a weight of sums")
         return Role("weight", layout=layout)
@@ -218,7 +217,7 @@ class _Reader:
         """The role of a tensor behind a node that only moves elements or changes their type."""
         if (index and node.op_type != "Concat") or node.output[0] in self._outputs:
             return _unchanged(f"read by {node.op_type} as input {index}")
-        if node.op_type == "Cast" and attribute(node, "to", 0) not in _FLOATS:
+        if node.op_type == "Cast" and attribute(node, "to", 0) not in FLOATS:
             return _unchanged("cast to an integer type")
         known = node.op_type in ("Identity", "Cast", "Transpose")
         # Elements are not followed through a Reshape: behind it, any weight of two axes counts.
@@ -234,11 +233,11 @@ class _Reader:
         if node.op_type == "Transpose" and role.layout is not None:
             axes = list(attribute(node, "perm", range(rank)[::-1]))
             moved = role.layout
-            layout = Layout(
-                tuple(axes[a] for a in moved.rows),
-                tuple(axes[a] for a in moved.inner),
-                tuple(axes[a] for a in moved.kernel),
-                moved.groups,
+            layout = replace(
+                moved,
+                rows=tuple(axes[a] for a in moved.rows),
+                inner=tuple(axes[a] for a in moved.inner),
+                kernel=tuple(axes[a] for a in moved.kernel),
             )
             return replace(role, layout=layout)
         return role
@@ -291,7 +290,7 @@ class _Reader:
         as_float = NodeProto()
         as_float.CopyFrom(node)
         as_float.op_type = "Conv" if "Conv" in node.op_type else "MatMul"
-        layout = _layout(as_float, 1, rank)
+        layout = layout_of(as_float, 1, rank)
         if layout is None:
             return _unchanged(f"read by {node.op_type} with {rank} axes")
         place = _INTEGER[node.op_type][1]
@@ -314,7 +313,16 @@ class _Reader:
         return Role("integer", layout=layout, zero_point=points.reshape(shape))
 
 
-def _layout(node: NodeProto, index: int, rank: int) -> Layout | None:
+def _common(one: Layout | None, other: Layout | None) -> Layout | None:
+    """The layout of two readers: rows that are looked up may be summed elsewhere, as logits."""
+    if one is None or other is None:
+        return None
+    summed = one.summed or other.summed
+    one, other = replace(one, summed=summed), replace(other, summed=summed)
+    return one if one == other else None
+
+
+def layout_of(node: NodeProto, index: int, rank: int) -> Layout | None:
     """Which elements of input `index` are summed; None where that input is no weight."""
     op = node.op_type
     axes = tuple(range(rank))

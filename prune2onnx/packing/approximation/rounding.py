@@ -205,22 +205,24 @@ def cheapest(
     bits: NDArray[np.float32],
     low: NDArray[Any] | int = -MOST_STEPS,
     high: NDArray[Any] | int = MOST_STEPS,
+    price: NDArray[Any] | float = 1.0,
 ) -> NDArray[np.int16]:
-    """The integer with the least (target - code)^2 + bits: a neighbour of `target`, or zero.
+    """The integer of least (target - code)^2 + price * bits: a neighbour of `target`, or zero.
 
     Args:
         target: a weight in steps.
-        bits: the price of each integer from the least to the greatest, zero in the middle.
+        bits: of each integer from the least to the greatest, zero in the middle.
         low: smallest code, broadcastable to `target`, at most 0.
         high: largest code, the same.
+        price: of a bit, broadcastable to `target`.
     """
     middle = len(bits) // 2
     least, greatest = (np.asarray(bound, target.dtype) for bound in (low, high))
     below = np.floor(target)
-    best, cost = np.zeros_like(target), np.square(target) + bits[middle]
+    best, cost = np.zeros_like(target), np.square(target) + price * bits[middle]
     for neighbour in (below, below + 1):
         code = np.minimum(np.maximum(neighbour, least), greatest)
-        own = np.square(target - code) + bits[(code + middle).astype(np.intp)]
+        own = np.square(target - code) + price * bits[(code + middle).astype(np.intp)]
         better = own < cost
         np.copyto(cost, own, where=better)
         np.copyto(best, code, where=better)

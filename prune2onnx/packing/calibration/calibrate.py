@@ -10,21 +10,36 @@ that a bit has to save.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
+from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.protobuf import tensor as stored
 from prune2onnx.graph.tensors import array_of
 from prune2onnx.packing.approximation.candidates import Written
 from prune2onnx.packing.approximation.subject import Approximation, Subject
-from prune2onnx.packing.calibration.layers import Layer, layers_of
-from prune2onnx.packing.calibration.moments import DAMPING, PRUNING, Moments, moments
+from prune2onnx.packing.calibration.channels import Read, channels_in, read_by, refit_inputs
+from prune2onnx.packing.calibration.grids import Grid
+from prune2onnx.packing.calibration.journal import Journal
+from prune2onnx.packing.calibration.layers import Layer, Use, layers_of
+from prune2onnx.packing.calibration.made import Made
+from prune2onnx.packing.calibration.moments import (
+    DAMPING,
+    PRUNING,
+    Moments,
+    Sums,
+    joined,
+    sums,
+)
 from prune2onnx.packing.calibration.rounding import (
     Factor,
     looked_up,
@@ -34,26 +49,14 @@ from prune2onnx.packing.calibration.rounding import (
     step_for,
 )
 from prune2onnx.packing.calibration.walk import Run, Values, Walk
+from prune2onnx.packing.calibration.zeros import Pattern, chosen_in
 from prune2onnx.packing.compute.codes import each_input, in_blocks
 from prune2onnx.packing.pack import Progress
-from prune2onnx.packing.quantized import MOST_STEPS
+from prune2onnx.shrinking.costs import structure
 
 _ROUNDS = 2  # of choosing codes: their prices are those of the codes before
 _MEASURED = 32  # most layers, or runs of layers, whose influence on the outputs is measured
 _GRIDS = ("grid", "channel grid")
-
-
-@dataclass(frozen=True)
-class Pattern:
-    """Which weights become zero.
-
-    Attributes:
-        fraction: of all elements of the layers' weights, tables aside; 0 for none.
-        keep: n of each m neighbouring inputs stay; None: those with the most effect, wherever.
-    """
-
-    fraction: float = 0.0
-    keep: tuple[int, int] | None = None
 
 
 class Calibration:
@@ -67,6 +70,7 @@ class Calibration:
         on_grids: weights that are whole multiples of a scale for each output.
         in_blocks: those that are codes of 4 bits, with a scale for each block of inputs.
         progress: is told how far a pass has come.
+        journal: what an interrupted run has done is taken from it.
 
     Raises:
         Prune2OnnxError: the model is packed.
@@ -82,12 +86,15 @@ class Calibration:
         on_grids: Collection[str] = (),
         in_blocks: Collection[str] = (),
         progress: Progress = lambda name, done, total: None,
+        journal: Journal | None = None,
     ) -> None:
+        self._journal = journal or Journal(None)
         self._subject = Subject(model, None, on_grids)
         self._batches, self._run, self._progress = batches, run, progress
         self._pattern, self._blocks = pattern or Pattern(), frozenset(in_blocks)
         self._layers = layers_of(self._subject)
         self._fractions: dict[str, float] = {}
+        self._inputs: dict[str, NDArray[np.bool_]] = {}  # those that stay
 
     @property
     def names(self) -> list[str]:
@@ -106,13 +113,19 @@ class Calibration:
         """
         subject = self._subject
         chosen = subject.within(bits)
+        numbers = itertools.count()
+
+        def measured(model: ModelProto) -> float:
+            name = ("importance", self._pattern, next(numbers))
+            return self._journal.number(lambda: evaluate(model), *name)
+
         each = max(1, -(-len(chosen) // _MEASURED))
         names = list(dict.fromkeys([*self.names, *chosen]))
         runs = (
             {name: chosen[name] for name in names[begin : begin + each]}
             for begin in range(0, len(names), each)
         )
-        for run, squared, own in subject.alone(evaluate, runs):
+        for run, squared, own in subject.alone(measured, runs):
             if squared > 0:
                 subject.importance |= dict.fromkeys(run, math.sqrt(squared / own))
 
@@ -131,8 +144,12 @@ class Calibration:
         biases: dict[str, NDArray[Any]] = {}
         tensors = {tensor.name: tensor for tensor in subject.model.graph.initializer}
         current = dict(tensors)
+        if slope is None and not self._pattern.makes_zeros:
+            return subject.result({}, halve=0.0)
         if self._pattern.fraction and not self._fractions:
             self._fractions = self._spread_zeros()
+        if self._pattern.channels and not self._inputs:
+            self._inputs = self._spread_channels()
         calibrated = set(self.names)
         for name, weight in subject.weights.items():
             if slope is not None and name not in calibrated:
@@ -146,10 +163,19 @@ class Calibration:
             Walk(subject.model, current, self._batches, self._run) as now,
             Walk(subject.model, tensors, self._batches, self._run) as original,
         ):
-            for layer, found in self._visited(now, original):
-                made, bias = self._compressed(layer, found, slope)
+            known = {layer.name: self._restored(layer, slope) for layer in self._layers}
+            for layer, found in self._visited(now, original, known):
+                before = known.pop(layer.name)
+                if before is not None:
+                    made, bias = before
+                else:
+                    made, bias = self._alone(layer, slope), None
+                    if found is not None:
+                        made, bias = self._compressed(layer, found, slope)
+                    self._keep(layer, slope, made, bias)
+                if made.error is not None:
+                    errors[layer.name] = math.sqrt(max(made.error, 0.0))
                 written[layer.name], hows[layer.name] = made.written, made.how
-                errors[layer.name] = math.sqrt(max(made.error, 0.0))
                 current[layer.name] = _with(tensors[layer.name], made.written.array)
                 if bias is not None:
                     first = array_of(tensors[layer.bias])
@@ -161,6 +187,18 @@ class Calibration:
         rows = (replace(row, layer_error=errors.get(row.name)) for row in result.rows)
         return replace(result, rows=tuple(rows))
 
+    def _keep(
+        self, layer: Layer, slope: float | None, made: Made, bias: NDArray[np.float64] | None
+    ) -> None:
+        arrays = made.arrays() | ({} if bias is None else {"shift": bias})
+        self._journal.put(arrays, "layer", self._pattern, slope, layer.name)
+
+    def _restored(
+        self, layer: Layer, slope: float | None
+    ) -> tuple[Made, NDArray[np.float64] | None] | None:
+        found = self._journal.get("layer", self._pattern, slope, layer.name)
+        return None if found is None else (Made.of(found), found.get("shift"))
+
     # Layers
 
     def _groups(self, walk: Walk) -> list[tuple[int, list[Layer]]]:
@@ -169,49 +207,93 @@ class Calibration:
         found = []
         makers = walk.makers
         while left:
-            at = left[0].at
-            inside = [one for one in left if makers.get(one.source, -1) < at or one.at == at]
+            at = left[0].uses[0].at
+            inside = [
+                one
+                for one, use in ((each, each.uses[0]) for each in left)
+                if use.at == at or (not use.path and makers.get(use.source, -1) < at)
+            ]
             left = [one for one in left if one not in inside]
             found.append((at, inside))
         return found
 
-    def _visited(self, now: Walk, original: Walk) -> Iterator[tuple[Layer, Moments]]:
-        """Each layer when its inputs are there, with their moments."""
+    def _visited(
+        self, now: Walk, original: Walk, known: Mapping[str, object] = MappingProxyType({})
+    ) -> Iterator[tuple[Layer, Moments | None]]:
+        """Each layer when its inputs are there, with their moments.
+
+        None where it has no inputs, or is known. Nodes are run in the same pieces in any case, so
+        that rounding is the same.
+        """
         for at, layers in self._groups(now):
             now.advance(at)
             original.advance(at)
-            known: dict[Hashable, Moments] = {}
+            shared: dict[Hashable, Moments | None] = {}
             for layer in layers:
-                if layer.view not in known:
-                    values = (walk.value(layer.source) for walk in (now, original))
-                    known[layer.view] = moments(layer, *values)
-                yield layer, known[layer.view]
+                if known.get(layer.name) is not None:
+                    yield layer, None
+                    continue
+                if layer.view not in shared:
+                    parts = (self._seen(layer, use, at, now, original) for use in layer.uses)
+                    met = [part for part in parts if part is not None]
+                    shared[layer.view] = joined(layer, met) if met else None
+                yield layer, shared[layer.view]
+
+    def _seen(self, layer: Layer, use: Use, at: int, now: Walk, original: Walk) -> Sums | None:
+        """What one reader sees; one that comes later, in the original network."""
+        if use.at > at and (use.path or not now.has(use.source)):
+            return self._ahead[layer.name, use.number]
+        return _sums(layer, use, now, original)
+
+    @cached_property
+    def _ahead(self) -> dict[tuple[str, int], Sums | None]:
+        """What the later readers of each weight see in the original network."""
+        later = [
+            (use, layer)
+            for layer in self._layers
+            for use in layer.uses
+            if use.at > layer.uses[0].at
+        ]
+        found: dict[tuple[str, int], Sums | None] = {}
+        tensors = {tensor.name: tensor for tensor in self._subject.model.graph.initializer}
+        with Walk(self._subject.model, tensors, self._batches, self._run) as walk:
+            for use, layer in sorted(later, key=lambda one: one[0].number):
+                walk.advance(use.at)
+                found[layer.name, use.number] = _sums(layer, use, walk, walk)
+        return found
 
     def _compressed(
         self, layer: Layer, found: Moments, slope: float | None
-    ) -> tuple[_Made, NDArray[np.float64] | None]:
+    ) -> tuple[Made, NDArray[np.float64] | None]:
         """A layer's weight, and what is added to its bias."""
-        first = layer.matrices(layer.weight.rows).astype(np.float64)
-        if layer.rows is None and layer.name in self._blocks:
+        first = layer.values()
+        if layer.is_table and layer.name in self._blocks:
             return self._table_in_blocks(layer, first[0].astype(np.float32)), None
-        if layer.rows is None:
+        if layer.is_table:
             return self._looked_up(layer, first[0], found.own[0], slope), None
-        hessian = found.damped(PRUNING if self._pattern.fraction else DAMPING)
+        hessian = found.damped(PRUNING if self._pattern.makes_zeros else DAMPING)
         target = first + np.linalg.solve(hessian, (found.cross - found.own) @ first)
         # what the outputs' error is relative to
         power = _product(first, found.own, first)
         if not power > 0:
-            return _Made(self._kept(layer), "kept"), None
+            return self._alone(layer, slope), None
         made = self._rounded(layer, target, hessian, power, slope)
         if not layer.bias:
             return made, None
-        now = layer.matrices(layer.weight.rows_of(made.written.array)).astype(np.float64)
+        now = layer.values_of(made.written.array)
         shift = np.einsum("gi,gio->go", found.original_mean, first)
         shift -= np.einsum("gi,gio->go", found.mean, now)
         return made, shift.reshape(-1)
 
     def _kept(self, layer: Layer) -> Written:
-        return layer.weight.write(layer.weight.candidates[-1])
+        return layer.stored.write(layer.stored.candidates[-1])
+
+    def _alone(self, layer: Layer, slope: float | None) -> Made:
+        """A weight without examples: they never reach it, or give it zeros."""
+        if slope is None:
+            return Made(self._kept(layer), "kept")
+        best = self._subject.best_at(layer.name, slope)
+        return Made(layer.stored.write(best), best.how)
 
     def _rounded(
         self,
@@ -220,47 +302,62 @@ class Calibration:
         hessian: NDArray[np.float64],
         power: float,
         slope: float | None,
-    ) -> _Made:
+    ) -> Made:
         factors = [Factor.of(one, in_order=self._pattern.keep is not None) for one in hessian]
         stay: list[NDArray[np.bool_] | None] = [None] * layer.groups
         values = [one.astype(np.float32) for one in target]
         if self._pattern.fraction:
-            fraction = self._fractions[layer.name]
+            fraction = self._fractions.get(layer.name, 0.0)
             for group, factor in enumerate(factors):
-                chosen = _chosen(target[group], factor, fraction, self._pattern.keep)
+                chosen = chosen_in(target[group], factor, fraction, self._pattern.keep)
                 values[group], found = pruned(target[group], factor, chosen)
                 stay[group] = found
                 values[group] = refit(target[group], hessian[group], values[group], found)
-        if slope is None:
+        elif layer.name in self._inputs:
+            inputs = self._inputs[layer.name]
+            values = list(refit_inputs(target, hessian, inputs).astype(np.float32))
+            stay = [np.broadcast_to(one[:, None], layer.shape[1:]) for one in inputs]
+        if slope is None and layer.scale is None:
             off = np.stack(values) - target
             return self._as_floats(layer, values, _product(off, hessian, off) / power)
-        price = slope * power / self._subject.importance[layer.name]
+        price, step = 0.0, 0.0
+        if slope is not None:
+            price = slope * power / self._subject.importance[layer.name]
+            step = step_for(np.concatenate([factor.spread for factor in factors]), price)
         if layer.name in self._blocks:
             blocked = self._blocked(layer, values[0], factors[0], stay[0], price)
-            off = target - layer.matrices(layer.weight.rows_of(blocked.array)).astype(np.float64)
-            return _Made(blocked, "4-bit blocks", _product(off, hessian, off) / power)
-        step = step_for(np.concatenate([factor.spread for factor in factors]), price)
+            off = target - layer.values_of(blocked.array)
+            return Made(blocked, "4-bit blocks", _product(off, hessian, off) / power)
         most = np.stack([np.abs(one).max(0) for one in values])
-        steps = _steps(layer, step, most)
-        codes = np.rint(np.stack(values) / steps[:, None]).astype(np.int16)
+        grid = Grid.of(layer, step, most)
+        codes = grid.nearest(np.stack(values))
         for _ in range(_ROUNDS):
             codes = np.stack(
                 [
-                    rounded(values[group], factor, steps[group], price, codes, stay[group])
+                    rounded(
+                        target[group],
+                        factor,
+                        grid.steps[group],
+                        price,
+                        codes,
+                        stay[group],
+                        (grid.low[group], grid.high[group]),
+                    )
                     for group, factor in enumerate(factors)
                 ]
             )
-        rows = layer.as_rows(codes)
+        steps = grid.steps
         whole: NDArray[Any] = codes * steps[:, None].astype(np.float64)
-        if not np.ptp(steps):  # the step that fits best
+        if not np.ptp(steps) and layer.scale is None:  # the step that fits best
             fit = _product(target, hessian, whole)
             norm = _product(whole, hessian, whole)
             scale = fit / norm if fit > 0 and norm > 0 else 1.0
             steps, whole = (steps * scale).astype(np.float32), whole * scale
         off = target - whole
         error = _product(off, hessian, off) / power
-        made = _Made(layer.weight.on_grid(rows, steps.reshape(-1)), "calibrated grid", error)
-        return self._cheaper(layer, made, slope)
+        written = layer.written(layer.as_rows(codes), steps.reshape(-1), grid.parameter)
+        made = Made(written, "calibrated grid", error)
+        return made if slope is None else self._cheaper(layer, made, slope)
 
     def _blocked(
         self,
@@ -275,34 +372,32 @@ class Calibration:
         steps = np.ascontiguousarray(each_input(scales, len(values)).T)
         codes = first.T.astype(np.int16)
         for _ in range(_ROUNDS):
-            codes = rounded(values, factor, steps, price, codes, stay, bounds=(-8, 7))
-        return layer.weight.in_blocks(layer.as_rows(codes[None]), layer.as_rows(steps[None]))
+            codes = rounded(values, factor, steps, price, codes, stay, (-8, 7))
+        return layer.stored.in_blocks(layer.as_rows(codes[None]), layer.as_rows(steps[None]))
 
-    def _table_in_blocks(self, layer: Layer, table: NDArray[np.float32]) -> _Made:
+    def _table_in_blocks(self, layer: Layer, table: NDArray[np.float32]) -> Made:
         codes, scales = in_blocks(table)
         steps = each_input(scales, table.shape[1])
-        made = layer.weight.in_blocks(layer.as_rows(codes[None]), layer.as_rows(steps[None]))
+        made = layer.stored.in_blocks(layer.as_rows(codes[None]), layer.as_rows(steps[None]))
         off = float(np.square(table - codes * steps).sum())
-        return _Made(made, "4-bit blocks", off / max(float(np.square(table).sum()), 1e-30))
+        return Made(made, "4-bit blocks", off / max(float(np.square(table).sum()), 1e-30))
 
-    def _cheaper(self, layer: Layer, made: _Made, slope: float) -> _Made:
+    def _cheaper(self, layer: Layer, made: Made, slope: float) -> Made:
         """What takes the least error and bits: codes, or more precision than they have."""
-        if self._pattern.fraction or layer.weight.only_grids:
+        if self._pattern.makes_zeros or layer.stored.only_grids:
             return made
         importance = self._subject.importance[layer.name]
-        others = [one for one in layer.weight.candidates if one.how not in (*_GRIDS, "codebook")]
+        others = [one for one in layer.stored.candidates if one.how not in (*_GRIDS, "codebook")]
         best = min(others, key=lambda one: importance * one.error + slope * one.bits)
-        cost = importance * made.error + slope * made.written.bits
+        cost = importance * (made.error or 0.0) + slope * made.written.bits
         if importance * best.error + slope * best.bits < cost:
-            return _Made(layer.weight.write(best), best.how, best.error)
+            return Made(layer.stored.write(best), best.how, best.error)
         return made
 
-    def _as_floats(
-        self, layer: Layer, values: Sequence[NDArray[np.float32]], error: float
-    ) -> _Made:
+    def _as_floats(self, layer: Layer, values: Sequence[NDArray[np.float32]], error: float) -> Made:
         rows = layer.as_rows(np.stack(values))
-        array = layer.weight.unfolded(rows).astype(layer.weight.array.dtype)
-        return _Made(replace(self._kept(layer), array=array), "pruned", error)
+        array = layer.restored(layer.weight.unfolded(rows).astype(layer.weight.array.dtype))
+        return Made(replace(self._kept(layer), array=array), "pruned", error)
 
     def _looked_up(
         self,
@@ -310,22 +405,41 @@ class Calibration:
         first: NDArray[np.float64],
         frequency: NDArray[np.float64],
         slope: float | None,
-    ) -> _Made:
+    ) -> Made:
         """A table, in which rows that are looked up often may have less error."""
         power = float(np.square(first).sum(1) @ frequency)
         if slope is None or not power > 0:
-            return _Made(self._kept(layer), "kept")
+            return self._alone(layer, slope)
         price = slope * power / self._subject.importance[layer.name]
         step = step_for(frequency, price, coarser=1.0)
-        steps = _steps(layer, step, np.abs(first).max(1)[None])[0]
-        codes = np.rint(first / steps[:, None]).astype(np.int16)
+        grid = Grid.of(layer, step, np.abs(first).max(1)[None], table=True)
+        steps = grid.steps[0]
+        codes = grid.nearest(first.T[None])[0].T
+        bounds = grid.low[0].T, grid.high[0].T
         for _ in range(_ROUNDS):
-            codes = looked_up(first, frequency, steps, price, codes)
+            codes = looked_up(first, frequency, steps, price, codes, bounds)
         error = float(np.square(first - codes * steps[:, None]).sum(1) @ frequency) / power
-        written = layer.weight.on_grid(layer.as_rows(codes[None]), steps)
-        return self._cheaper(layer, _Made(written, "calibrated grid", error), slope)
+        written = layer.written(layer.as_rows(codes[None]), steps, grid.parameter)
+        return self._cheaper(layer, Made(written, "calibrated grid", error), slope)
 
     # Zeros
+
+    def _spread_channels(self) -> dict[str, NDArray[np.bool_]]:
+        """The inputs of each layer that stay, where some go."""
+        found = structure(self._subject.model)
+        costs = {cost.weight: cost for cost in found.layers}
+        tensors = {tensor.name: tensor for tensor in self._subject.model.graph.initializer}
+        reads: dict[str, Read] = {}
+        with Walk(self._subject.model, tensors, self._batches, self._run) as walk:
+            for layer, seen in self._visited(walk, walk):
+                if seen is not None and layer.name in costs:
+                    importance = self._subject.importance[layer.name]
+                    read = read_by(layer, seen, costs[layer.name], importance)
+                    reads |= {} if read is None else {layer.name: read}
+        gone = channels_in(found, reads, self._pattern.channels)
+        return {
+            name: ~gone[read.columns] for name, read in reads.items() if gone[read.columns].any()
+        }
 
     def _spread_zeros(self) -> dict[str, float]:
         """The fraction of each layer's weights that becomes zero: those with the least effect."""
@@ -335,7 +449,7 @@ class Calibration:
         effects: dict[str, NDArray[np.float32]] = {}
         with Walk(self._subject.model, tensors, self._batches, self._run) as walk:
             for layer, found in self._visited(walk, walk):
-                if layer.rows is not None:
+                if not layer.is_table and found is not None:
                     effects[layer.name] = self._effects(layer, found)
         every = np.sort(np.concatenate([np.zeros(0, np.float32), *effects.values()]))
         if not every.size:
@@ -345,7 +459,7 @@ class Calibration:
 
     def _effects(self, layer: Layer, found: Moments) -> NDArray[np.float32]:
         """What each weight does to the outputs, as far as others cannot take its place."""
-        first = layer.matrices(layer.weight.rows).astype(np.float64)
+        first = layer.values()
         power = _product(first, found.own, first)
         inverse = np.linalg.inv(found.damped(PRUNING))
         effect = np.square(first) / np.diagonal(inverse, axis1=1, axis2=2)[:, :, None]
@@ -354,35 +468,15 @@ class Calibration:
         return found_effects
 
 
-@dataclass(frozen=True, eq=False)
-class _Made:
-    """A weight as it is written, by which encoding, and the layer's relative squared error."""
-
-    written: Written
-    how: str
-    error: float = 0.0
-
-
-def _steps(layer: Layer, step: float, most: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
-    """The step of each output, or of each row of a table: larger where a weight would need it.
-
-    Args:
-        layer: whose.
-        step: that is wanted.
-        most: the largest weight of each, [groups, outputs].
-    """
-    needed = most / MOST_STEPS
-    if (needed <= step).all():
-        return np.full(most.shape, step, np.float32)
-    layout, dtype = layer.weight.role.layout, layer.weight.array.dtype
-    if dtype != np.float32 or layout is None or layout.groups > 1:  # they have one step for all
-        return np.full(most.shape, max(step, float(needed.max())), np.float32)
-    # two bytes each, where they are not too small for that
-    half = np.float16(step) if step > 2.0**-12 else step
-    larger = needed.astype(np.float16) if needed.min() > 2.0**-12 else needed
-    return np.where(needed <= half, half, np.nextafter(larger, larger.dtype.type(np.inf))).astype(
-        np.float32
-    )
+def _sums(layer: Layer, use: Use, now: Walk, original: Walk) -> Sums | None:
+    """The moments of one reader; None where it is never reached, or differs from step to step."""
+    try:
+        values = now.seen(use)
+        return sums(layer, use, values, values if original is now else original.seen(use))
+    except Prune2OnnxError:
+        if not use.path:
+            raise
+        return None  # a loop whose values have different shapes
 
 
 def _product(a: NDArray[Any], moments: NDArray[np.float64], b: NDArray[Any]) -> float:
@@ -393,33 +487,3 @@ def _product(a: NDArray[Any], moments: NDArray[np.float64], b: NDArray[Any]) -> 
 def _with(tensor: TensorProto, array: NDArray[Any]) -> TensorProto:
     """An initializer with other values."""
     return stored(tensor.name, array, tensor.data_type)
-
-
-def _chosen(
-    target: NDArray[np.float64], factor: Factor, fraction: float, keep: tuple[int, int] | None
-) -> Callable[[NDArray[np.int64], NDArray[np.float32]], NDArray[np.bool_]]:
-    """Which weights of a block stay: n of m neighbours, or as many as have enough effect."""
-    if keep is not None:
-        return lambda inside, effect: _most_of_neighbours(effect, *keep)
-    effects = np.empty(target.shape, np.float32)
-    effects[factor.order] = np.square(target[factor.order]) * factor.spread[:, None]
-    limit = np.quantile(effects, fraction)
-
-    def chosen(inside: NDArray[np.int64], effect: NDArray[np.float32]) -> NDArray[np.bool_]:
-        gone = int((effects[inside] < limit).sum())
-        if not gone:
-            return np.ones(effect.shape, bool)
-        stay: NDArray[np.bool_] = effect > np.partition(effect.reshape(-1), gone - 1)[gone - 1]
-        return stay
-
-    return chosen
-
-
-def _most_of_neighbours(effect: NDArray[np.float32], n: int, m: int) -> NDArray[np.bool_]:
-    """The n of each m neighbouring inputs with the most effect; a rest that is shorter stays."""
-    stay = np.ones(effect.shape, bool)
-    whole = len(effect) // m * m
-    parts = effect[:whole].reshape(-1, m, effect.shape[1])
-    rank = np.argsort(np.argsort(-parts, axis=1, kind="stable"), axis=1, kind="stable")
-    stay[:whole] = (rank < n).reshape(whole, -1)
-    return stay

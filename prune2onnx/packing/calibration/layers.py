@@ -1,36 +1,55 @@
-"""The layers of a graph whose weights can be calibrated, and what each multiplies its weight with.
+"""The layers of a graph whose weights can be calibrated.
 
 A layer's output is X W, plus a bias: a weight is seen as `groups` matrices [inputs, outputs], and
-activations as rows X [n, inputs] for each of them. A convolution has a row for each place of its
-output.
+activations as `rows` for each of them. Between an initializer and the node that multiplies it may
+be operators that move its elements, or scale integers; several nodes may read one weight, also in
+the bodies of If, Loop and Scan.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto
 
-from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, nodes_in
-from prune2onnx.packing.approximation.candidates import Weight
+from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute
+from prune2onnx.packing.approximation.candidates import Weight, Written
+from prune2onnx.packing.approximation.roles import FLOATS, Role, layout_of
 from prune2onnx.packing.approximation.subject import Subject
+from prune2onnx.packing.calibration.capture import can_capture
+from prune2onnx.packing.calibration.moves import Moves
+from prune2onnx.packing.calibration.readers import Key, Path, Reader, Readers
+from prune2onnx.packing.calibration.rows import Rows, rows_of
 
-Picked = Callable[[int], NDArray[np.int64]]
-"""Of so many rows, the indices of those that are looked at, ascending."""
 
-Rows = Callable[[NDArray[Any], Picked], NDArray[np.float32]]
-"""Activations and which rows -> those rows, [n, groups, inputs]."""
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A node that multiplies with a layer's weight.
 
-_CARRIERS = ("Cast", "Identity", "Transpose")
-_RECURRENT = ("GRU", "LSTM", "RNN")
-_LOST = "/prune2onnx.states"  # name of an output that has none
+    Attributes:
+        source: the value that the weight is multiplied with.
+        path: where that is defined; () in the main graph.
+        at: place of the node, or of the one around it, in the main graph.
+        number: of the node among all, in the order of the graph.
+        rows: activations as rows; None for a table of which rows are looked up.
+    """
+
+    source: str
+    path: Path
+    at: int
+    number: int
+    rows: Rows | None
+
+    @property
+    def view(self) -> Hashable:
+        """What two uses have in common if they see the same rows."""
+        how = (self.rows.func, self.rows.args) if isinstance(self.rows, partial) else self.rows
+        return self.source, self.path, how
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,200 +58,191 @@ class Layer:
 
     Attributes:
         name: of the initializer that is its weight.
-        weight: the same, and its layout.
-        source: the value that it is multiplied with.
-        at: place of its node in the graph.
+        stored: the same, as it is stored.
+        weight: as its readers see it, with a layout; integers without their scale.
+        uses: who reads it, in the order of the graph.
         groups: groups of inputs and outputs that have nothing to do with each other.
-        rows: activations as rows; None for a table of which rows are looked up.
         bias: initializer that is added to its outputs, one for each; "" where there is none of its
             own.
+        order: [elements] place in `stored` of each element of `weight`; None where it is its own.
+        scale: [rows] of an integer weight, what each of its rows is multiplied with.
     """
 
     name: str
+    stored: Weight
     weight: Weight
-    source: str
-    at: int
+    uses: tuple[Use, ...]
     groups: int
-    rows: Rows | None
     bias: str = ""
+    order: NDArray[np.int64] | None = None
+    scale: NDArray[np.float64] | None = None
+
+    @property
+    def is_table(self) -> bool:
+        """Whether rows are looked up, and never multiplied."""
+        return all(use.rows is None for use in self.uses)
 
     @property
     def view(self) -> Hashable:
         """What two layers have in common if their inputs have the same moments."""
-        how = (self.rows.func, self.rows.args) if isinstance(self.rows, partial) else self.rows
-        size = len(self.weight.array) if self.rows is None else 0
-        return self.source, bool(self.bias), how, size
+        size = len(self.weight.array) if self.is_table else 0
+        return tuple(use.view for use in self.uses), bool(self.bias), size
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """Of its matrices: groups, inputs, outputs."""
+        groups, inputs, outputs = self.matrices(self.weight.rows).shape
+        return groups, inputs, outputs
 
     def matrices(self, rows: NDArray[Any]) -> NDArray[Any]:
         """What has the shape of `Weight.rows`, as [groups, inputs, outputs]."""
-        if self.rows is None:
+        if self.is_table:
             return rows.reshape(1, len(rows), -1)
         return rows.reshape(self.groups, -1, math.prod(rows.shape[1:])).transpose(0, 2, 1)
 
     def as_rows(self, matrices: NDArray[Any]) -> NDArray[Any]:
         """The way back."""
         shape = self.weight.rows.shape
-        return (matrices if self.rows is None else matrices.transpose(0, 2, 1)).reshape(shape)
+        return (matrices if self.is_table else matrices.transpose(0, 2, 1)).reshape(shape)
+
+    def values(self) -> NDArray[np.float64]:
+        """What inputs are multiplied with, as matrices; integers are scaled."""
+        return self._scaled(self.weight.rows)
+
+    def values_of(self, array: NDArray[Any]) -> NDArray[np.float64]:
+        """The same of other values of the initializer."""
+        if self.order is not None:
+            array = array.reshape(-1)[self.order].reshape(self.weight.array.shape)
+        if self.weight.role.zero_point is not None:
+            array = array.astype(np.int64) - self.weight.role.zero_point
+        return self._scaled(self.weight.rows_of(array))
+
+    def _scaled(self, rows: NDArray[Any]) -> NDArray[np.float64]:
+        scaled = rows.astype(np.float64)
+        if self.scale is not None:
+            scaled = scaled * self.scale[:, None, None]
+        return self.matrices(scaled)
+
+    def written(
+        self, codes: NDArray[np.integer[Any]], steps: NDArray[np.float32], parameter: int = 1
+    ) -> Written:
+        """The initializer as multiples of a step; arguments as of `Weight.on_grid`."""
+        made = self.weight.on_grid(codes, steps, parameter)
+        if self.order is None:
+            return made
+        array = self.restored(made.array)
+        known = made.quantized  # whose scale is one for all: see `has_channel_steps`
+        if known is not None:
+            known = replace(known, codes=self.restored(known.codes))
+            if known.scale is not None:
+                known = replace(known, scale=known.scale.reshape((1,) * array.ndim))
+        return Written(array, known, made.bits)
+
+    def restored(self, array: NDArray[Any]) -> NDArray[Any]:
+        """What has the shape of `weight`, as the initializer has it."""
+        if self.order is None:
+            return array
+        found = np.empty(self.stored.array.size, array.dtype)
+        found[self.order] = array.reshape(-1)
+        return found.reshape(self.stored.array.shape)
+
+    @property
+    def has_channel_steps(self) -> bool:
+        """Whether each of its outputs may have a step of its own."""
+        layout = self.weight.role.layout
+        plain = self.weight.array.dtype == np.float32 and self.order is None
+        return plain and layout is not None and layout.groups == 1
 
 
 def layers_of(subject: Subject) -> list[Layer]:
-    """The layers whose weights have one reader, in the order of their nodes."""
-    found = []
-    graph = _Graph(subject.model)
-    for name, weight in subject.weights.items():
-        role = subject.roles[name]
-        if role.kind != "weight" or role.layout is None or weight.array.dtype.kind != "f":
-            continue
-        layer = graph.layer(name, weight)
-        if layer is not None:
-            found.append(layer)
-    return sorted(found, key=lambda layer: layer.at)
+    """The layers whose readers are all known, in the order of their first ones."""
+    finder = _Finder(subject)
+    found = (finder.layer(name) for name in subject.weights)
+    return sorted((one for one in found if one is not None), key=lambda one: one.uses[0].number)
 
 
-class _Graph:
-    """Who reads what in the main graph."""
+class _Finder:
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._readers = Readers(subject.model)
 
-    def __init__(self, model: ModelProto) -> None:
-        graph = model.graph
-        self._sizes = {tensor.name: math.prod(tensor.dims) for tensor in graph.initializer}
-        self._taken = {value.name for value in (*graph.input, *graph.output)}
-        # value -> who reads it, as which input, and the place of that node; -1 in a body
-        self._readers: dict[str, list[tuple[NodeProto, int, int]]] = defaultdict(list)
-        for at, node in enumerate(graph.node):
-            for inner in nodes_in([node]):
-                for index, name in enumerate(inner.input):
-                    self._readers[name].append((inner, index, at if inner is node else -1))
-
-    def layer(self, name: str, weight: Weight) -> Layer | None:
+    def layer(self, name: str) -> Layer | None:
         """The layer that reads a weight; None where it is none of those that are known."""
-        value = name
-        while True:
-            readers = self._readers[value]
-            if len(readers) != 1 or value in self._taken:
+        stored, role = self._subject.weights[name], self._subject.roles[name]
+        moves = Moves(self._readers, name, stored)
+        ends = moves.ends()
+        if not ends:
+            return None
+        seen = moves.seen(ends[0])
+        if seen is None or any(not seen.same(moves.seen(end)) for end in ends[1:]):
+            return None
+        weight = stored
+        if seen.order is not None:
+            layout = layout_of(ends[0].node, ends[0].index, seen.order.ndim)
+            array = stored.array.reshape(-1)[seen.order]
+            point = role.zero_point
+            if point is not None and point.size > 1:
                 return None
-            ((node, index, at),) = readers
-            if node.op_type not in _CARRIERS:
-                break
-            value = node.output[0]
-        if node.domain not in DEFAULT_DOMAINS or at < 0:
+            moved = None if point is None else point.reshape((1,) * array.ndim)
+            weight = Weight(array, Role(role.kind, layout=layout, zero_point=moved))
+        if weight.role.layout is None:
             return None
-        made = _known(node, index, weight)
-        if made is None:
+        uses, groups = [], set()
+        for end in ends:
+            known = self._use(end, weight)
+            if known is None:
+                return None
+            uses.append(known[0])
+            groups.add(known[1])
+        if len(groups) > 1:
             return None
-        source, groups, rows = made
-        if source in self._sizes:
-            return None  # both are stored
-        bias = self._bias(node, weight.rows.shape[0])
-        return Layer(name, weight, source, at, groups, rows, bias)
+        biases = {self._bias(end, len(weight.rows), len(ends)) for end in ends}
+        bias = biases.pop() if len(biases) == 1 and all(use.rows for use in uses) else ""
+        order = None if seen.order is None else seen.order.reshape(-1)
+        scale = None
+        if stored.role.zero_point is not None:
+            if seen.scale is None:
+                return None
+            every = weight.rows_of(np.broadcast_to(seen.scale, weight.array.shape))
+            if np.ptp(every, axis=(1, 2)).any():
+                return None  # scales of blocks
+            scale = every[:, 0, 0].astype(np.float64)
+        elif weight.array.dtype.kind != "f" and weight.array.dtype.name != "bfloat16":
+            return None
+        return Layer(name, stored, weight, tuple(uses), groups.pop(), bias, order, scale)
 
-    def _bias(self, node: NodeProto, outputs: int) -> str:
-        """The initializer that is added to nothing but the outputs of a node."""
-        name = ""
+    def _use(self, end: Reader, weight: Weight) -> tuple[Use, int] | None:
+        node = end.node
+        if node.domain not in DEFAULT_DOMAINS or not can_capture(self._subject.model, end.path):
+            return None
+        found = rows_of(node, end.index, weight)
+        if found is None:
+            return None
+        path, source = end.key(found.source)
+        if found.source not in node.input:  # the states of a recurrent node
+            path = end.path
+        elif (path, source) in self._readers.stored:
+            return None  # both are stored
+        return Use(source, path, end.at, end.number, found.rows), found.groups
+
+    def _bias(self, end: Reader, outputs: int, uses: int) -> str:
+        """The initializer that is added to nothing but the outputs of so many nodes."""
+        node = end.node
+        key: Key = ((), "")
         if node.op_type in ("Conv", "Gemm"):
             plain = node.op_type == "Conv" or attribute(node, "beta", 1.0) == 1.0
-            name = node.input[2] if len(node.input) > 2 and plain else ""
-        elif node.op_type == "MatMul" and node.output[0] not in self._taken:
-            readers = self._readers[node.output[0]]
-            if len(readers) == 1 and readers[0][0].op_type == "Add":
-                added, index, _ = readers[0]
-                name = added.input[1 - index]
-        own = name in self._sizes and name not in self._taken and len(self._readers[name]) == 1
-        return name if own and self._sizes[name] == outputs else ""
+            key = end.key(node.input[2] if len(node.input) > 2 and plain else "")
+        elif node.op_type == "MatMul" and (made := (end.path, node.output[0])):
+            readers = self._readers.of[made] if made not in self._readers.taken else []
+            if len(readers) == 1 and readers[0].node.op_type == "Add":
+                key = readers[0].key(readers[0].node.input[1 - readers[0].index])
+        return key[1] if self._is_own(key, outputs, uses) else ""
 
-
-def _known(node: NodeProto, index: int, weight: Weight) -> tuple[str, int, Rows | None] | None:
-    """The source, groups and rows of a node that reads a weight as input `index`."""
-    op, rank = node.op_type, weight.array.ndim
-    other = node.input[1 - index] if index < 2 and len(node.input) > 1 else ""
-    if op == "MatMul" and rank == 2:
-        return other, 1, _columns if index == 0 else _last
-    if op == "Gemm" and index < 2 and attribute(node, "alpha", 1.0) == 1.0:
-        turned = attribute(node, "transA" if index else "transB", 0) != (0 if index else 1)
-        return other, 1, _columns if turned else _last
-    if op == "Conv" and index == 1 and attribute(node, "auto_pad", "NOTSET") in ("NOTSET", "VALID"):
-        groups = attribute(node, "group", 1)
-        return other, groups, partial(_windows, _Window.of(node, weight.array.shape[2:]), groups)
-    if op == "ConvTranspose" and index == 1:
-        groups = attribute(node, "group", 1)
-        return other, groups, partial(_channels, groups)
-    if op in _RECURRENT and index == 1:
-        return node.input[0], 1, _last
-    if op in _RECURRENT and index == 2 and not attribute(node, "layout", 0):
-        return states_of(node), weight.array.shape[0], _states
-    if op == "Gather" and index == 0 and not attribute(node, "axis", 0):
-        return node.input[1], 1, None
-    return None
-
-
-def states_of(node: NodeProto) -> str:
-    """The value that holds all states of a recurrent node."""
-    return node.output[0] if node.output and node.output[0] else f"{node.name}{_LOST}"
-
-
-def with_states(node: NodeProto) -> NodeProto:
-    """A node; a recurrent one has a name for all of its states."""
-    if node.op_type not in _RECURRENT or (node.output and node.output[0]):
-        return node
-    named = NodeProto()
-    named.CopyFrom(node)
-    named.output[:] = [states_of(node), *node.output[1:]]
-    return named
-
-
-def _last(x: NDArray[Any], picked: Picked) -> NDArray[np.float32]:
-    flat = x.reshape(-1, x.shape[-1])
-    return flat[picked(len(flat))][:, None]
-
-
-def _columns(x: NDArray[Any], picked: Picked) -> NDArray[np.float32]:
-    return _last(np.swapaxes(x, -1, -2), picked)
-
-
-def _channels(groups: int, x: NDArray[Any], picked: Picked) -> NDArray[np.float32]:
-    flat = np.moveaxis(x, 1, -1).reshape(-1, groups, x.shape[1] // groups)
-    return flat[picked(len(flat))]
-
-
-def _states(x: NDArray[Any], picked: Picked) -> NDArray[np.float32]:
-    """[steps, directions, batch, hidden]: what the next step is multiplied with."""
-    flat = np.moveaxis(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
-    return flat[picked(len(flat))]
-
-
-@dataclass(frozen=True)
-class _Window:
-    """What a convolution sees of its input."""
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    pads: tuple[tuple[int, int], ...]
-
-    @staticmethod
-    def of(node: NodeProto, kernel: Sequence[int]) -> _Window:
-        ones = [1] * len(kernel)
-        pads = attribute(node, "pads", [0] * 2 * len(kernel))
-        if attribute(node, "auto_pad", "NOTSET") == "VALID":
-            pads = [0] * 2 * len(kernel)
-        return _Window(
-            tuple(kernel),
-            tuple(attribute(node, "strides", ones)),
-            tuple(attribute(node, "dilations", ones)),
-            tuple(zip(pads[: len(kernel)], pads[len(kernel) :], strict=True)),
-        )
-
-
-def _windows(window: _Window, groups: int, x: NDArray[Any], picked: Picked) -> NDArray[np.float32]:
-    padded = np.pad(x, ((0, 0), (0, 0), *window.pads))
-    axes = tuple(range(2, x.ndim))
-    spans = [(k - 1) * d + 1 for k, d in zip(window.kernel, window.dilations, strict=True)]
-    seen = np.lib.stride_tricks.sliding_window_view(padded, spans, axes)
-    steps = [slice(None, None, stride) for stride in window.strides]
-    holes = [slice(None, None, dilation) for dilation in window.dilations]
-    where: Any = (slice(None), slice(None), *steps, *holes)
-    seen = seen[where]
-    places = (len(x), *seen.shape[2 : x.ndim])
-    at = np.unravel_index(picked(math.prod(places)), places)
-    where = (at[0], slice(None), *at[1:])
-    rows: NDArray[np.float32] = seen[where]
-    return rows.reshape(len(rows), groups, -1)
+    def _is_own(self, key: Key, outputs: int, uses: int) -> bool:
+        tensor = self._readers.stored.get(key)
+        if tensor is None or key[0] or key in self._readers.taken:
+            return False
+        if key in self._readers.makers:  # a Constant node
+            return False
+        read = len(self._readers.of[key])
+        return read == uses and math.prod(tensor.dims) == outputs and tensor.data_type in FLOATS

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,12 @@ from prune2onnx.packing.approximation.rounding import cheapest, code_bits
 from prune2onnx.packing.quantized import MOST_STEPS
 
 _BLOCK = 64  # inputs whose errors are handed on together
+_ROWS = 1 << 10  # of a table, that are rounded together
+
+Bounds = tuple[NDArray[np.integer[Any]] | int, NDArray[np.integer[Any]] | int]
+"""Smallest and largest code: one for all, or one for each weight."""
+
+EVERY: Bounds = (-MOST_STEPS, MOST_STEPS)
 COARSER = 1.6
 """How much coarser steps are than on a fine grid without a price of bits: prices add zeros, and
 that and this together cost least. Tried on ResNet-20 from 0.8 to 2.2: 1.6 to 2.2 are alike."""
@@ -78,34 +85,37 @@ def rounded(
     price: float,
     codes: NDArray[np.integer],
     stay: NDArray[np.bool_] | None = None,
-    bounds: tuple[int, int] = (-MOST_STEPS, MOST_STEPS),
+    bounds: Bounds = EVERY,
 ) -> NDArray[np.int16]:
     """Codes of a group's weights: they become code * step.
 
     Args:
         target: [inputs, outputs], the weights without any error.
         factor: of the same inputs.
-        steps: [outputs], above 0; few are larger than the least, at which bits are priced. Or of
-            each weight, of either sign, such as [inputs, outputs].
+        steps: of each output, above 0; or of each weight, [inputs, outputs], of either sign.
         price: the error that a bit has to save.
         codes: of the whole weight, as far as it is known: bits are those of its histogram.
         stay: weights that may be other than zero; default: all.
-        bounds: least and greatest code.
+        bounds: smallest and largest codes.
 
     Returns:
         Of the shape of `target`; deterministic.
     """
-    unit = float(steps.min()) ** 2 if steps.ndim == 1 else float(np.square(steps).mean())
-    table = price / unit * code_bits(codes)
+    low, high = (np.broadcast_to(bound, target.shape) for bound in bounds)
+    bits = code_bits(codes, _widest(bounds))
+    steps = np.broadcast_to(steps, target.shape)
+    prices = (price / np.square(steps, dtype=np.float64)).astype(np.float32)
     found = np.zeros(target.shape, np.int16)
 
     def choose(at: int, here: NDArray[np.float32]) -> NDArray[np.float32]:
-        own = steps if steps.ndim == 1 else steps[factor.order[at]]
-        code = cheapest(here / own, table * np.float32(factor.upper[at, at] ** 2), *bounds)
+        row = factor.order[at]
+        each = prices[row] * np.float32(factor.upper[at, at] ** 2)
+        code = cheapest(here / steps[row], bits, low[row], high[row], each)
         if stay is not None:
-            code[~stay[factor.order[at]]] = 0
-        found[factor.order[at]] = code
-        return code * own
+            code[~stay[row]] = 0
+        found[row] = code
+        taken: NDArray[np.float32] = code * steps[row]
+        return taken
 
     _in_order(target, factor, choose)
     return found
@@ -117,14 +127,22 @@ def looked_up(
     steps: NDArray[np.float32],
     price: float,
     codes: NDArray[np.integer],
+    bounds: Bounds = EVERY,
 ) -> NDArray[np.int16]:
     """Codes of a table [rows, places], whose rows are looked up so often; as for `rounded`."""
-    bits = price * code_bits(codes)
+    bits = code_bits(codes, _widest(bounds))
+    prices = (price / (frequency * np.square(steps, dtype=np.float64))).astype(np.float32)
+    low, high = (np.broadcast_to(bound, table.shape) for bound in bounds)
     found = np.empty(table.shape, np.int16)
-    for row, (often, step) in enumerate(zip(frequency, steps, strict=True)):
-        cost = bits / np.float32(often * step**2)
-        found[row] = cheapest((table[row] / step).astype(np.float32), cost)
+    for begin in range(0, len(table), _ROWS):
+        some = slice(begin, begin + _ROWS)
+        units = (table[some] / steps[some, None]).astype(np.float32)
+        found[some] = cheapest(units, bits, low[some], high[some], prices[some, None])
     return found
+
+
+def _widest(bounds: Bounds) -> int:
+    return max(int(np.max(bounds[1])), -int(np.min(bounds[0])), MOST_STEPS)
 
 
 def pruned(

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.protobuf import copy_but
 from prune2onnx.graph.walk import used_in
-from prune2onnx.packing.calibration.layers import with_states
+from prune2onnx.packing.calibration.capture import capturing, repeats
+from prune2onnx.packing.calibration.layers import Use
+from prune2onnx.packing.calibration.rows import with_states
 
 Values = dict[str, NDArray[Any]]
 
@@ -82,7 +84,31 @@ class Walk:
         """A value that is there, or the states of the node that is next, for each batch."""
         if self.has(name):
             return [held[name] for held in self._values]
-        return [values[name] for values in self._outcome(self._at, self._at + 1, [name])]
+        made = self._outcome([self._nodes[self._at]], [name])
+        return [values[name] for values in made]
+
+    def seen(self, use: Use) -> list[list[NDArray[Any]]]:
+        """What a reader multiplies its weight with: the value that is there, or made next.
+
+        Returns:
+            For each batch one; of a body of If one or none, of a loop one for each step.
+
+        Raises:
+            Prune2OnnxError: steps of a loop have values of different shapes.
+        """
+        if not use.path:
+            return [[value] for value in self.value(use.source)]
+        kind = TensorProto.INT64 if use.rows is None else TensorProto.FLOAT
+        node = capturing(self._nodes[use.at], use.path, use.source, kind)
+        steps = repeats(node, use.path)
+        found = []
+        for values in self._outcome([node], [node.output[-1]]):
+            whole = values[node.output[-1]]
+            if steps and whole.size:
+                found.append(list(whole.reshape(-1, *whole.shape[steps:])))
+            else:
+                found.append([whole] if whole.size else [])
+        return found
 
     def advance(self, to: int) -> None:
         """Runs all nodes before a place."""
@@ -94,7 +120,7 @@ class Walk:
                 if self._last.get(name, -1) >= to
             ]
             if wanted:
-                made = self._outcome(self._at, to, wanted)
+                made = self._outcome(self._nodes[self._at : to], wanted)
                 for held, values in zip(self._values, made, strict=True):
                     held.update({name: self._kept(value) for name, value in values.items()})
             self._at = to
@@ -102,9 +128,9 @@ class Walk:
             for name in [name for name in held if self._last.get(name, -1) < to]:
                 self._drop(held.pop(name))
 
-    def _outcome(self, begin: int, end: int, wanted: Collection[str]) -> list[Values]:
+    def _outcome(self, nodes: Sequence[NodeProto], wanted: Collection[str]) -> list[Values]:
         """What some nodes give, of all that they give, for each batch."""
-        piece = self._piece(begin, end, wanted)
+        piece = self._piece(nodes, wanted)
         names = [value.name for value in piece.graph.input]
         given = [{name: held[name] for name in names} for held in self._values]
         found = []
@@ -117,8 +143,8 @@ class Walk:
             found.append(dict(zip(wanted, outputs, strict=True)))
         return found
 
-    def _piece(self, begin: int, end: int, wanted: Collection[str]) -> ModelProto:
-        nodes = [with_states(node) for node in self._nodes[begin:end]]
+    def _piece(self, nodes: Sequence[NodeProto], wanted: Collection[str]) -> ModelProto:
+        nodes = [with_states(node) for node in nodes]
         used = used_in(nodes) - {name for node in nodes for name in node.output}
         piece = ModelProto()
         copy_but(piece, self._model, "graph")

@@ -3,7 +3,7 @@
 import networks
 import numpy as np
 import pytest
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from prune2onnx.packing.approximation.subject import Subject
 from prune2onnx.packing.calibration.layers import layers_of
@@ -29,7 +29,7 @@ def of(nodes, weights, x: np.ndarray):
 
 def product(layer, x: np.ndarray) -> np.ndarray:
     """[rows, groups, outputs]"""
-    rows = layer.rows(x, every)
+    rows = layer.uses[0].rows(x, every)
     matrices = layer.matrices(layer.weight.rows)
     assert np.array_equal(layer.as_rows(matrices), layer.weight.rows)
     assert np.array_equal(layer.weight.unfolded(layer.weight.rows), layer.weight.array)
@@ -99,19 +99,30 @@ def test_recurrent_layers_see_their_inputs_and_their_states():
     )
     made = networks.model([node], weights, {"x": (7, 3, 6)}, {"y": None})
     first, second = layers_of(Subject(made, None))
-    assert (first.source, first.groups, second.source, second.groups) == ("x", 1, "y", 2)
-    assert first.rows(normal(7, 3, 6), every).shape == (21, 1, 6)
+    read, again = first.uses[0], second.uses[0]
+    assert (read.source, first.groups, again.source, second.groups) == ("x", 1, "y", 2)
+    assert read.rows(normal(7, 3, 6), every).shape == (21, 1, 6)
     states = normal(7, 2, 3, 5)
-    assert np.array_equal(second.rows(states, every)[:, 1].reshape(7, 3, 5), states[:, 1])
+    assert np.array_equal(again.rows(states, every)[:, 1].reshape(7, 3, 5), states[:, 1])
 
 
-def test_what_is_read_twice_or_is_no_layer_is_left_alone():
-    shared = [
+def test_a_weight_that_also_goes_elsewhere_is_left_alone():
+    nodes = [
         helper.make_node("MatMul", ["x", "w"], ["a"]),
-        helper.make_node("MatMul", ["a", "w"], ["y"]),
+        helper.make_node("MatMul", ["a", "w"], ["b"]),
+        helper.make_node("Softmax", ["w"], ["c"]),
+        helper.make_node("Add", ["b", "c"], ["y"]),
     ]
-    made = networks.model(shared, {"w": normal(8, 8)}, {"x": (1, 8)}, {"y": None})
+    made = networks.model(nodes, {"w": normal(8, 8)}, {"x": (1, 8)}, {"y": None})
     assert not layers_of(Subject(made, None))
+
+
+@pytest.mark.parametrize("pad", ["SAME_UPPER", "SAME_LOWER"])
+def test_convolutions_that_keep_places(pad):
+    node = helper.make_node("Conv", ["x", "w"], ["y"], auto_pad=pad, strides=[2, 1])
+    layer, y = of([node], {"w": normal(5, 3, 4, 2)}, x := normal(2, 3, 9, 7))
+    want = np.moveaxis(y, 1, -1).reshape(-1, 1, 5)
+    np.testing.assert_allclose(product(layer, x), want, atol=1e-4)
 
 
 def test_a_bias_is_known_where_it_is_the_layers_own():
@@ -125,6 +136,17 @@ def test_a_bias_is_known_where_it_is_the_layers_own():
     weights = {"w": normal(8, 8), "b": normal(8), "v": normal(8, 8), "c": normal(8)}
     made = networks.model(nodes, weights, {"x": (1, 8)}, {"y": None})
     assert [layer.bias for layer in layers_of(Subject(made, None))] == ["b", ""]
+
+
+def test_the_bias_of_a_constant_node_is_left_alone():
+    small = numpy_helper.from_array(normal(4), "small")
+    nodes = [
+        helper.make_node("Constant", [], ["b"], value=small),
+        helper.make_node("MatMul", ["x", "w"], ["m"]),
+        helper.make_node("Add", ["m", "b"], ["y"]),
+    ]
+    made = networks.model(nodes, {"w": normal(8, 4)}, {"x": (1, 8)}, {"y": None})
+    assert [layer.bias for layer in layers_of(Subject(made, None))] == [""]
 
 
 def test_layers_share_moments_where_they_see_the_same():

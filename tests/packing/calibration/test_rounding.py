@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from prune2onnx.packing.calibration.calibrate import _most_of_neighbours
 from prune2onnx.packing.calibration.rounding import (
     Factor,
     looked_up,
@@ -12,6 +11,7 @@ from prune2onnx.packing.calibration.rounding import (
     rounded,
     step_for,
 )
+from prune2onnx.packing.calibration.zeros import _most_of_neighbours
 
 RNG = np.random.default_rng(0)
 

@@ -7,7 +7,7 @@ from onnx import helper, numpy_helper
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.packing.calibration import walk as walks
-from prune2onnx.packing.calibration.layers import states_of
+from prune2onnx.packing.calibration.rows import states_of
 from prune2onnx.packing.calibration.walk import Walk
 from prune2onnx.runtime.compare import run_all
 

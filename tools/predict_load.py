@@ -70,7 +70,7 @@ def seen(name: str, dense: ModelProto, folder: Path, rounds: int) -> list[Seen]:
             save(unpack(packed), forms["dense"])
         found = coded(packed)
         save(packed, path)
-        sizes = load_cost.sizes(found.arrays)
+        sizes = load_cost.sizes(found.extents)
         nbytes = path.stat().st_size
         amounts[form] = load_cost.amounts(packed.graph, sizes, nbytes, found.work)
     runs = [[load_in_fresh_process(path) for path in forms.values()] for _ in range(rounds)]

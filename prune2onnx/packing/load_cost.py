@@ -11,9 +11,8 @@ import math
 from collections import ChainMap, Counter
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto
 
 from prune2onnx.graph.domain import DOMAIN
@@ -86,6 +85,19 @@ _SEARCHES = ("NonZero", "TopK")
 
 Size = tuple[int, int]
 """Elements and bytes of a constant."""
+
+
+class Sized(Protocol):
+    """An array, or what is known of one."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+
 
 UNPACK = "where that matters more than its size, unpack it there, by prune2onnx unpack"
 """The advice where no form takes less."""
@@ -202,9 +214,9 @@ def lighter(load: Prediction, rows: Iterable[WeightRow], *, entropy_coded: bool)
     return "fast" if entropy_coded else ""
 
 
-def sizes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Size]:
-    """The sizes of arrays, by name."""
-    return {name: (array.size, array.nbytes) for name, array in arrays.items()}
+def sizes(weights: Mapping[str, Sized]) -> dict[str, Size]:
+    """The sizes of weights, by name."""
+    return {name: (weight.size, weight.nbytes) for name, weight in weights.items()}
 
 
 def cost(amount: Mapping[str, float]) -> LoadCost:

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import bisect
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, Protocol, cast
 
+import numpy as np
 from numpy.typing import NDArray
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, helper
 
 from prune2onnx.errors import Prune2OnnxError, one_line
-from prune2onnx.graph.domain import DOMAIN, MARK, OP, decoder
+from prune2onnx.graph.domain import DOMAIN, MARK, OP
+from prune2onnx.graph.domain import decoder as decoder_nodes
 from prune2onnx.graph.file import InvalidModelError, load
+from prune2onnx.graph.outside import Spill
 from prune2onnx.graph.protobuf import copy_but, framed, keep, tensor_nbytes
-from prune2onnx.graph.tensors import element_type, raw_of
+from prune2onnx.graph.tensors import array_of, element_type, raw_of
 from prune2onnx.graph.walk import used_in
 from prune2onnx.packing.codecs import METHODS, decode, described, entropy_nbytes
 from prune2onnx.packing.codecs.bundle import facts_of
@@ -51,7 +55,37 @@ Decoding = tuple[NodeProto, dict[str, NDArray[Any]]]
 """A decode call and its outputs by name."""
 
 
-def read(path: Path, max_bytes: int = MAX_BYTES) -> ModelProto:
+class Shaped(Protocol):
+    """What is known of a weight without its values."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its extents."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Its type, as numpy has it."""
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Shape and type of a weight that need not be in memory."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements in memory."""
+        return self.size * self.dtype.itemsize
+
+
+def read(path: Path, max_bytes: int = MAX_BYTES, *, lazily: bool = False) -> ModelProto:
     """Reads a file that is to be unpacked, also one that onnx's checker refuses.
 
     The checker is stricter than runtimes, and so than `pack`, which asks onnxruntime where it
@@ -61,19 +95,25 @@ def read(path: Path, max_bytes: int = MAX_BYTES) -> ModelProto:
     Args:
         path: the file.
         max_bytes: most bytes of external data to read.
+        lazily: as for `graph.file.load`.
 
     Raises:
         Prune2OnnxError: as for `graph.file.load`.
     """
     try:
-        return load(path, max_bytes)
+        return load(path, max_bytes, lazily=lazily)
     except InvalidModelError as error:
         if is_packed(error.model) or error.model.graph.sparse_initializer:
             return error.model
         raise
 
 
-def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = None) -> ModelProto:
+def unpack(
+    model: ModelProto,
+    max_bytes: int = MAX_BYTES,
+    known: Coded | None = None,
+    spill: Spill | None = None,
+) -> ModelProto:
     """The dense model: every weight an initializer again, bit for bit, in its old place.
 
     A model that is not packed comes back as an equal copy. The model given is not modified.
@@ -82,6 +122,7 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
         model: packed by any version.
         max_bytes: the largest array that decoding may make.
         known: its decoded weights (`coded`), if they are at hand.
+        spill: takes decoded weights, so that they do not stay in memory.
 
     Raises:
         Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
@@ -116,7 +157,7 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
     places = _places(calls, between)
     every, inserted = sorted(places.values()), list[int]()
     budget = _budget(model, max_bytes)
-    decodings = _decodings(given, budget) if known is None else known.of(calls)
+    decodings = _decodings(given, budget) if known is None else known.decodings(calls)
     for _, decoded in decodings:
         for name in list(decoded):
             if name in taken:
@@ -130,12 +171,19 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
             bisect.insort(inserted, place)
             result.graph.initializer.insert(at, TensorProto())
             tensor = result.graph.initializer[at]
-            _fill(tensor, name, decoded.pop(name), declared.get(name), budget)
+            if known is not None and name in known.stored:
+                del decoded[name]
+                tensor.CopyFrom(known.stored[name])
+            else:
+                _fill(tensor, name, decoded.pop(name), budget, spill)
+            _require_declared(tensor, declared.get(name))
             for key, value in notes.get(name, {}).items():
                 if key == "doc_string":
                     tensor.doc_string = value
                 else:
                     tensor.metadata_props.add(key=key.removeprefix("."), value=value)
+    if spill is not None:
+        spill.finish()
     result.graph.node.extend(others)
     keep(result.functions, lambda function: function.domain != DOMAIN)
     keep(result.opset_import, lambda entry: entry.domain != DOMAIN)
@@ -151,90 +199,218 @@ def unpack(model: ModelProto, max_bytes: int = MAX_BYTES, known: Coded | None = 
     return result
 
 
+class Decoded(NamedTuple):
+    """A decoded weight.
+
+    Attributes:
+        name: the initializer's.
+        array: its values.
+        codec: how it is stored.
+        nbytes: its bytes in the file.
+    """
+
+    name: str
+    array: NDArray[Any]
+    codec: str
+    nbytes: int
+
+
+class Decoder:
+    """Decodes the coded weights of a packed model in numpy, one call after the other.
+
+    Args:
+        model: packed by any version; not modified.
+        max_bytes: the largest array that decoding may make.
+    """
+
+    def __init__(self, model: ModelProto, max_bytes: int = MAX_BYTES) -> None:
+        self._given, self._model = model, outlined(model)
+        self._budget = _budget(self._model, max_bytes)
+
+    @property
+    def work(self) -> Work:
+        """What a runtime does to decode what was decoded so far."""
+        return self._budget.work
+
+    def __iter__(self) -> Iterator[Decoded]:
+        """Each weight, once.
+
+        Raises:
+            Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
+        """
+        model = self._model
+        sizes = {tensor.name: framed(tensor_nbytes(tensor)) for tensor in model.graph.initializer}
+        seen: set[str] = set()
+        for node, decoded in _decodings(self._given, self._budget):
+            if twice := seen & decoded.keys():
+                raise Prune2OnnxError(f"{min(twice)}: decoded twice; the file is damaged")
+            seen |= decoded.keys()
+            nbytes = framed(node.ByteSize()) + sum(sizes.get(source, 0) for source in node.input)
+            for name, (codec, own) in _how(node, decoded, nbytes).items():
+                yield Decoded(name, decoded.pop(name), codec, own)
+
+
+def _how(
+    node: NodeProto, decoded: Mapping[str, NDArray[Any]], nbytes: int
+) -> dict[str, tuple[str, int]]:
+    """Codec and bytes of the weights of a decode call, which takes so many."""
+    found = described(node)
+    if all(facts.nbytes is not None for facts in found):
+        bounds = dict.fromkeys(decoded, 0.0)
+    else:  # the file does not say how its bytes divide; far larger weights are all alike
+        small = sum(array.nbytes for array in decoded.values()) <= _MEASURED_NBYTES
+        bounds = {
+            name: 1 + (entropy_nbytes(array) if small else array.nbytes)
+            for name, array in decoded.items()
+        }
+    how = {}
+    for name, facts in zip(node.output, found, strict=True):
+        if name not in decoded:
+            continue
+        codec = "written out" if node.op_type == OP else f"version 1: {node.op_type}"
+        if facts.method is not None:
+            codec = facts.method.name
+        own = facts.nbytes
+        if own is None:
+            own = round(nbytes * bounds[name] / sum(bounds.values()))
+        how[name] = (codec, own)
+    return how
+
+
 @dataclass(frozen=True)
 class Coded:
     """The decoded weights of a packed model, and what decoding takes.
 
     Attributes:
-        arrays: weight name -> decoded array.
+        arrays: weight name -> decoded array; of those in a file, read anew each time.
         how: weight name -> (codec, its bytes in the file).
         work: what a runtime does to decode them.
+        extents: weight name -> shape and type.
+        stored: weight name -> an initializer of what is in a file.
     """
 
     arrays: Mapping[str, NDArray[Any]]
     how: Mapping[str, tuple[str, int]]
     work: Work
+    extents: Mapping[str, Extent]
+    stored: Mapping[str, TensorProto]
 
-    def of(self, calls: Iterable[NodeProto]) -> Iterator[Decoding]:
-        """The outputs of each decode call."""
+    def __iter__(self) -> Iterator[Decoded]:
+        """Each weight."""
+        for name, (codec, nbytes) in self.how.items():
+            yield Decoded(name, self.arrays[name], codec, nbytes)
+
+    def decodings(self, calls: Iterable[NodeProto]) -> Iterator[Decoding]:
+        """Each weight, with its decode call; one in a file is not read."""
+        nothing = np.zeros(0)
         for node in calls:
-            own = {name: self.arrays[name] for name in node.output if name in self.arrays}
-            if own:
-                yield node, own
+            for name in node.output:
+                if name in self.how:
+                    yield node, {name: nothing if name in self.stored else self.arrays[name]}
 
 
-def coded(model: ModelProto, max_bytes: int = MAX_BYTES) -> Coded:
+class _Stored(Mapping[str, NDArray[Any]]):
+    """Arrays that are read when they are asked for."""
+
+    def __init__(self, tensors: Mapping[str, TensorProto]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        return array_of(self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def coded(model: ModelProto, max_bytes: int = MAX_BYTES, spill: Spill | None = None) -> Coded:
     """Decodes every coded weight in numpy: the oracle for what onnxruntime decodes.
+
+    Args:
+        model: packed.
+        max_bytes: the largest array that decoding may make.
+        spill: takes the weights, so that they do not stay in memory.
 
     Raises:
         Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
     """
-    given, model = model, outlined(model)
     arrays: dict[str, NDArray[Any]] = {}
+    stored: dict[str, TensorProto] = {}
     how: dict[str, tuple[str, int]] = {}
-    sizes = {tensor.name: framed(tensor_nbytes(tensor)) for tensor in model.graph.initializer}
-    budget = _budget(model, max_bytes)
-    for node, decoded in _decodings(given, budget):
-        if twice := arrays.keys() & decoded.keys():
-            raise Prune2OnnxError(f"{min(twice)}: decoded twice; the file is damaged")
-        arrays |= decoded
-        found = described(node)
-        if all(facts.nbytes is not None for facts in found):
-            bounds = dict.fromkeys(decoded, 0.0)
-        else:  # the file does not say how its bytes divide; far larger weights are all alike
-            small = sum(array.nbytes for array in decoded.values()) <= _MEASURED_NBYTES
-            bounds = {
-                name: 1 + (entropy_nbytes(array) if small else array.nbytes)
-                for name, array in decoded.items()
-            }
-        nbytes = framed(node.ByteSize()) + sum(sizes.get(source, 0) for source in node.input)
-        for name, facts in zip(node.output, found, strict=True):
-            if name not in decoded:
-                continue
-            codec = "written out" if node.op_type == OP else f"version 1: {node.op_type}"
-            if facts.method is not None:
-                codec = facts.method.name
-            own = facts.nbytes
-            if own is None:
-                own = round(nbytes * bounds[name] / sum(bounds.values()))
-            how[name] = (codec, own)
-    return Coded(arrays, how, budget.work)
+    extents: dict[str, Extent] = {}
+    decoder = Decoder(model, max_bytes)
+    for name, array, codec, nbytes in decoder:
+        how[name] = codec, nbytes
+        extents[name] = Extent(array.shape, array.dtype)
+        if spill is None:
+            arrays[name] = array
+        else:
+            number = helper.np_dtype_to_tensor_dtype(array.dtype)
+            stored[name] = TensorProto(name=name, dims=array.shape, data_type=number)
+            spill.fill(stored[name], raw_of(array))
+    if spill is None:
+        return Coded(arrays, how, decoder.work, extents, {})
+    spill.finish()
+    return Coded(_Stored(stored), how, decoder.work, extents, stored)
 
 
-def decode_graph(model: ModelProto, arrays: Mapping[str, NDArray[Any]] | None = None) -> ModelProto:
-    """A model of nothing but the decode calls and their streams; its outputs are the weights.
+def decode_graph(model: ModelProto, weights: Mapping[str, Shaped] | None = None) -> ModelProto:
+    """A model of nothing but decode calls and their streams; its outputs are the weights.
 
     Args:
         model: a packed model.
-        arrays: its decoded weights (`coded`), if they are at hand.
+        weights: those that are wanted; default: all.
     """
-    arrays = coded(model).arrays if arrays is None else arrays
+    weights = coded(model).extents if weights is None else weights
     if has_short_names(model):
         model = outlined(model)
-    calls = decoder(model) or _calls(model)
+    calls = _needed(decoder_nodes(model) or _calls(model), weights)
     streams = {source for node in calls for source in node.input}
     graph = GraphProto(name="decode", node=calls)
-    between = {name for node in calls for name in node.output} - arrays.keys()
+    between = {name for node in calls for name in node.output} - weights.keys()
     graph.value_info.extend(v for v in model.graph.value_info if v.name in between)
     graph.initializer.extend(t for t in model.graph.initializer if t.name in streams)
     declared = _declared_types(model)
-    for name, array in arrays.items():
-        number = declared.get(name) or helper.np_dtype_to_tensor_dtype(array.dtype)
-        graph.output.append(helper.make_tensor_value_info(name, number, array.shape))
+    for name, weight in weights.items():
+        number = declared.get(name) or helper.np_dtype_to_tensor_dtype(weight.dtype)
+        graph.output.append(helper.make_tensor_value_info(name, number, weight.shape))
     result = ModelProto(ir_version=model.ir_version, graph=graph)
     result.opset_import.extend(e for e in model.opset_import if e.domain in ("", DOMAIN))
     result.functions.extend(f for f in model.functions if f.domain == DOMAIN)
     return result
+
+
+def _needed(nodes: Sequence[NodeProto], names: Collection[str]) -> list[NodeProto]:
+    """The nodes, in order, that values of these names come from."""
+    wanted = set(names)
+    found = []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            found.append(node)
+    return found[::-1]
+
+
+def weight_batches(
+    model: ModelProto, weights: Mapping[str, Extent], nbytes: int
+) -> Iterator[dict[str, Extent]]:
+    """Coded weights, those of some decode calls at a time.
+
+    Args:
+        model: packed.
+        weights: its coded weights.
+        nbytes: of a batch's weights, from which on there is another batch.
+    """
+    batch: dict[str, Extent] = {}
+    for node in _calls(outlined(model)):
+        batch |= {name: weights[name] for name in node.output if name in weights}
+        if sum(weight.nbytes for weight in batch.values()) >= nbytes:
+            yield batch
+            batch = {}
+    if batch:
+        yield batch
 
 
 def facts_by_weight(model: ModelProto) -> dict[str, tuple[int, int, int]]:
@@ -400,22 +576,33 @@ def _declared_types(model: ModelProto) -> dict[str, int]:
 
 
 def _fill(
-    tensor: TensorProto, name: str, array: NDArray[Any], declared: int | None, budget: Budget
+    tensor: TensorProto,
+    name: str,
+    array: NDArray[Any],
+    budget: Budget,
+    spill: Spill | None,
 ) -> None:
-    """Fills a tensor with a decoded weight; `declared` is the element type in the model."""
+    """Fills a tensor with a decoded weight."""
     try:
         budget.check(array.shape, array.dtype)
     except Prune2OnnxError as error:
         raise Prune2OnnxError(f"{name}: unpacking needs {error}") from error
-    budget.keep(array.nbytes)
     tensor.name = name
     tensor.dims.extend(array.shape)
     tensor.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
-    if declared and declared != tensor.data_type:
-        raise Prune2OnnxError(
-            f"{name}: decodes to {element_type(tensor)}, the model declares element type "
-            f"{declared}; the file is damaged"
-        )
     data = raw_of(array)
     del array  # memory: it, the bytes and their copy in the message would be there at once
-    tensor.raw_data = data
+    if spill is None:
+        budget.keep(len(data))
+        tensor.raw_data = data
+    else:
+        spill.fill(tensor, data)
+
+
+def _require_declared(tensor: TensorProto, declared: int | None) -> None:
+    """Makes sure that a decoded weight has the element type that the model declares."""
+    if declared and declared != tensor.data_type:
+        raise Prune2OnnxError(
+            f"{tensor.name}: decodes to {element_type(tensor)}, the model declares element type "
+            f"{declared}; the file is damaged"
+        )

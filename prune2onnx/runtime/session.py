@@ -55,7 +55,7 @@ def session(
     Args:
         model: a path or a model in memory; one above 2 GB goes by way of a file.
         level: how far onnxruntime optimises the graph.
-        optimised: where to save the optimised graph; its weights go to a file beside it.
+        optimised: where to save the optimised graph; its weights go to `data_of` it.
         threads: number of threads; 0: onnxruntime's default.
         profile: prefix of the path of the profiler's file.
 
@@ -73,7 +73,7 @@ def session(
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
         options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", f"{optimised.name}.data"
+            "session.optimized_model_external_initializers_file_name", data_of(optimised).name
         )
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
@@ -92,6 +92,11 @@ def session(
         raise (UnrunnableError if unknown else Prune2OnnxError)(
             f"{name}: onnxruntime {ort.__version__} cannot open it: {first_line(error)}"
         ) from error
+
+
+def data_of(optimised: Path) -> Path:
+    """The file that gets the weights of an optimised graph."""
+    return optimised.with_name(f"{optimised.name}.data")
 
 
 def load_runnable(path: Path, *, lazily: bool = False) -> ModelProto:

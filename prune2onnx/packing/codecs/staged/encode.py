@@ -15,7 +15,7 @@ from onnx import TensorProto
 
 from prune2onnx.graph.protobuf import tensor
 from prune2onnx.packing.codecs.methods import Method
-from prune2onnx.packing.codecs.staged.choice import Known
+from prune2onnx.packing.codecs.staged.choice import Known, decoding_nbytes
 from prune2onnx.packing.codecs.staged.large import Large
 from prune2onnx.packing.codecs.staged.pieces import STAGE_SIZE, Piece, pieces_of, together
 from prune2onnx.packing.codecs.staged.storages import Kind, Ready, Storage, storage_of
@@ -59,7 +59,8 @@ def encode(
     """
     writer = Writer(places, opset, fresh, store, matrices=matrices, fast=fast)
     first, repeated = _without_repetition(weights)
-    pieces = pieces_of([one.weight for one in first], stage_size)
+    held = [decoding_nbytes(one, methods[one.weight.name], fast=fast) for one in first]
+    pieces = pieces_of([one.weight for one in first], held, stage_size)
     gates = writer.gates(max(piece.stage for piece in pieces) + 1)
     kinds = {one.weight.name: Kind.of(one, methods[one.weight.name]) for one in first}
     alike: dict[Kind, list[Known]] = {}

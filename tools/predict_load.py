@@ -27,8 +27,8 @@ from scipy.optimize import nnls
 from prune2onnx import pack, unpack
 from prune2onnx.graph.file import load, save
 from prune2onnx.packing import load_cost
+from prune2onnx.packing.decoding import coded
 from prune2onnx.packing.pack import Load
-from prune2onnx.packing.unpack import coded
 from prune2onnx.runtime.latency import load_in_fresh_process
 
 LOADS: tuple[Load, ...] = ("small", "balanced", "fast")

@@ -7,8 +7,9 @@ from pathlib import Path
 from prune2onnx.files import scratch
 from prune2onnx.graph.file import file_nbytes, save
 from prune2onnx.graph.outside import Spill
+from prune2onnx.packing.decoding import MAX_BYTES
 from prune2onnx.packing.sparse import from_sparse
-from prune2onnx.packing.unpack import MAX_BYTES, read, unpack
+from prune2onnx.packing.unpack import read, unpack
 
 FREE_NBYTES = 1 << 28
 """Bytes of decoded weights that stay in memory."""

@@ -20,12 +20,12 @@ from prune2onnx.graph.protobuf import nbytes as nbytes_of
 from prune2onnx.graph.tensors import array_of, dense_array, within
 from prune2onnx.packing.codecs import entropy_nbytes, huffman
 from prune2onnx.packing.codecs.work import Work
+from prune2onnx.packing.decoding import MAX_BYTES, Coded, Decoder, Extent
 from prune2onnx.packing.inline import is_packed, outlined
 from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter, predict, sizes
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.sparse import CODEC as SPARSE
 from prune2onnx.packing.sparse import sparse_nbytes
-from prune2onnx.packing.unpack import MAX_BYTES, Coded, Decoder, Extent
 
 # Other forms are measured for this many dense bytes only, at 10 to 100 MB/s: a small file may
 # decode to gigabytes, and its reader should not wait for minutes.

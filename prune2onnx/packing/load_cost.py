@@ -23,6 +23,7 @@ from prune2onnx.packing.codecs.work import (
     FILE_NS,
     LAID_OUT_NS,
     MADE_NS,
+    MAPPED,
     READ_NS,
     SCATTERED_NS,
     Work,
@@ -254,11 +255,12 @@ def amounts(
     made, read = own.made + folded.made, own.read + folded.read
     found["folded"] = own.nodes + folded.nodes
     found["stages"] = max(own.held, default=0)
-    found["kept"] = sum(size for _, size in weights.values()) if found["stages"] else 0
+    if found["stages"]:
+        found["kept"] = sum(size for _, size in weights.values() if size <= MAPPED)
     found["divided"] = made["Div"] + made["Mod"]
     found["scattered"] = sum(made[name] for name in _SLOW) + sum(read[name] for name in _SEARCHES)
     found["made"], found["read"] = made.total(), read.total()
-    found["held"] = max(own.held.values(), default=0) + folded.held.total()
+    found["held"] = own.peak + folded.held.total()
     found["mapped"] = own.mapped + folded.mapped
     found["copied"] = 0 if found["stages"] else found["read"] - found["mapped"]
     return found

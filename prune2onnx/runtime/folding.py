@@ -19,9 +19,10 @@ import onnxruntime as ort
 from onnx import ModelProto
 
 from prune2onnx.graph.walk import nodes_in
+from prune2onnx.packing.decoding import coded
 from prune2onnx.packing.inline import outlined
 from prune2onnx.packing.short_names import has_short_names
-from prune2onnx.packing.unpack import coded, unpack
+from prune2onnx.packing.unpack import unpack
 from prune2onnx.runtime.session import data_of, session
 
 LEVELS = {

@@ -12,6 +12,7 @@ from prune2onnx.packing.codecs.methods import method
 from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE, decoding_ns
 from prune2onnx.packing.codecs.weight import Weight
 from prune2onnx.packing.codecs.work import MADE_NS, MAPPED, READ_NS, SCATTERED_NS, Work
+from prune2onnx.packing.decoding import coded
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.load_cost import (
     UNPACK,
@@ -22,7 +23,6 @@ from prune2onnx.packing.load_cost import (
     lighter,
 )
 from prune2onnx.packing.pack import pack
-from prune2onnx.packing.unpack import coded
 from prune2onnx.runtime.latency import load_in_fresh_process
 
 FLOATS = np.random.default_rng(0).normal(size=(1100, 1000)).astype(np.float32)

@@ -198,7 +198,8 @@ def test_pieces_cover_every_row_in_stages_of_equal_peaks():
         for at, shape in enumerate(sizes)
     ]
     made = [20.0, 40.0, 60.0, 20.0, 30.0]  # bytes for each element
-    pieces = pieces_of(weights, [n * weight.size for n, weight in zip(made, weights, strict=True)])
+    sizes = np.array([weight.size for weight in weights])
+    pieces = pieces_of(weights, made * sizes, 4 * sizes)
     for weight in weights:
         own = [piece for piece in pieces if piece.weight is weight]
         assert own[0].begin == 0 and own[-1].end == weight.shape[0]

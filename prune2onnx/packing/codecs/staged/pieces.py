@@ -83,19 +83,22 @@ class Piece:
 
 
 def pieces_of(
-    weights: Sequence[Large], decoding: Sequence[float], least: int = STAGE_SIZE
+    weights: Sequence[Large],
+    made: Sequence[float],
+    left: Sequence[float],
+    least: int = STAGE_SIZE,
 ) -> list[Piece]:
     """Cuts weights into pieces, in stages of at least so many elements and about equal peaks.
 
     Args:
         weights: in the order of the file.
-        decoding: for each weight, bytes that decoding it makes, its own among them; all are held
-            until a stage ends.
+        made: for each weight, bytes that decoding it makes; all are held until a stage ends.
+        left: for each weight, bytes that stay: its own, less those of its streams.
         least: elements of a stage.
     """
     total = sum(weight.size for weight in weights)
     count = max(1, min(MOST_GATES, total // least))
-    ends = _ends(weights, decoding, count)
+    ends = _ends([weight.size for weight in weights], made, left, count)
     found: list[Piece] = []
     done, stage = 0, 0
     for weight in weights:
@@ -117,20 +120,17 @@ def pieces_of(
     return found
 
 
-def _ends(weights: Sequence[Large], decoding: Sequence[float], count: int) -> list[float]:
+def _ends(
+    sizes: Sequence[int], made: Sequence[float], left: Sequence[float], count: int
+) -> list[float]:
     """The elements at which stages end.
 
-    While a stage is decoded, a runtime holds all that it makes, and what earlier stages have left:
-    their weights. So a later stage may make less. The least peak with which `count` stages are
-    enough is found by bisection.
+    While a stage is decoded, a runtime holds all that it makes, and what earlier stages have left.
+    So a later stage may make less. The least peak with which `count` stages are enough is found by
+    bisection.
     """
     edges, held, kept = (
-        np.concatenate([[0.0], np.cumsum(np.asarray(each, float))])
-        for each in (
-            [weight.size for weight in weights],
-            decoding,
-            [weight.nbytes for weight in weights],
-        )
+        np.concatenate([[0.0], np.cumsum(np.asarray(each, float))]) for each in (sizes, made, left)
     )
     low, high = 0.0, held[-1] + kept[-1]
     ends = [edges[-1]]

@@ -269,11 +269,14 @@ def shrink(
 @max_bytes_option
 def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
     """Show how each weight of an ONNX file is stored, and its size in other forms."""
+    from prune2onnx.commands.unpack import require_memory
     from prune2onnx.graph.file import file_nbytes
     from prune2onnx.packing.inspection import inspect as run
     from prune2onnx.packing.unpack import read
 
-    found = run(read(file, max_bytes, lazily=True), max_bytes)
+    model = read(file, max_bytes, lazily=True)
+    require_memory(f"decoding {file.name}", model)
+    found = run(model, max_bytes)
     print_weights(
         found.rows,
         file,

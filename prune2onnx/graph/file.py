@@ -176,6 +176,8 @@ def _parsed(path: Path, lazily: bool) -> ModelProto:
     except OSError as error:
         raise Prune2OnnxError(f"{path}: cannot be read: {error.strerror or error}") from error
     except DecodeError as error:
+        if "alloc" in str(error):  # protobuf has no other sign that memory has ended
+            raise MemoryError(f"{path} cannot be read: {one_line(error)}") from error
         raise Prune2OnnxError(
             f"{path}: not an ONNX model, or cut short ({one_line(error)}); export or copy it again"
         ) from error

@@ -21,13 +21,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from prune2onnx.errors import Prune2OnnxError, first_line
+from prune2onnx.errors import OutOfMemoryError, Prune2OnnxError, first_line
 from prune2onnx.graph.file import InvalidModelError, load, save
 from prune2onnx.graph.protobuf import MAX_NBYTES, nbytes, serialized
 
 # onnxruntime's messages about an operator that it does not have
 _UNKNOWN_OPERATOR = ("is not a registered function/op", "Could not find an implementation")
-
+# and where memory ends
+_NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
 
 _TYPES = {name.lower(): number for name, number in onnx.TensorProto.DataType.items()}
 # element types that onnxruntime does not exchange as numpy arrays
@@ -88,9 +89,27 @@ def session(
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common base class
         name = "the model" if in_memory else str(model)
+        require_memory(error, name)
         unknown = any(sign in str(error) for sign in _UNKNOWN_OPERATOR)
         raise (UnrunnableError if unknown else Prune2OnnxError)(
             f"{name}: onnxruntime {ort.__version__} cannot open it: {first_line(error)}"
+        ) from error
+
+
+def require_memory(error: Exception, name: object) -> None:
+    """Makes sure that an error is not that memory has ended.
+
+    Args:
+        error: onnxruntime's own, or Python's.
+        name: of the model, for the message.
+
+    Raises:
+        OutOfMemoryError: it has.
+    """
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        raise OutOfMemoryError(
+            f"{name}: onnxruntime {ort.__version__} gets no more memory ({first_line(error)}); end "
+            "other programs, or use a machine with more"
         ) from error
 
 
@@ -130,6 +149,7 @@ def run_once(
     try:
         return run(opened, inputs)
     except Exception as error:  # onnxruntime's own exceptions have no common base class
+        require_memory(error, path)
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         raise Prune2OnnxError(f"{path}: fails on {shapes}: {first_line(error)}") from error
 

@@ -47,10 +47,12 @@ from prune2onnx.runtime.compare import (
 from prune2onnx.runtime.folding import Folding, folding
 from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of, named_arrays
 from prune2onnx.runtime.latency import latencies, measured
+from prune2onnx.runtime.memory import require
 from prune2onnx.runtime.session import (
     UnrunnableError,
     environment,
     load_runnable,
+    require_memory,
     run,
     run_once,
     session,
@@ -58,6 +60,11 @@ from prune2onnx.runtime.session import (
 
 _BATCH_NBYTES = 1 << 26
 """Bytes of weights that are decoded at a time; decoding makes 5 to 15 times as many meanwhile."""
+
+_NAMED = 3  # weights in an error
+
+_OPENED = 2
+"""Sessions with dense weights that are open at a time."""
 
 _FAR_MORE = 1.5
 """Times the predicted peak memory: predictions are within 30 %."""
@@ -85,6 +92,7 @@ def check_weights(packed: onnx.ModelProto, known: Coded | None = None) -> int:
         try:
             found = run(opened, {})
         except Exception as error:  # onnxruntime's own exceptions have no common base class
+            require_memory(error, ", ".join(names[:_NAMED]))
             raise MismatchError(
                 f"onnxruntime {ort.__version__} cannot decode the weights: {first_line(error)}; do "
                 "not ship this file"
@@ -139,6 +147,12 @@ def validate(
     with tempfile.TemporaryDirectory() as folder, (Path(folder) / "weights").open("wb") as stream:
         spill = Spill(stream, Path(folder) / "weights")
         known = coded(packed, spill=spill)
+        load = load_of(packed, known.extents, known.work)
+        require(
+            f"opening {file.name}, and beside it what it unpacks to,",
+            max(load.packed.peak_nbytes, _OPENED * load.dense.peak_nbytes),
+            "inspect and unpack take less, or use a machine with more",
+        )
         check_weights(packed, known)
         rows = inspect(packed, known=known).rows if rows is None else tuple(rows)
         if density is None:
@@ -175,7 +189,7 @@ def validate(
                 left = folding(decoder, unpack(decoder, known=known), known.extents)
             else:
                 left = folding(packed, dense_file, known.extents, file=file)
-            notes = _memory_notes(load_of(packed, known.extents, known.work), compressed)
+            notes = _memory_notes(load, compressed)
     return Report(
         version=importlib.metadata.version("prune2onnx"),
         seed=seed,

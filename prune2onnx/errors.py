@@ -35,6 +35,10 @@ class MismatchError(Prune2OnnxError):
     exit_status = 4
 
 
+class OutOfMemoryError(Prune2OnnxError):
+    """There is less memory than what was asked for takes (exit status 1)."""
+
+
 class RenamedWarning(FutureWarning):
     """A setting was given by an old name that the next version will not accept."""
 
@@ -45,6 +49,10 @@ class DataWarning(UserWarning):
 
 class PruningWarning(UserWarning):
     """A network of which pruning leaves more alone than was probably meant."""
+
+
+class LowMemoryWarning(UserWarning):
+    """There may be less memory than what was asked for takes."""
 
 
 def printable(text: str) -> str:

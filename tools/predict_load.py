@@ -27,8 +27,8 @@ from scipy.optimize import nnls
 from prune2onnx import pack, unpack
 from prune2onnx.graph.file import load, save
 from prune2onnx.packing import load_cost
+from prune2onnx.packing.decoding import coded
 from prune2onnx.packing.pack import Load
-from prune2onnx.packing.unpack import coded
 from prune2onnx.runtime.latency import load_in_fresh_process
 
 LOADS: tuple[Load, ...] = ("small", "balanced", "fast")
@@ -70,7 +70,7 @@ def seen(name: str, dense: ModelProto, folder: Path, rounds: int) -> list[Seen]:
             save(unpack(packed), forms["dense"])
         found = coded(packed)
         save(packed, path)
-        sizes = load_cost.sizes(found.arrays)
+        sizes = load_cost.sizes(found.extents)
         nbytes = path.stat().st_size
         amounts[form] = load_cost.amounts(packed.graph, sizes, nbytes, found.work)
     runs = [[load_in_fresh_process(path) for path in forms.values()] for _ in range(rounds)]

@@ -7,6 +7,7 @@ Tables and progress go to stderr; with --json, stdout gets the report and nothin
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -15,12 +16,30 @@ from functools import partial
 from typing import Any
 
 import click
+from google.protobuf.message import EncodeError
 
 import prune2onnx
 from prune2onnx.cli import interrupts, measuring, models, pages, training
-from prune2onnx.errors import DataWarning, Prune2OnnxError, PruningWarning, RenamedWarning
+from prune2onnx.errors import (
+    DataWarning,
+    LowMemoryWarning,
+    Prune2OnnxError,
+    PruningWarning,
+    RenamedWarning,
+    one_line,
+)
 
-_WARNINGS = (RenamedWarning, DataWarning, PruningWarning)
+_WARNINGS = (RenamedWarning, DataWarning, PruningWarning, LowMemoryWarning)
+
+_LESS_MEMORY = {
+    "pack": "--load balanced, without --portable and lossy options, takes the least",
+    "compress": "a smaller --batch-size takes less",
+    "sweep": "a smaller --batch-size takes less",
+    "validate": "inspect and unpack take less",
+    "benchmark": "one file at a time, or a smaller --batch, takes less",
+    "quantize": "fewer --examples take less",
+}
+"""Verb -> which of its options, or which other verb, takes less memory."""
 
 
 class _Verbs(click.Group):
@@ -42,6 +61,13 @@ class _Verbs(click.Group):
         except BrokenPipeError:
             # the reader of our output has ended, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(1)
+        except (MemoryError, EncodeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+                raise
+            less = _LESS_MEMORY.get(ctx.invoked_subcommand or "", "end other programs")
+            what = one_line(error) if error.args else "the system gives no more"
+            click.echo(f"prune2onnx: out of memory: {what}; {less}", err=True)
             ctx.exit(1)
 
 

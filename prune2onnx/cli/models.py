@@ -212,16 +212,9 @@ def pack(
 @max_bytes_option
 def unpack(source: Path, target: Path, external: str | None, max_bytes: int) -> None:
     """Unpack IN.onnx into a file with dense weights, equal bit for bit."""
-    from prune2onnx.graph.file import save
-    from prune2onnx.packing.sparse import from_sparse
-    from prune2onnx.packing.unpack import read
-    from prune2onnx.packing.unpack import unpack as run
+    from prune2onnx.commands.unpack import unpack_file
 
-    model = run(read(source, max_bytes), max_bytes)
-    if model.graph.sparse_initializer:
-        model = from_sparse(model, max_bytes)
-    written = save(model, target, external, source=source)
-    for path in written:
+    for path in unpack_file(source, target, external, max_bytes):
         say(f"{path}: {path.stat().st_size:,} bytes")
 
 
@@ -292,11 +285,14 @@ def shrink(
 @max_bytes_option
 def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
     """Show how each weight of an ONNX file is stored, and its size in other forms."""
+    from prune2onnx.commands.unpack import require_memory
     from prune2onnx.graph.file import file_nbytes
     from prune2onnx.packing.inspection import inspect as run
     from prune2onnx.packing.unpack import read
 
-    found = run(read(file, max_bytes), max_bytes)
+    model = read(file, max_bytes, lazily=True)
+    require_memory(f"decoding {file.name}", model)
+    found = run(model, max_bytes)
     print_weights(
         found.rows,
         file,

@@ -19,7 +19,7 @@ import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from prune2onnx.errors import RecipeError
-from prune2onnx.packing.unpack import MAX_BYTES
+from prune2onnx.packing.decoding import MAX_BYTES
 from prune2onnx.runs.defaults import InputOptions
 from prune2onnx.runs.recipe import PHASES, RENAMED, settings
 

@@ -12,8 +12,9 @@ from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.walk import opset
+from prune2onnx.packing.decoding import MAX_BYTES
 from prune2onnx.packing.inline import is_packed
-from prune2onnx.packing.unpack import MAX_BYTES, unpack
+from prune2onnx.packing.unpack import unpack
 from prune2onnx.runtime.session import load_runnable
 
 

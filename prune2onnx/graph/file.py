@@ -24,7 +24,7 @@ from prune2onnx.graph.outside import (
     LEAST_NBYTES,
     is_outside,
     nbytes_outside,
-    read,
+    pieces,
     refer,
     without_data,
 )
@@ -46,8 +46,6 @@ _MOST_READS = 100  # of a file that others keep replacing
 
 _PAGE = 4096  # onnxruntime maps a large tensor into memory where it starts on a page
 _PAGED_NBYTES = 2**20
-
-_PIECE = 2**24  # bytes that are copied at a time
 
 
 class InvalidModelError(Prune2OnnxError):
@@ -178,6 +176,8 @@ def _parsed(path: Path, lazily: bool) -> ModelProto:
     except OSError as error:
         raise Prune2OnnxError(f"{path}: cannot be read: {error.strerror or error}") from error
     except DecodeError as error:
+        if "alloc" in str(error):  # protobuf has no other sign that memory has ended
+            raise MemoryError(f"{path} cannot be read: {one_line(error)}") from error
         raise Prune2OnnxError(
             f"{path}: not an ONNX model, or cut short ({one_line(error)}); export or copy it again"
         ) from error
@@ -442,9 +442,7 @@ def _moved(shell: ModelProto, base: int) -> ModelProto:
 
 def _raw(tensor: TensorProto) -> Iterator[bytes | memoryview]:
     if is_outside(tensor):
-        size = nbytes_outside(tensor)
-        for begin in range(0, size, _PIECE):
-            yield read(tensor, begin, min(begin + _PIECE, size)).data
+        yield from pieces(tensor)
     elif tensor.HasField("raw_data"):
         yield tensor.raw_data
     else:

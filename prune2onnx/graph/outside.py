@@ -24,6 +24,8 @@ from prune2onnx.errors import Prune2OnnxError
 LEAST_NBYTES = 1 << 16
 """Smaller tensors are read at once."""
 
+_PIECE = 1 << 24  # bytes that are read at a time
+
 _FOUND = "prune2onnx.found"
 _OURS = secrets.token_hex(8)  # a file cannot claim that a tensor of it was found by this process
 
@@ -115,10 +117,11 @@ class Spill:
     Args:
         stream: of a new file, open for writing.
         path: its path.
+        free: bytes that stay in memory before anything goes to the file.
     """
 
-    def __init__(self, stream: BinaryIO, path: Path) -> None:
-        self._stream, self._path = stream, path
+    def __init__(self, stream: BinaryIO, path: Path, free: int = 0) -> None:
+        self._stream, self._path, self._free = stream, path, free
         self._tensors: list[tuple[TensorProto, int, int]] = []
 
     def tensor(self, name: str, array: NDArray[Any], data_type: int) -> TensorProto:
@@ -127,13 +130,18 @@ class Spill:
         (Not from the message to the file: protobuf does not give memory back.)
         """
         made = TensorProto(name=name, dims=array.shape, data_type=data_type)
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        if data.size < LEAST_NBYTES:
-            made.raw_data = data.tobytes()
-        else:
-            self._tensors.append((made, self._stream.tell(), data.size))
-            self._stream.write(data.data)
+        self.fill(made, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         return made
+
+    def fill(self, tensor: TensorProto, data: bytes | memoryview) -> None:
+        """Gives a tensor without data these, in the form of `raw_data`, as `tensor` does."""
+        nbytes = len(data)
+        if nbytes < LEAST_NBYTES or nbytes <= self._free:
+            tensor.raw_data = bytes(data)
+            self._free -= nbytes
+            return
+        self._tensors.append((tensor, self._stream.tell(), nbytes))
+        self._stream.write(data)
 
     def finish(self) -> None:
         """Makes what was kept readable."""
@@ -141,6 +149,13 @@ class Spill:
         for tensor, offset, nbytes in self._tensors:
             refer(tensor, self._path, offset, nbytes)
         self._tensors = []
+
+
+def pieces(tensor: TensorProto) -> Iterator[memoryview]:
+    """The data of a tensor that `is_outside`, some bytes at a time."""
+    nbytes = nbytes_outside(tensor)
+    for begin in range(0, nbytes, _PIECE):
+        yield read(tensor, begin, min(begin + _PIECE, nbytes)).data
 
 
 def without_data(path: Path) -> ModelProto | None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, TensorProto
 
 from prune2onnx.errors import Prune2OnnxError, one_line
-from prune2onnx.graph.outside import is_outside, nbytes_outside, prefix, read
+from prune2onnx.graph.outside import is_outside, nbytes_outside, pieces, prefix
 
 MAX_NBYTES = 2**31 - 1
 """Largest message that protobuf writes or reads, and so the largest tensor inside a model."""
@@ -29,7 +29,6 @@ _LARGE = 1 << 20  # elements
 _FEW_AXES = 64
 
 _PLACE = ("external_data", "data_location")  # of a tensor whose data are outside
-_PIECE = 1 << 24
 
 TYPED_FIELDS = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
 """Fields in which a tensor may hold its elements, where it has no `raw_data`."""
@@ -82,7 +81,7 @@ def _set(target: Any, field: FieldDescriptor, value: Any) -> None:
         target.MergeFromString(prefix(field.number, len(value)) + value)
 
 
-def serialized(model: ModelProto) -> Iterator[bytes]:
+def serialized(model: ModelProto) -> Iterator[bytes | memoryview]:
     """The bytes of `model.SerializeToString()` in pieces, so that weights are not in memory twice.
 
     Args:
@@ -106,13 +105,11 @@ def serialized(model: ModelProto) -> Iterator[bytes]:
     yield _part(model, ModelProto(), _GRAPH, above=True)
 
 
-def _tensor_pieces(tensor: TensorProto) -> Iterator[bytes]:
+def _tensor_pieces(tensor: TensorProto) -> Iterator[bytes | memoryview]:
     if is_outside(tensor):
         yield _part(tensor, TensorProto(), _DATA, above=False)
-        nbytes = nbytes_outside(tensor)
-        yield prefix(_DATA, nbytes)
-        for begin in range(0, nbytes, _PIECE):
-            yield read(tensor, begin, min(begin + _PIECE, nbytes)).tobytes()
+        yield prefix(_DATA, nbytes_outside(tensor))
+        yield from pieces(tensor)
         yield _part(tensor, TensorProto(), _DATA, above=True, but=_PLACE)
         return
     if not _is_large(tensor) or len(UnknownFieldSet(tensor)):

@@ -6,6 +6,7 @@ Runs nothing in onnxruntime: what a load takes is predicted here; `runtime.valid
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,17 +19,19 @@ from prune2onnx.graph.protobuf import framed, tensor_nbytes
 from prune2onnx.graph.protobuf import nbytes as nbytes_of
 from prune2onnx.graph.tensors import array_of, dense_array, within
 from prune2onnx.packing.codecs import entropy_nbytes, huffman
+from prune2onnx.packing.codecs.work import Work
+from prune2onnx.packing.decoding import MAX_BYTES, Coded, Decoder, Extent
 from prune2onnx.packing.inline import is_packed, outlined
 from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter, predict, sizes
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.sparse import CODEC as SPARSE
 from prune2onnx.packing.sparse import sparse_nbytes
-from prune2onnx.packing.unpack import MAX_BYTES, Coded, coded
 
 # Other forms are measured for this many dense bytes only, at 10 to 100 MB/s: a small file may
 # decode to gigabytes, and its reader should not wait for minutes.
 _FREE_NBYTES = 1 << 26
 _NBYTES_PER_BYTE = 32
+_MOST_NBYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ def inspect(
 ) -> Inspection:
     """Reads how each weight of a model is stored: packed, dense, or as a sparse initializer.
 
-    Other forms are measured until the weights decode to more than 64 MiB and 32 times the size of
-    the file; the rows from there on leave them out.
+    Other forms are measured until the weights decode to more than 256 MiB, or to more than 64 MiB
+    and 32 times the size of the file; the rows from there on leave them out.
 
     Args:
         model: any; external data must be loaded.
@@ -68,10 +71,11 @@ def inspect(
         Prune2OnnxError: the decode call is damaged, or takes more than is allowed.
     """
     left_over = inflated(model)
-    found = coded(model, max_bytes) if known is None else known
+    weights = Decoder(model, max_bytes) if known is None else known
     model = outlined(model)
     streams = {name for node in model.graph.node if node.domain == DOMAIN for name in node.input}
-    left = _FREE_NBYTES + _NBYTES_PER_BYTE * sum(tensor_nbytes(t) for t in model.graph.initializer)
+    given = sum(tensor_nbytes(tensor) for tensor in model.graph.initializer)
+    left = min(_FREE_NBYTES + _NBYTES_PER_BYTE * given, _MOST_NBYTES)
     rows = []
 
     def add(name: str, array: NDArray[Any], codec: str, nbytes: int, reason: str = "") -> None:
@@ -79,8 +83,10 @@ def inspect(
         left -= array.nbytes
         rows.append(_row(name, array, codec, nbytes, reason, measured=left >= 0))
 
-    for name, array in found.arrays.items():
-        add(name, array, *found.how[name])
+    extents: dict[str, Extent] = {}
+    for name, array, codec, nbytes in weights:
+        extents[name] = Extent(array.shape, array.dtype)
+        add(name, array, codec, nbytes)
     for tensor in model.graph.initializer:
         if tensor.name not in streams:
             nbytes = framed(tensor_nbytes(tensor))
@@ -90,19 +96,20 @@ def inspect(
         allowed = within(allowed, sparse)
         array = dense_array(sparse)
         add(sparse.values.name, array, SPARSE, framed(sparse.ByteSize()))
-    load = load_of(model, found)
-    other = lighter(load, rows, entropy_coded=load.stages > 0 or _entropy_coded(model, found))
+    load = load_of(model, extents, weights.work)
+    is_entropy_coded = load.stages > 0 or _entropy_coded(model, weights.work)
+    other = lighter(load, rows, entropy_coded=is_entropy_coded)
     advice = f"prune2onnx pack with --load {other} makes one that takes less" if other else UNPACK
     return Inspection(tuple(rows), load, left_over, load.warning(advice))
 
 
-def _entropy_coded(model: ModelProto, found: Coded) -> bool:
+def _entropy_coded(model: ModelProto, work: Work) -> bool:
     """Whether a file without stages has an entropy code: Huffman's functions, or Rice's TopK."""
     names = {function.name for function in model.functions if function.domain == DOMAIN}
-    return bool(names & huffman.LANES.keys()) or "TopK" in found.work.made
+    return bool(names & huffman.LANES.keys()) or "TopK" in work.made
 
 
-def load_of(model: ModelProto, found: Coded) -> Prediction:
+def load_of(model: ModelProto, weights: Mapping[str, Extent], work: Work) -> Prediction:
     """What loads take: of the file, and of the one with these weights in place of their streams."""
     packed = dense = nbytes_of(model)
     calls = [node for node in model.graph.node if node.domain == DOMAIN]
@@ -112,8 +119,8 @@ def load_of(model: ModelProto, found: Coded) -> Prediction:
         dense -= sum(framed(f.ByteSize(), tag=2) for f in model.functions if f.domain == DOMAIN)
         stored = (tensor for tensor in model.graph.initializer if tensor.name in streams)
         dense -= sum(framed(tensor_nbytes(tensor)) for tensor in stored)
-        dense += sum(array.nbytes for array in found.arrays.values())
-    return predict(model.graph, sizes(found.arrays), found.work, packed, dense)
+        dense += sum(weight.nbytes for weight in weights.values())
+    return predict(model.graph, sizes(weights), work, packed, dense)
 
 
 def inflated(model: ModelProto) -> str:

@@ -11,12 +11,12 @@ import math
 from collections import ChainMap, Counter
 from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
-from numpy.typing import NDArray
 from onnx import GraphProto, NodeProto, TensorProto
 
 from prune2onnx.graph.domain import DOMAIN
+from prune2onnx.graph.protobuf import MAX_NBYTES
 from prune2onnx.graph.tensors import declared_nbytes
 from prune2onnx.graph.walk import bodies, is_constant
 from prune2onnx.packing.codecs.staged.choice import LEAST_SIZE, LEAST_TOTAL
@@ -35,6 +35,7 @@ CPU_MS = {
     "session": 5.5,
     "nodes": 0.101,
     "file": 1e-6 * FILE_NS,
+    "outside": 0.73e-6,
     "matmul": 1e-6 * LAID_OUT_NS,
     "conv": 0.92e-6,
     "folded": 0.059,
@@ -47,26 +48,29 @@ CPU_MS = {
 }
 """Amount -> milliseconds of CPU time for each, by onnxruntime 1.32 on one core of a server.
 
-What makes a session at all; nodes of the graph; bytes of the file; bytes of constants that MatMul
-and Conv lay out anew; nodes that are folded. Of what is folded: bytes of results of Div and Mod; of
-results that are put in places or summed up, and of what is searched; of all results; of all
-operands; of those whose copies are memory that the process has to get; and of the largest stage's
-results, which are that, too."""
+What makes a session at all; nodes of the graph; bytes of the file, and of a data file beside it,
+which is mapped into memory; bytes of constants that MatMul and Conv lay out anew; nodes that are
+folded. Of what is folded: bytes of results of Div and Mod; of results that are put in places or
+summed up, and of what is searched; of all results; of all operands; of those whose copies are
+memory that the process has to get; and of the largest stage's results, which are that, too."""
 
 PEAK_NBYTES = {
     "session": 58.8e6,
     "nodes": 16.9e3,
-    "file": 1.25,
-    "constants": 0.18,
+    "file": 1.6,
+    "outside": 1.02,
     "held": 1.10,
-    "kept": 1.10,
+    "kept": 1.0,
     "copied": 0.143,
 }
 """Amount -> bytes of peak memory for each.
 
-Python with the runtime; nodes; bytes of the file, of all constants, of the largest stage's results,
-of weights that are decoded in stages; of operands in files without stages, whose copies leave holes
-in the heap."""
+Python with the runtime; nodes; bytes of the file, and of a data file beside it; of what a stage
+holds at most, with what those before it have left; of weights that are decoded in stages, between
+which the heap has holes; of operands in files without stages, whose copies leave holes, too."""
+
+_MOST_HOLES = 40_000_000
+"""Bytes of holes; larger arrays have memory of their own, which is given back."""
 
 _TAKERS = {
     **dict.fromkeys(("Gemm", "GRU", "LSTM", "MatMul", "RNN"), "matmul"),
@@ -86,6 +90,19 @@ _SEARCHES = ("NonZero", "TopK")
 
 Size = tuple[int, int]
 """Elements and bytes of a constant."""
+
+
+class Sized(Protocol):
+    """An array, or what is known of one."""
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+
 
 UNPACK = "where that matters more than its size, unpack it there, by prune2onnx unpack"
 """The advice where no form takes less."""
@@ -202,9 +219,9 @@ def lighter(load: Prediction, rows: Iterable[WeightRow], *, entropy_coded: bool)
     return "fast" if entropy_coded else ""
 
 
-def sizes(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Size]:
-    """The sizes of arrays, by name."""
-    return {name: (array.size, array.nbytes) for name, array in arrays.items()}
+def sizes(weights: Mapping[str, Sized]) -> dict[str, Size]:
+    """The sizes of weights, by name."""
+    return {name: (weight.size, weight.nbytes) for name, weight in weights.items()}
 
 
 def cost(amount: Mapping[str, float]) -> LoadCost:
@@ -223,7 +240,7 @@ def amounts(
     Args:
         graph: of the file, decode calls or not.
         weights: name -> size of the coded weights.
-        nbytes: size of the file.
+        nbytes: size of the file; one above 2 GB has its weights in a data file.
         work: what decoding takes; None where the weights are dense.
     """
     own = Work() if work is None else work
@@ -237,16 +254,18 @@ def amounts(
     for sparse in graph.sparse_initializer:
         kind = sparse.values.data_type
         known[sparse.values.name] = _size(TensorProto(dims=sparse.dims, data_type=kind))
-    found = Counter(session=1, file=nbytes, constants=sum(size for _, size in known.values()))
+    outside = nbytes if nbytes > MAX_NBYTES else 0
+    found = Counter(session=1, file=nbytes - outside, outside=outside)
     _walk((node for node in graph.node if node.domain != DOMAIN), known, found, folded)
     made, read = own.made + folded.made, own.read + folded.read
     found["folded"] = own.nodes + folded.nodes
     found["stages"] = max(own.held, default=0)
-    found["kept"] = sum(size for _, size in weights.values()) if found["stages"] else 0
+    if found["stages"]:
+        found["kept"] = min(_MOST_HOLES, sum(size for _, size in weights.values()))
     found["divided"] = made["Div"] + made["Mod"]
     found["scattered"] = sum(made[name] for name in _SLOW) + sum(read[name] for name in _SEARCHES)
     found["made"], found["read"] = made.total(), read.total()
-    found["held"] = max(own.held.values(), default=0) + folded.held.total()
+    found["held"] = own.peak + folded.held.total()
     found["mapped"] = own.mapped + folded.mapped
     found["copied"] = 0 if found["stages"] else found["read"] - found["mapped"]
     return found
@@ -276,7 +295,6 @@ def _walk(
             folded.add(1, {node.op_type: made[1]}, {node.op_type: sum(read)}, mapped(read))
         for body in bodies(node):
             own = {tensor.name: _size(tensor) for tensor in body.initializer}
-            found["constants"] += sum(size for _, size in own.values())
             _walk(body.node, ChainMap(own, every), found, folded)
 
 

@@ -48,6 +48,7 @@ from prune2onnx.packing.codecs import (
 )
 from prune2onnx.packing.codecs.staged import Done, Known
 from prune2onnx.packing.codecs.work import Work
+from prune2onnx.packing.decoding import verify
 from prune2onnx.packing.inline import inlined
 from prune2onnx.packing.large import are_many, few_values, is_regular, surveyed, with_step
 from prune2onnx.packing.load_cost import Prediction, predict
@@ -56,7 +57,7 @@ from prune2onnx.packing.portable import portable as written_out
 from prune2onnx.packing.quantized import Quantized, multiples, new_steps, scaled
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.packing.short_names import shortened
-from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack, verify
+from prune2onnx.packing.unpack import FUNCTIONS_IR, IR_KEY, KEYS, NOTES_KEY, unpack
 
 Load = Literal["small", "balanced", "fast"]
 """What a file is made for: few bytes, or a session that opens in little time and memory."""

@@ -26,9 +26,9 @@ from prune2onnx.packing.codecs.bundle import checksum
 from prune2onnx.packing.codecs.function import Body
 from prune2onnx.packing.codecs.plan import Plan
 from prune2onnx.packing.codecs.staged import CONSTANTS, GATES, RESOLVE, Bounds
+from prune2onnx.packing.decoding import decode_graph, facts_by_weight
 from prune2onnx.packing.foldable import Rewriter, Values, without_detours
 from prune2onnx.packing.inline import Facts, expanded
-from prune2onnx.packing.unpack import decode_graph, facts_by_weight
 
 STAGE_SIZE = 1 << 22
 """Least elements of a stage: each adds a hundred nodes, and OpenVINO notes for each folded node

@@ -21,8 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import load
 from prune2onnx.graph.tensors import array_of
+from prune2onnx.packing.decoding import MAX_BYTES
 from prune2onnx.packing.rows import WeightRow
-from prune2onnx.packing.unpack import MAX_BYTES, unpack
+from prune2onnx.packing.unpack import unpack
 from prune2onnx.runs.front import RUNS, Front, Point
 from prune2onnx.runs.history import Epoch
 from prune2onnx.runs.recipe import Recipe, read_recipe, resolve

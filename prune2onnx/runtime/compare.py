@@ -23,7 +23,14 @@ from prune2onnx.runtime.inputs import (
     random_operators,
     says_something,
 )
-from prune2onnx.runtime.session import UnrunnableError, input_text, run, run_once, session
+from prune2onnx.runtime.session import (
+    UnrunnableError,
+    input_text,
+    require_memory,
+    run,
+    run_once,
+    session,
+)
 
 _COMPARED = 8  # examples
 
@@ -262,6 +269,7 @@ def answers(
             try:
                 made = np.asarray(run(opened, {name: part})[0])
             except Exception as error:
+                require_memory(error, "the model")
                 raise Prune2OnnxError(
                     f"the model does not take the data: {first_line(error)}; its input is "
                     f"{input_text(opened)}, the data's examples are {list(x.shape[1:])}"

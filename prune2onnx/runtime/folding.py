@@ -7,6 +7,7 @@ may replace.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Collection
@@ -18,10 +19,11 @@ import onnxruntime as ort
 from onnx import ModelProto
 
 from prune2onnx.graph.walk import nodes_in
+from prune2onnx.packing.decoding import coded
 from prune2onnx.packing.inline import outlined
 from prune2onnx.packing.short_names import has_short_names
-from prune2onnx.packing.unpack import coded, unpack
-from prune2onnx.runtime.session import session
+from prune2onnx.packing.unpack import unpack
+from prune2onnx.runtime.session import data_of, session
 
 LEVELS = {
     "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
@@ -52,15 +54,20 @@ class Folding:
         return not (self.weights or self.more or self.fewer)
 
 
-def optimised(model: ModelProto, level: ort.GraphOptimizationLevel) -> ModelProto:
-    """The graph of a model that onnxruntime has optimised, without large weights."""
+def optimised(model: ModelProto | Path, level: ort.GraphOptimizationLevel) -> ModelProto:
+    """The graph of a model, or of the one in a file, that onnxruntime has optimised.
+
+    Large weights are left out. (Where there is a null device, they are written to it.)
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimised.onnx"
+        if os.name == "posix":
+            data_of(path).symlink_to(os.devnull)
         session(model, level=level, optimised=path)
         return onnx.load(path, load_external_data=False)
 
 
-def operators(model: ModelProto, level: ort.GraphOptimizationLevel) -> list[str]:
+def operators(model: ModelProto | Path, level: ort.GraphOptimizationLevel) -> list[str]:
     """The operators of a model that onnxruntime has optimised, in its order, bodies included."""
     return _operators(optimised(model, level))
 
@@ -71,20 +78,23 @@ def _operators(model: ModelProto) -> list[str]:
 
 def folding(
     packed: ModelProto,
-    unpacked: ModelProto | None = None,
+    unpacked: ModelProto | Path | None = None,
     weights: Collection[str] | None = None,
+    *,
+    file: Path | None = None,
 ) -> Folding:
     """What onnxruntime leaves of decoders, at the basic and at the full level of optimisation.
 
     Args:
         packed: the model.
-        unpacked: the unpacked model, if it is at hand.
+        unpacked: the unpacked model or its file, if one is at hand.
         weights: names of the coded weights, if they are at hand.
+        file: of the model, if it is at hand: to open a file takes less memory.
     """
     unpacked = unpack(packed) if unpacked is None else unpacked
-    weights = coded(packed).arrays if weights is None else weights
+    weights = coded(packed).extents if weights is None else weights
     for name, level in LEVELS.items():
-        found = named = optimised(packed, level)
+        found = named = optimised(packed if file is None else file, level)
         if has_short_names(packed):
             named = optimised(outlined(packed), level)
         made = {output for node in named.graph.node for output in node.output}

@@ -30,9 +30,9 @@ _LOADS_SECONDS = 10.0  # after these, no further round of them: a graph of 50,00
 
 _FEWEST = 5  # timed inferences per file, however long they take
 
-_RUNS = 300  # most inferences per file in `measure`
+_RUNS = 300  # most inferences per file in `latencies`
 
-_MOST_SECONDS = 8.0  # of `measure`, unless `_FEWEST` inferences take longer
+_MOST_SECONDS = 8.0  # of `latencies`, unless `_FEWEST` inferences take longer
 
 
 # Runs in a fresh interpreter and imports nothing of the project, so that neither torch's memory nor
@@ -155,26 +155,27 @@ def timed(
     return np.array(times)
 
 
-def measure(
-    files: Sequence[Path],
-    opened: Sequence[ort.InferenceSession],
-    inputs: dict[str, NDArray[Any]],
-    errors: Sequence[float | None],
+def latencies(
+    files: Sequence[Path], opened: Sequence[ort.InferenceSession], inputs: dict[str, NDArray[Any]]
+) -> NDArray[np.float64]:
+    """`timed` on one example: up to 300 runs of each file after 20 to warm up."""
+    return timed(files, opened, [inputs] * len(files), seconds=_MOST_SECONDS, rounds=_RUNS)
+
+
+def measured(
+    files: Sequence[Path], times: NDArray[np.float64], errors: Sequence[float | None]
 ) -> list[Measured]:
-    """Load time, peak memory and latency of several files, interleaved.
+    """Load time, peak memory and latency of several files.
 
     Args:
-        files: ONNX files that take the same inputs.
-        opened: a session for each file.
-        inputs: one example.
+        files: ONNX files.
+        times: of inferences, [rounds, files] (`latencies`).
         errors: of each file, passed through.
 
     Returns:
-        One `Measured` per file: medians of up to 7 loads in fresh processes, percentiles of up
-        to 300 runs after 20 to warm up. Loads have one thread, runs onnxruntime's default number.
+        One `Measured` per file: medians of up to 7 loads in fresh processes, interleaved, and
+        percentiles of the times. Loads have one thread, runs onnxruntime's default number.
     """
-    taken = loads(files)
-    times = timed(files, opened, [inputs] * len(files), seconds=_MOST_SECONDS, rounds=_RUNS)
     return [
         Measured(
             nbytes=file_nbytes(path),
@@ -184,5 +185,5 @@ def measure(
             peak_rss_bytes=own.peak_rss_bytes,
             latency_ms={f"p{percent}": float(np.percentile(each, percent)) for percent in (50, 95)},
         )
-        for path, error, own, each in zip(files, errors, taken, times.T, strict=True)
+        for path, error, own, each in zip(files, errors, loads(files), times.T, strict=True)
     ]

@@ -21,13 +21,14 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from prune2onnx.errors import Prune2OnnxError, first_line
+from prune2onnx.errors import OutOfMemoryError, Prune2OnnxError, first_line
 from prune2onnx.graph.file import InvalidModelError, load, save
 from prune2onnx.graph.protobuf import MAX_NBYTES, nbytes, serialized
 
 # onnxruntime's messages about an operator that it does not have
 _UNKNOWN_OPERATOR = ("is not a registered function/op", "Could not find an implementation")
-
+# and where memory ends
+_NO_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
 
 _TYPES = {name.lower(): number for name, number in onnx.TensorProto.DataType.items()}
 # element types that onnxruntime does not exchange as numpy arrays
@@ -55,7 +56,7 @@ def session(
     Args:
         model: a path or a model in memory; one above 2 GB goes by way of a file.
         level: how far onnxruntime optimises the graph.
-        optimised: where to save the optimised graph; its weights go to a file beside it.
+        optimised: where to save the optimised graph; its weights go to `data_of` it.
         threads: number of threads; 0: onnxruntime's default.
         profile: prefix of the path of the profiler's file.
 
@@ -73,7 +74,7 @@ def session(
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
         options.add_session_config_entry(
-            "session.optimized_model_external_initializers_file_name", f"{optimised.name}.data"
+            "session.optimized_model_external_initializers_file_name", data_of(optimised).name
         )
         options.add_session_config_entry(
             "session.optimized_model_external_initializers_min_size_in_bytes", "1024"
@@ -88,10 +89,33 @@ def session(
         return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exceptions have no common base class
         name = "the model" if in_memory else str(model)
+        require_memory(error, name)
         unknown = any(sign in str(error) for sign in _UNKNOWN_OPERATOR)
         raise (UnrunnableError if unknown else Prune2OnnxError)(
             f"{name}: onnxruntime {ort.__version__} cannot open it: {first_line(error)}"
         ) from error
+
+
+def require_memory(error: Exception, name: object) -> None:
+    """Makes sure that an error is not that memory has ended.
+
+    Args:
+        error: onnxruntime's own, or Python's.
+        name: of the model, for the message.
+
+    Raises:
+        OutOfMemoryError: it has.
+    """
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
+        raise OutOfMemoryError(
+            f"{name}: onnxruntime {ort.__version__} gets no more memory ({first_line(error)}); end "
+            "other programs, or use a machine with more"
+        ) from error
+
+
+def data_of(optimised: Path) -> Path:
+    """The file that gets the weights of an optimised graph."""
+    return optimised.with_name(f"{optimised.name}.data")
 
 
 def load_runnable(path: Path, *, lazily: bool = False) -> ModelProto:
@@ -125,6 +149,7 @@ def run_once(
     try:
         return run(opened, inputs)
     except Exception as error:  # onnxruntime's own exceptions have no common base class
+        require_memory(error, path)
         shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
         raise Prune2OnnxError(f"{path}: fails on {shapes}: {first_line(error)}") from error
 

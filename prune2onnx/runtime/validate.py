@@ -5,7 +5,7 @@ What is checked, and measured:
 1. every decoded weight equals the numpy decoder's, bit for bit (`check_weights`);
 2. the optimised graph has the operators of the unpacked file's, and makes no weight (`folding`);
 3. outputs agree with a reference within float tolerance (`compare.check_outputs`);
-4. time and memory are measured interleaved with those of the dense file (`latency.measure`).
+4. time and memory are measured interleaved with those of the dense file (`latency.measured`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -25,11 +26,13 @@ from prune2onnx.data import batches as batches_of
 from prune2onnx.data import load_data
 from prune2onnx.errors import MismatchError, Prune2OnnxError, first_line
 from prune2onnx.graph.file import file_nbytes, save
+from prune2onnx.graph.outside import Spill
+from prune2onnx.packing.decoding import Coded, coded, decode_graph, weight_batches
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.inspection import inspect, load_of
 from prune2onnx.packing.load_cost import Prediction
 from prune2onnx.packing.rows import WeightRow
-from prune2onnx.packing.unpack import Coded, coded, decode_graph, unpack
+from prune2onnx.packing.unpack import unpack
 from prune2onnx.runs.defaults import RANDOM_INPUTS, InputOptions
 from prune2onnx.runs.report import Measured, Paired, Report, bytes_text
 from prune2onnx.runtime.compare import (
@@ -43,15 +46,25 @@ from prune2onnx.runtime.compare import (
 )
 from prune2onnx.runtime.folding import Folding, folding
 from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of, named_arrays
-from prune2onnx.runtime.latency import measure
+from prune2onnx.runtime.latency import latencies, measured
+from prune2onnx.runtime.memory import require
 from prune2onnx.runtime.session import (
     UnrunnableError,
     environment,
     load_runnable,
+    require_memory,
     run,
     run_once,
     session,
 )
+
+_BATCH_NBYTES = 1 << 26
+"""Bytes of weights that are decoded at a time; decoding makes 5 to 15 times as many meanwhile."""
+
+_NAMED = 3  # weights in an error
+
+_OPENED = 2
+"""Sessions with dense weights that are open at a time."""
 
 _FAR_MORE = 1.5
 """Times the predicted peak memory: predictions are within 30 %."""
@@ -59,6 +72,8 @@ _FAR_MORE = 1.5
 
 def check_weights(packed: onnx.ModelProto, known: Coded | None = None) -> int:
     """Decodes every coded weight in onnxruntime and compares it with the numpy decoder's.
+
+    Some weights at a time, so that a model of gigabytes takes less memory than to open it does.
 
     Args:
         packed: the model.
@@ -70,26 +85,26 @@ def check_weights(packed: onnx.ModelProto, known: Coded | None = None) -> int:
     Raises:
         MismatchError: a weight differs in a bit; it is named.
     """
-    expected = (coded(packed) if known is None else known).arrays
-    if not expected:
-        return 0
-    opened = session(decode_graph(packed, expected))
-    names = [output.name for output in opened.get_outputs()]
-    try:
-        found = run(opened, {})
-    except Exception as error:  # onnxruntime's own exceptions have no common base class
-        raise MismatchError(
-            f"onnxruntime {ort.__version__} cannot decode the weights: {first_line(error)}; do not "
-            "ship this file"
-        ) from error
-    for name, value in zip(names, found, strict=True):
-        want = expected[name].astype(value.dtype, copy=False)  # bfloat16 is read as float32
-        if value.shape != want.shape or value.tobytes() != want.tobytes():
+    known = coded(packed) if known is None else known
+    for batch in weight_batches(packed, known.extents, _BATCH_NBYTES):
+        opened = session(decode_graph(packed, batch))
+        names = [output.name for output in opened.get_outputs()]
+        try:
+            found = run(opened, {})
+        except Exception as error:  # onnxruntime's own exceptions have no common base class
+            require_memory(error, ", ".join(names[:_NAMED]))
             raise MismatchError(
-                f"{name}: onnxruntime {ort.__version__} decodes it to other bits than the numpy "
-                "decoder; do not ship this file, and report a bug with it"
-            )
-    return len(names)
+                f"onnxruntime {ort.__version__} cannot decode the weights: {first_line(error)}; do "
+                "not ship this file"
+            ) from error
+        for name, value in zip(names, found, strict=True):
+            want = known.arrays[name].astype(value.dtype, copy=False)  # bfloat16 is read as float32
+            if value.shape != want.shape or value.tobytes() != want.tobytes():
+                raise MismatchError(
+                    f"{name}: onnxruntime {ort.__version__} decodes it to other bits than the "
+                    "numpy decoder; do not ship this file, and report a bug with it"
+                )
+    return len(known.extents)
 
 
 def validate(
@@ -128,43 +143,53 @@ def validate(
             `expected`.
         Prune2OnnxError: a file cannot be read, or onnxruntime cannot open it.
     """
-    packed = load_runnable(file)
-    known = coded(packed)
-    check_weights(packed, known)
-    rows = inspect(packed, known=known).rows if rows is None else tuple(rows)
-    if density is None:
-        matrices = [row for row in rows if len(row.shape) > 1]
-        size = sum(row.size for row in matrices)
-        density = sum(row.nnz for row in matrices) / size if size else 1.0
-    skipped = ""
-    difference = pairs = None
-    with tempfile.TemporaryDirectory() as folder:
+    packed = load_runnable(file, lazily=True)
+    with tempfile.TemporaryDirectory() as folder, (Path(folder) / "weights").open("wb") as stream:
+        spill = Spill(stream, Path(folder) / "weights")
+        known = coded(packed, spill=spill)
+        load = load_of(packed, known.extents, known.work)
+        require(
+            f"opening {file.name}, and beside it what it unpacks to,",
+            max(load.packed.peak_nbytes, _OPENED * load.dense.peak_nbytes),
+            "inspect and unpack take less, or use a machine with more",
+        )
+        check_weights(packed, known)
+        rows = inspect(packed, known=known).rows if rows is None else tuple(rows)
+        if density is None:
+            matrices = [row for row in rows if len(row.shape) > 1]
+            size = sum(row.size for row in matrices)
+            density = sum(row.nnz for row in matrices) / size if size else 1.0
+        skipped = ""
+        difference = pairs = None
         dense_file = Path(folder) / "unpacked.onnx"
         unpacked = unpack(packed, known=known)
         save(unpacked, dense_file)
         other_file = dense_file if reference is None else reference
-        opened = None
+        sessions: list[ort.InferenceSession] = []
         try:
-            opened = session(dense_file)
+            sessions = _sessions(file, dense_file)
             taken = None if batches is None else list(batches)
-            if taken is None and _has_labels(inputs.data, opened):
+            if taken is None and _has_labels(inputs.data, sessions[0]):
                 taken = list(batches_of(load_data(inputs.data).test))
-            given = _given(unpacked, opened, taken, inputs)
+            given = _given(unpacked, sessions[1], taken, inputs)
         except UnrunnableError as error:
             skipped = str(error).removeprefix(f"{dense_file}: ")
             dense, compressed = (Measured(file_nbytes(path)) for path in (other_file, file))
         else:
-            difference, (dense, compressed), pairs = _run_and_measured(
-                file, (dense_file, opened), other_file, taken, expected, given, unpacked
-            )
-    left = Folding()
-    notes: tuple[str, ...] = ()
-    if is_packed(packed):  # in any other file there is nothing to fold
-        if opened is None:
-            packed = decode_graph(packed, known.arrays)
-            unpacked = unpack(packed, known=known)
-        left = folding(packed, unpacked, known.arrays)
-        notes = _memory_notes(load_of(packed, known), compressed)
+            ran = _run((file, dense_file, other_file), sessions, taken, expected, given, unpacked)
+            difference, pairs = ran.difference, ran.pairs
+            sessions.clear()  # memory, which loads in other processes need
+            dense, compressed = measured([other_file, file], ran.times, ran.errors)
+        left = Folding()
+        notes: tuple[str, ...] = ()
+        if is_packed(packed):  # in any other file there is nothing to fold
+            if skipped:
+                sessions.clear()
+                decoder = decode_graph(packed, known.extents)
+                left = folding(decoder, unpack(decoder, known=known), known.extents)
+            else:
+                left = folding(packed, dense_file, known.extents, file=file)
+            notes = _memory_notes(load, compressed)
     return Report(
         version=importlib.metadata.version("prune2onnx"),
         seed=seed,
@@ -217,23 +242,58 @@ def _given(
     return {opened.get_inputs()[0].name: example}
 
 
-def _run_and_measured(
-    file: Path,
-    unpacked: tuple[Path, ort.InferenceSession],
-    other_file: Path,
+def _sessions(file: Path, dense_file: Path) -> list[ort.InferenceSession]:
+    """Of a packed file and of what it unpacks to; the one that takes more memory is opened first.
+
+    Raises:
+        UnrunnableError: the unpacked file cannot be run.
+        Prune2OnnxError: a file cannot be opened.
+    """
+    try:
+        opened = session(file)
+    except UnrunnableError as error:
+        session(dense_file)  # where that works, it is not the network
+        raise Prune2OnnxError(str(error)) from error
+    return [opened, session(dense_file)]
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What two files gave, and how fast.
+
+    Attributes:
+        difference: the largest one of an output.
+        pairs: both files' right and wrong answers, counted in pairs.
+        errors: in percent, of the reference and of the file.
+        times: milliseconds of the same, [rounds, 2].
+    """
+
+    difference: float
+    pairs: Paired | None
+    errors: tuple[float | None, float | None]
+    times: NDArray[np.float64]
+
+
+def _run(
+    files: tuple[Path, Path, Path],
+    sessions: Sequence[ort.InferenceSession],
     batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
     expected: NDArray[Any] | None,
     inputs: Inputs,
     model: onnx.ModelProto,
-) -> tuple[float, list[Measured], Paired | None]:
-    """Outputs of `file` against `unpacked` and `other_file`.
+) -> _Ran:
+    """Outputs of a file against those of its unpacked one, and of a reference.
 
-    Returns:
-        The largest difference of an output; `other_file` and `file` measured; both files' right and
-        wrong answers, counted in pairs.
+    Args:
+        files: the file, the unpacked one, the reference, which may be the same.
+        sessions: of the first two.
+        batches: as of `validate`.
+        expected: as of `validate`.
+        inputs: of one inference.
+        model: the unpacked one.
     """
-    dense_file, reference = unpacked
-    opened = session(file)
+    file, dense_file, other_file = files
+    opened, reference = sessions
     against = reference if other_file == dense_file else session(other_file)
     error: float | None = None
     reference_error: float | None = None
@@ -259,5 +319,5 @@ def _run_and_measured(
             "give a --reference with the same inputs"
         )
     run_once(against, inputs, other_file)
-    measured = measure([other_file, file], [against, opened], inputs, [reference_error, error])
-    return difference, measured, examples
+    times = latencies([other_file, file], [against, opened], inputs)
+    return _Ran(difference, examples, (reference_error, error), times)

@@ -30,9 +30,10 @@ from prune2onnx.graph.domain import DOMAIN
 from prune2onnx.graph.file import load
 from prune2onnx.graph.tensors import declared_nbytes
 from prune2onnx.packing.codecs import METHODS, Weight, huffman, huffman_graph, limits
+from prune2onnx.packing.decoding import budget_of, coded, decodings_of
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.sparse import from_sparse
-from prune2onnx.packing.unpack import _budget, _decodings, coded, unpack
+from prune2onnx.packing.unpack import unpack
 
 METHOD = {method.name: method for method in METHODS}
 MAX_BYTES = 1 << 24
@@ -877,8 +878,8 @@ def test_a_valid_gigabyte_from_a_few_bytes_is_allowed(dtype, nonzero):
     element_type = helper.np_dtype_to_tensor_dtype(array.dtype)
     for method in ("gap-raw", "gap-levels"):
         model = packed([Weight("w", array.reshape(64, -1), element_type)], METHOD[method])
-        budget = _budget(model, 1 << 31)
+        budget = budget_of(model, 1 << 31)
         free, steps = limits._FREE_STEPS, budget._steps
-        for _ in _decodings(model, budget):
+        for _ in decodings_of(model, budget):
             pass
         assert 256 * (steps - budget._steps) < free

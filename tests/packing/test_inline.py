@@ -9,10 +9,11 @@ from onnx import ModelProto, helper
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.file import load, save
 from prune2onnx.packing.approximation.approximate import approximate
+from prune2onnx.packing.decoding import coded, decode_graph
 from prune2onnx.packing.inline import inlined, is_packed, outlined
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.pack import pack
-from prune2onnx.packing.unpack import coded, decode_graph, unpack
+from prune2onnx.packing.unpack import unpack
 
 
 def few() -> ModelProto:

@@ -30,12 +30,13 @@ from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.protobuf import framed
 from prune2onnx.packing.codecs import METHODS, entropy_nbytes
 from prune2onnx.packing.codecs.staged import GATED
+from prune2onnx.packing.decoding import coded, decode_graph
 from prune2onnx.packing.inline import is_packed, outlined
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.large import are_many
 from prune2onnx.packing.pack import pack, pack_normalized
 from prune2onnx.packing.quantized import Quantized
-from prune2onnx.packing.unpack import coded, decode_graph, unpack
+from prune2onnx.packing.unpack import unpack
 from prune2onnx.runtime.folding import folds
 from prune2onnx.runtime.validate import check_weights
 

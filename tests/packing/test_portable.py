@@ -14,11 +14,12 @@ from onnx import ModelProto, helper
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.file import load, save
 from prune2onnx.graph.walk import bodies
+from prune2onnx.packing.decoding import coded
 from prune2onnx.packing.inline import FACTS_KEY, is_packed, outlined
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.portable import portable
-from prune2onnx.packing.unpack import coded, unpack
+from prune2onnx.packing.unpack import unpack
 from prune2onnx.runtime.folding import folds
 from prune2onnx.runtime.validate import check_weights
 

@@ -11,11 +11,12 @@ from onnx import helper
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.graph.domain import DOMAIN, MARK
 from prune2onnx.graph.normalize import normalize
+from prune2onnx.packing.decoding import coded, decode_graph
 from prune2onnx.packing.inline import is_packed, outlined
 from prune2onnx.packing.inspection import inspect
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.short_names import restored, shortened
-from prune2onnx.packing.unpack import coded, decode_graph, unpack
+from prune2onnx.packing.unpack import unpack
 
 RNG = np.random.default_rng(0)
 NAMES = ["layers.0.linear.weight", "layers.1.linear.weight", "a name, with spaces", "ä.weight"]

@@ -16,15 +16,16 @@ from tiny import blobs, tiny_conv
 from prune2onnx.data import batches
 from prune2onnx.errors import MismatchError, Prune2OnnxError
 from prune2onnx.graph.file import file_nbytes, save
+from prune2onnx.packing.decoding import coded
 from prune2onnx.packing.inline import is_packed, outlined
 from prune2onnx.packing.pack import pack
-from prune2onnx.packing.unpack import coded, unpack
+from prune2onnx.packing.unpack import unpack
 from prune2onnx.runs.report import Measured
 from prune2onnx.runtime import latency
 from prune2onnx.runtime.compare import check_outputs, check_same, error_percent
 from prune2onnx.runtime.folding import Folding, folds, operators
 from prune2onnx.runtime.inputs import random_inputs
-from prune2onnx.runtime.latency import measure
+from prune2onnx.runtime.latency import latencies, measured
 from prune2onnx.runtime.session import UnrunnableError, session
 from prune2onnx.runtime.validate import check_weights, validate
 from prune2onnx.training.export import export
@@ -103,7 +104,7 @@ def test_measured_files_are_loaded_in_processes_of_their_own(dense, tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(dense.SerializeToString())
     given = {"input": np.zeros((1, 1, 6, 6), np.float32)}
-    (one,) = measure([path], [session(path)], given, [None])
+    (one,) = measured([path], latencies([path], [session(path)], given), [None])
     assert one.nbytes == path.stat().st_size
     assert (
         one.load_ms > 0
@@ -211,7 +212,7 @@ def test_a_network_that_onnxruntime_cannot_run_is_validated_as_far_as_possible(
     module = importlib.import_module("prune2onnx.runtime.validate")
     left = Folding(("w",), level="basic")
     monkeypatch.setattr(
-        module, "folding", lambda model, *_: left if len(model.graph.node) == 1 else Folding()
+        module, "folding", lambda model, *_, **__: left if len(model.graph.node) == 1 else Folding()
     )
     assert validate(path).unfolded == ("w",) and not validate(path).folded
 

@@ -57,6 +57,8 @@ def evaluate(
         for array in arrays:  # several may be views of one memory, but each is read and stored
             budget.spend(4 * array.nbytes)
         return arrays
+    except MemoryError:  # within the budget, so it is the machine's fault
+        raise
     except Exception as error:  # the program is not trusted: any error is the file's fault
         reason = one_line(error)
         if len(reason) > _MOST_TEXT:
@@ -151,7 +153,7 @@ class _Machine:
             attributes["count"] = len(node.output)
         try:
             result = operator(self.budget, *inputs, **attributes)
-        except Prune2OnnxError:
+        except (Prune2OnnxError, MemoryError):
             raise
         except Exception as error:
             raise ValueError(f"{node.op_type}: {one_line(error) or 'fails'}") from error

@@ -42,6 +42,7 @@ class Work:
         mapped: bytes of those operands that are larger than `MAPPED` each.
         held: stage -> bytes of the results of its nodes, all of which a runtime holds until the
             stage ends.
+        left: stage -> bytes of the weights that it leaves, less those of streams that end with it.
         stage: the one that is running; 0 is what waits for no gate.
     """
 
@@ -50,7 +51,17 @@ class Work:
     read: Counter[str] = field(default_factory=Counter)
     mapped: int = 0
     held: Counter[int] = field(default_factory=Counter)
+    left: Counter[int] = field(default_factory=Counter)
     stage: int = 0
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that a stage holds, with what those before it have left."""
+        peak = before = 0
+        for stage in sorted(self.held):
+            peak = max(peak, before + self.held[stage])
+            before += self.left[stage]
+        return peak
 
     def ran(
         self, operator: str, results: Sequence[NDArray[Any]], operands: Sequence[NDArray[Any]]

@@ -184,6 +184,17 @@ def chosen(
 
 def decoding_ns(one: Known, how: Method, *, fast: bool = False) -> float:
     """About how much CPU time decoding takes; `fast` as of `chosen`."""
+    made, read, scattered = _touched(one, how, fast=fast)
+    return MADE_NS * made + READ_NS * read + SCATTERED_NS * scattered
+
+
+def decoding_nbytes(one: Known, how: Method, *, fast: bool = False) -> float:
+    """About how many bytes decoding makes, all held until a stage ends; `fast` as of `chosen`."""
+    return _touched(one, how, fast=fast)[0]
+
+
+def _touched(one: Known, how: Method, *, fast: bool) -> tuple[float, float, float]:
+    """Bytes that decoding makes, the weight's own among them; reads; puts in places or sums up."""
     size = one.weight.size
     counts: dict[str, int]
     if fast:
@@ -196,13 +207,15 @@ def decoding_ns(one: Known, how: Method, *, fast: bool = False) -> float:
     else:
         counts = {"codes": size}
     itemsize = numpy_type(one.weight.working).itemsize
-    spent = MADE_NS * size * itemsize
+    made, read, scattered = float(size * itemsize), 0.0, 0.0
     if how.positions == "all" and is_large_matrix(one.weight.shape) and itemsize == 4:
-        spent -= size * (MADE_NS * _IN_SHAPE[0] + READ_NS * _IN_SHAPE[1])
+        made -= size * _IN_SHAPE[0]
+        read -= size * _IN_SHAPE[1]
     for what, count in counts.items():
-        made, read, scattered = _TOUCHED[what]
-        spent += count * (MADE_NS * made + READ_NS * read + SCATTERED_NS * scattered)
-    return spent
+        made += count * _TOUCHED[what][0]
+        read += count * _TOUCHED[what][1]
+        scattered += count * _TOUCHED[what][2]
+    return made, read, scattered
 
 
 def is_large_matrix(shape: Sequence[int]) -> bool:

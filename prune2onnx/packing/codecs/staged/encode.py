@@ -17,7 +17,7 @@ from onnx import TensorProto
 from prune2onnx.graph.protobuf import tensor
 from prune2onnx.packing.codecs.methods import Method
 from prune2onnx.packing.codecs.staged.alike import parted
-from prune2onnx.packing.codecs.staged.choice import Known
+from prune2onnx.packing.codecs.staged.choice import Known, decoding_nbytes, estimate
 from prune2onnx.packing.codecs.staged.large import Large
 from prune2onnx.packing.codecs.staged.pieces import STAGE_SIZE, Piece, pieces_of, together
 from prune2onnx.packing.codecs.staged.storages import Kind, Ready, Storage, storage_of
@@ -61,7 +61,7 @@ def encode(
     """
     writer = Writer(places, opset, fresh, store, matrices=matrices, fast=fast)
     first, repeated = _without_repetition(weights)
-    pieces = pieces_of([one.weight for one in first], stage_size)
+    pieces = _pieces(first, methods, opset, fast, stage_size)
     gates = writer.gates(max(piece.stage for piece in pieces) + 1)
     kinds = _kinds(first, methods)
     alike: dict[Kind, list[Known]] = {}
@@ -106,6 +106,21 @@ def _kinds(weights: Sequence[Known], methods: Mapping[str, Method]) -> dict[str,
             name: replace(kind, own=str(code)) for name, code in zip(books, codes, strict=True)
         }
     return kinds
+
+
+def _pieces(
+    weights: Sequence[Known],
+    methods: Mapping[str, Method],
+    opset: int,
+    fast: bool,
+    stage_size: int,
+) -> list[Piece]:
+    made, left = [], []
+    for one in weights:
+        how = methods[one.weight.name]
+        made.append(decoding_nbytes(one, how, fast=fast))
+        left.append(max(0.0, one.weight.nbytes - estimate(one, how, opset, fast=fast)))
+    return pieces_of([one.weight for one in weights], made, left, stage_size)
 
 
 def _vectors(

@@ -1,4 +1,4 @@
-"""Large weights, cut into pieces, and pieces put into stages of about as many elements."""
+"""Large weights, cut into pieces, and pieces put into stages of about equal peaks."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ LEAST_PIECE = 1 << 16
 
 PIECE_SIZE = 1 << 24
 """Most elements of a piece, unless one row has more: so much is in memory at once."""
+
+_HALVINGS = 40
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,23 @@ class Piece:
         return scale
 
 
-def pieces_of(weights: Sequence[Large], least: int = STAGE_SIZE) -> list[Piece]:
-    """Cuts weights into pieces, in stages of about as many elements, and at least so many."""
+def pieces_of(
+    weights: Sequence[Large],
+    made: Sequence[float],
+    left: Sequence[float],
+    least: int = STAGE_SIZE,
+) -> list[Piece]:
+    """Cuts weights into pieces, in stages of at least so many elements and about equal peaks.
+
+    Args:
+        weights: in the order of the file.
+        made: for each weight, bytes that decoding it makes; all are held until a stage ends.
+        left: for each weight, bytes that stay: its own, less those of its streams.
+        least: elements of a stage.
+    """
     total = sum(weight.size for weight in weights)
     count = max(1, min(MOST_GATES, total // least))
-    ends = [total * (stage + 1) / count for stage in range(count)]
+    ends = _ends([weight.size for weight in weights], made, left, count)
     found: list[Piece] = []
     done, stage = 0, 0
     for weight in weights:
@@ -104,6 +118,34 @@ def pieces_of(weights: Sequence[Large], least: int = STAGE_SIZE) -> list[Piece]:
             done += (end - begin) * each
             begin = end
     return found
+
+
+def _ends(
+    sizes: Sequence[int], made: Sequence[float], left: Sequence[float], count: int
+) -> list[float]:
+    """The elements at which stages end.
+
+    While a stage is decoded, a runtime holds all that it makes, and what earlier stages have left.
+    So a later stage may make less. The least peak with which `count` stages are enough is found by
+    bisection.
+    """
+    edges, held, kept = (
+        np.concatenate([[0.0], np.cumsum(np.asarray(each, float))]) for each in (sizes, made, left)
+    )
+    low, high = 0.0, held[-1] + kept[-1]
+    ends = [edges[-1]]
+    for _ in range(_HALVINGS):
+        peak = (low + high) / 2
+        at, found = 0.0, list[float]()
+        for _ in range(count):
+            free = max(0.0, peak - np.interp(at, edges, kept))
+            at = float(np.interp(np.interp(at, edges, held) + free, held, edges))
+            found.append(at)
+        if at < edges[-1]:
+            low = peak
+        else:
+            high, ends = peak, found
+    return ends
 
 
 def together(pieces: Sequence[Piece], *, matrices: bool) -> list[list[Piece]]:

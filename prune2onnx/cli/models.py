@@ -17,6 +17,7 @@ from prune2onnx.cli.options import (
     input_options_of,
     input_shape_option,
     max_bytes_option,
+    tokenizer_option,
 )
 from prune2onnx.cli.output import (
     console,
@@ -129,6 +130,7 @@ def pack(
     curve: bool,
     data: str | None,
     input_shapes: tuple[str, ...],
+    tokenizer: Path | None,
     external: str | None,
     as_json: bool,
 ) -> None:
@@ -159,7 +161,7 @@ def pack(
         max_drop=max_drop,
         examples=examples,
         curve=curve,
-        inputs=input_options_of(data, input_shapes),
+        inputs=input_options_of(data, input_shapes, tokenizer, source),
         external=external,
         anonymize=anonymize,
         portable=portable,
@@ -233,6 +235,7 @@ def shrink(
     multiple: int,
     data: str | None,
     input_shapes: tuple[str, ...],
+    tokenizer: Path | None,
     external: str | None,
     as_json: bool,
 ) -> None:
@@ -249,7 +252,7 @@ def shrink(
         gather_inputs=gather_inputs,
         multiple=multiple,
         external=external,
-        inputs=input_options_of(data, input_shapes),
+        inputs=input_options_of(data, input_shapes, tokenizer, source),
     )
     if as_json:
         print_json(result.to_dict())
@@ -301,9 +304,10 @@ def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
 @click.option(
     "--data",
     required=True,
-    help="examples: a data set with labels, as for compress; npz:FILE with an array per input; or "
-    "random, for a try",
+    help="examples: a data set with labels, as for compress; npz:FILE with an array per input; "
+    "text:FILE with one a line; or random, for a try",
 )
+@tokenizer_option
 @input_shape_option
 @click.option(
     "--max-drop",
@@ -343,6 +347,7 @@ def quantize(
     target: Path,
     data: str,
     input_shapes: tuple[str, ...],
+    tokenizer: Path | None,
     max_drop: float | None,
     max_rel_error: float | None,
     examples: int,
@@ -362,7 +367,7 @@ def quantize(
     result = quantize_file(
         source,
         target,
-        input_options_of(data, input_shapes),
+        input_options_of(data, input_shapes, tokenizer, source),
         Int8Options(examples, method, max_drop, max_rel_error, keep),
         seed=seed,
     )

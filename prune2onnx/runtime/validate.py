@@ -14,7 +14,7 @@ import importlib.metadata
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import onnx
@@ -42,7 +42,7 @@ from prune2onnx.runtime.compare import (
     scores,
 )
 from prune2onnx.runtime.folding import Folding, folding
-from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of, named_arrays
+from prune2onnx.runtime.inputs import Inputs, has_labels, in_batches, inputs_of
 from prune2onnx.runtime.latency import measure
 from prune2onnx.runtime.session import (
     UnrunnableError,
@@ -147,7 +147,7 @@ def validate(
         try:
             opened = session(dense_file)
             taken = None if batches is None else list(batches)
-            if taken is None and _has_labels(inputs.data, opened):
+            if taken is None and has_labels(inputs.data, opened):
                 taken = list(batches_of(load_data(inputs.data).test))
             given = _given(unpacked, opened, taken, inputs)
         except UnrunnableError as error:
@@ -192,11 +192,6 @@ def _memory_notes(load: Prediction, measured: Measured) -> tuple[str, ...]:
         f"expected: onnxruntime {ort.__version__} does not free memory between the "
         f"{load.stages} stages of decoding",
     )
-
-
-def _has_labels(data: str | None, opened: ort.InferenceSession) -> TypeGuard[str]:
-    """Whether `data` is a data set, not arrays for the inputs by name."""
-    return data is not None and data != "random" and named_arrays(data, opened) is None
 
 
 def _given(

@@ -186,7 +186,8 @@ def replacing_folder(target: Path) -> Iterator[Path]:
                 try:
                     partial.replace(target)
                 except OSError:
-                    previous.replace(target)
+                    if previous.exists():
+                        previous.replace(target)
                     raise
                 shutil.rmtree(previous, ignore_errors=True)
         finally:

@@ -29,7 +29,9 @@ def report(folder: Path) -> None:
 @click.argument("source", type=_PATH, metavar="DIR")
 @click.option("-o", "--output", required=True, type=_PATH, help="folder for the page")
 @click.option(
-    "--data", help="data set that the model was trained on, as for compress; default: the run's"
+    "--data",
+    help="data set that the model was trained on, as for compress; default: the run's; or "
+    "text:FILE, the sentences to search, one a line",
 )
 @click.option(
     "--ort-web",

@@ -157,8 +157,8 @@ def _remove_leftovers(target: Path) -> None:
 def replacing_folder(target: Path) -> Iterator[Path]:
     """A new folder whose content takes the place of `target` at the end, or is dropped on an error.
 
-    Other processes see the old folder or the new one. Whether the old one may be replaced is up to
-    the caller.
+    Other processes see the old folder or the new one, and for a moment neither. Whether the old one
+    may be replaced is up to the caller.
 
     Raises:
         Prune2OnnxError: it is a file, or cannot be written.

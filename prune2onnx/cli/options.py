@@ -18,7 +18,6 @@ from typing import Any
 import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from prune2onnx.data.text import is_text, tokenizer_beside
 from prune2onnx.errors import RecipeError
 from prune2onnx.packing.unpack import MAX_BYTES
 from prune2onnx.runs.defaults import InputOptions
@@ -120,6 +119,8 @@ def input_options_of(
     data: str | None, input_shapes: Iterable[str], tokenizer: Path | None, model: Path
 ) -> InputOptions:
     """What `input_options` were given; text is read by the tokenizer beside the model, if any."""
+    from prune2onnx.data.text import is_text, tokenizer_beside
+
     if tokenizer is not None and not is_text(data):
         raise RecipeError("--tokenizer is for --data text:FILE; leave it out, or give that")
     if is_text(data) and tokenizer is None:

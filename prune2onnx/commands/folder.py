@@ -121,8 +121,7 @@ def pack_folder(
     with replacing_folder(target) as folder:
         files = [_packed(source, model, folder, options, progress) for model in models]
         for path in others:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / path, folder / path)
+            _copy(source / path, folder / path)
         notes += _configured(folder, files)
         text = card.written(own, target.absolute().name, _card_rows(files, options))
         write_whole(folder / CARD, text)
@@ -197,6 +196,17 @@ def _others(source: Path, models: Sequence[Path]) -> tuple[list[Path], list[str]
     ]
 
 
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        shutil.copyfile(source, target)
+    except (OSError, shutil.SpecialFileError) as error:
+        raise Prune2OnnxError(
+            f"{source}: cannot be copied: {getattr(error, 'strerror', None) or error}; check the "
+            "file, or remove it"
+        ) from error
+
+
 def _walk(source: Path) -> Iterator[Path]:
     """All files, relative to the folder; hidden ones are not."""
     for folder, folders, names in os.walk(source):
@@ -222,8 +232,8 @@ def _check_ours(target: Path, expected: Iterable[Path]) -> None:
         model = path.with_name(path.name.partition(".onnx")[0] + ".onnx")
         if path not in known and not (path.parts[0] == ONNX and base(model) in models):
             raise Prune2OnnxError(
-                f"{target}: holds {path}, which is not of {CARD}'s model; name another folder, or "
-                "move it"
+                f"{target}: holds {path}, which would not be written again; name another folder, "
+                "or move it"
             )
 
 
@@ -285,7 +295,8 @@ def _configured(folder: Path, files: Sequence[PackedFile]) -> list[str]:
     config = config_of(folder)
     if config is None:
         return [f"no {CONFIG} with settings, so a reader has to know the model's type"]
-    own: dict[str, Any] = dict(config.get(SETTINGS) or {})
+    stated = config.get(SETTINGS)
+    own: dict[str, Any] = dict(stated) if isinstance(stated, dict) else {}
     own.pop("use_external_data_format", None)
     data = {f.name.name: 1 for f in files if len(files_of(folder / f.name)) > 1}
     if data:

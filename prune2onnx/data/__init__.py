@@ -160,6 +160,8 @@ def _hint(spec: str) -> str:
     path = Path(spec).expanduser()
     if path.is_file() and path.suffix == ".npz":
         return f"did you mean npz:{spec}?"
+    if path.is_file() and path.suffix == ".txt":
+        return f"did you mean text:{spec}, for a model that reads tokens?"
     if spec and path.is_dir():
         return f"did you mean folder:{spec} or idx:{spec}?"
     head, colon, argument = spec.partition(":")

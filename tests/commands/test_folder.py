@@ -262,6 +262,24 @@ def test_where_packing_fails_all_is_as_before(source, tmp_path, monkeypatch):
     assert contents(tmp_path) == before
 
 
+def test_a_file_that_cannot_be_copied_is_named(source, tmp_path):
+    (source / "LICENSE").symlink_to("nowhere")
+    with pytest.raises(Prune2OnnxError, match="LICENSE: cannot be copied"):
+        pack_folder(source, tmp_path / "out", CHEAP)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "no JSON", '{"transformers.js_config": "odd"}'])
+def test_other_settings_than_expected_do_no_harm(source, tmp_path, content):
+    (source / "config.json").write_text(content)
+    result = pack_folder(source, tmp_path / "out", CHEAP)
+    made = (tmp_path / "out" / "config.json").read_text()
+    if content.startswith("{"):
+        assert json.loads(made) == {"transformers.js_config": {"dtype": "fp32"}}
+    else:
+        assert made == content and any("no config.json with settings" in n for n in result.notes)
+
+
 @pytest.mark.parametrize("where", ["model", "model/out", "."])
 def test_source_and_target_are_apart(source, tmp_path, where):
     with pytest.raises(Prune2OnnxError, match="the same folder as"):

@@ -174,6 +174,11 @@ def test_a_missing_library_names_the_extra(tmp_path, monkeypatch):
         TextTokenizer(tmp_path / "tokenizer.json")
 
 
+def test_a_text_file_without_its_prefix_is_recognized(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean text:"):
+        load_data(str(text_file(tmp_path / "lines.txt")))
+
+
 def test_text_has_no_labels():
     with pytest.raises(RecipeError, match="have no labels"):
         load_data("text:lines.txt")

@@ -189,7 +189,7 @@ def _others(source: Path, models: Sequence[Path]) -> tuple[list[Path], list[str]
         (left if other else copied).append(path)
     if not left:
         return copied, []
-    nbytes = sum((source / path).stat().st_size for path in left)
+    nbytes = sum((source / path).stat().st_size for path in left if (source / path).exists())
     return copied, [
         f"left out: {', '.join(map(str, left))}; weights of other files and frameworks, {nbytes:,} "
         "bytes"
@@ -220,7 +220,7 @@ def _check_ours(target: Path, expected: Iterable[Path]) -> None:
     """Makes sure that a folder is empty, or that it was written here and has nothing else in it."""
     if not target.is_dir():
         return
-    present = list(_walk(target))
+    present = [p.relative_to(target) for p in sorted(target.rglob("*")) if not p.is_dir()]
     if present and not card.is_ours(_text_of(target / CARD)):
         raise Prune2OnnxError(
             f"{target}: holds {present[0]}, and pack did not write it; name a folder that is empty "
@@ -243,16 +243,26 @@ def _packed(
     """Packs one model into the folder, under the name that its weights ask for."""
     before = source / model
     made = folder / ONNX / model.name
+    _check_free(made, model)
     packed = pack_file(before, made, options, progress=progress)
     was, now = runtime_type(before), runtime_type(made, packed.rows)
     name = model.name
     if was != now and now in _ENDINGS:
         name = f"{base(model)}{_ENDINGS[now]}.onnx"
+        _check_free(made.with_name(name), model)
     made = _renamed(made, name)
     changed = options.lossy or was != now
     error = _error(before, made, options) if changed else 0.0
     timing = _timing(before, made, options.inputs)
     return PackedFile(model, made.relative_to(folder), file_nbytes(made), packed, error, timing)
+
+
+def _check_free(made: Path, model: Path) -> None:
+    if made.exists():
+        raise Prune2OnnxError(
+            f"{model}: would become {ONNX}/{made.name}, as another model of the folder does; leave "
+            "one of them out, or pack it by itself"
+        )
 
 
 def _renamed(made: Path, name: str) -> Path:
@@ -286,7 +296,7 @@ def _error(before: Path, made: Path, options: PackOptions) -> float | None:
 def _timing(before: Path, made: Path, inputs: InputOptions) -> Timing | None:
     try:
         return timings([before, made], threads=(1,), seconds=_SECONDS, inputs=inputs)[1]
-    except UnrunnableError:
+    except Prune2OnnxError:  # it does not run on random inputs, or takes no text: not measured
         return None
 
 

@@ -163,6 +163,17 @@ def test_a_file_that_computes_in_another_type_gets_its_name(source, tmp_path, mo
     assert "move by" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_two_models_do_not_become_one(source, tmp_path, monkeypatch):
+    plain = source / "onnx" / "model.onnx"
+    quantize_dynamic(plain, source / "onnx" / "model_int8.onnx")
+    plain.rename(source / "onnx" / "model_fp16.onnx")
+    assert len(pack_folder(source, tmp_path / "out", PackOptions(load="small")).files) == 2
+    monkeypatch.setattr(module, "runtime_type", lambda path, rows=None: str(rows is None))
+    monkeypatch.setattr(module, "_ENDINGS", {"False": "_quantized"})
+    with pytest.raises(Prune2OnnxError, match=r"would become onnx/model_quantized\.onnx"):
+        pack_folder(source, tmp_path / "out2", PackOptions(load="small"))
+
+
 def test_types_at_run_time(tmp_path):
     path = tmp_path / "model.onnx"
     onnx.save(transformer(), path)
@@ -226,7 +237,7 @@ def test_a_new_card_has_front_matter(source, tmp_path):
     assert f"| {nbytes:,} |" in text and card.is_ours(text)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "config.json"])
+@pytest.mark.parametrize("name", ["notes.txt", "config.json", ".git"])
 def test_a_folder_that_pack_did_not_write_stays(source, tmp_path, name):
     out = tmp_path / "out"
     out.mkdir()

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and never in place of what a command reads.
+"""Files and folders that appear whole or not at all, and never in place of what a command reads.
 
 A file is written beside its destination, flushed to the disk and renamed, so a killed run or a full
 disk leaves no half file behind, and no other process reads one. What stands in the files is up to
@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -142,9 +143,82 @@ def _remove_leftovers(target: Path) -> None:
     with os.scandir(target.parent) as entries:
         names = [e.name for e in entries if e.name.startswith(stem) and e.name.endswith(".partial")]
     for name in names:
-        with contextlib.suppress(OSError), target.with_name(name).open("rb") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            target.with_name(name).unlink()
+        left = target.with_name(name)
+        with contextlib.suppress(OSError):
+            held = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            finally:
+                os.close(held)
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A new folder whose content takes the place of `target` at the end, or is dropped on an error.
+
+    Other processes see the old folder or the new one, and for a moment neither. Whether the old one
+    may be replaced is up to the caller.
+
+    Raises:
+        Prune2OnnxError: it is a file, or cannot be written.
+    """
+    target = target.absolute()
+    if target.is_symlink():
+        target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_dir():
+        raise Prune2OnnxError(f"{target}: a file, expected a folder; name another")
+    previous = target.with_name(f"{_stem(target)}previous")
+    partial = target.with_name(f"{_stem(target)}{secrets.token_hex(8)}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with alone_in(target.parent):
+            _restore(target, previous)
+            _remove_leftovers(target)
+            partial.mkdir()
+            lock = _locked(partial)
+        try:
+            yield partial
+            with alone_in(target.parent):
+                if target.exists():
+                    partial.chmod(stat.S_IMODE(target.stat().st_mode))
+                    target.replace(previous)
+                try:
+                    partial.replace(target)
+                except OSError:
+                    if previous.exists():
+                        previous.replace(target)
+                    raise
+                shutil.rmtree(previous, ignore_errors=True)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+    except OSError as error:
+        raise Prune2OnnxError(
+            f"{target}: cannot be written: {error.strerror or error}; check the path, or choose "
+            "another folder"
+        ) from error
+
+
+def _restore(target: Path, previous: Path) -> None:
+    """Undoes what a process began that was killed between two renames."""
+    if not previous.exists():
+        return
+    if target.exists():
+        shutil.rmtree(previous)
+    else:
+        previous.replace(target)
+
+
+def _locked(folder: Path) -> int | None:
+    """A lock on a folder while it is written, where the system has such locks."""
+    if fcntl is None:
+        return None
+    held = os.open(folder, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(held, fcntl.LOCK_EX)
+    return held
 
 
 @contextlib.contextmanager

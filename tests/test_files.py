@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prune2onnx.errors import Prune2OnnxError
-from prune2onnx.files import keep_inputs, write_whole
+from prune2onnx.files import keep_inputs, replacing_folder, write_whole
 
 
 def test_a_file_is_written_readable_and_nothing_is_left_beside_it(tmp_path):
@@ -157,3 +157,84 @@ def test_what_is_read_is_kept(tmp_path):
     os.link(file, tmp_path / "b")
     with pytest.raises(Prune2OnnxError, match="the same file"):
         keep_inputs([file], [tmp_path / "b"])
+
+
+def fill(target: Path, text: str) -> None:
+    with replacing_folder(target) as folder:
+        write_whole(folder / "inner" / "a.txt", text)
+        write_whole(folder / "b.txt", text)
+
+
+def texts(target: Path) -> set[str]:
+    return {path.read_text() for path in (target / "inner" / "a.txt", target / "b.txt")}
+
+
+def test_a_folder_appears_whole_and_replaces_another(tmp_path):
+    target = tmp_path / "new" / "folder"
+    fill(target, "first")
+    (target / "old.txt").write_text("gone")
+    target.chmod(0o750)
+    fill(target, "second")
+    assert texts(target) == {"second"} and not (target / "old.txt").exists()
+    assert stat.S_IMODE(target.stat().st_mode) == 0o750
+    assert [p.name for p in target.parent.iterdir()] == ["folder"]
+
+
+def test_a_folder_that_fails_leaves_what_was_there(tmp_path):
+    target = tmp_path / "folder"
+    for before in (set(), {"first"}):
+        with pytest.raises(ZeroDivisionError), replacing_folder(target) as folder:
+            write_whole(folder / "b.txt", "second")
+            raise ZeroDivisionError
+        assert [p.name for p in tmp_path.iterdir()] == ["folder"] * len(before)
+        if not before:
+            fill(target, "first")
+    assert texts(target) == {"first"}
+
+
+def test_a_file_is_no_folder_and_a_link_to_a_folder_is_one(tmp_path):
+    write_whole(tmp_path / "a.txt", "mine")
+    with pytest.raises(Prune2OnnxError, match=r"a\.txt: a file, expected a folder"):
+        fill(tmp_path / "a.txt", "text")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    fill(tmp_path / "link", "text")
+    assert (tmp_path / "link").is_symlink() and texts(tmp_path / "real") == {"text"}
+
+
+def test_a_folder_between_two_renames_is_restored(tmp_path):
+    target = tmp_path / "folder"
+    fill(target, "first")
+    target.rename(tmp_path / ".folder.previous")  # where a killed process was
+    with pytest.raises(ZeroDivisionError), replacing_folder(target):
+        raise ZeroDivisionError
+    assert texts(target) == {"first"}
+
+
+def test_folders_of_killed_processes_go_and_those_of_others_stay(tmp_path):
+    writer = """
+import sys
+from pathlib import Path
+from prune2onnx.files import replacing_folder
+with replacing_folder(Path(sys.argv[1])) as folder:
+    (folder / "b.txt").write_text("theirs")
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+    target = tmp_path / "folder"
+    live, dead = (
+        subprocess.Popen(
+            [sys.executable, "-c", writer, target], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        for _ in range(2)
+    )
+    for one in (live, dead):
+        assert one.stdout and one.stdout.readline() == b"ready\n"
+    dead.kill()
+    dead.communicate()
+    assert len(list(tmp_path.glob(".folder.*.partial"))) == 2
+    fill(target, "mine")
+    assert len(list(tmp_path.glob(".folder.*.partial"))) == 1 and texts(target) == {"mine"}
+    live.communicate(b"")
+    assert live.returncode == 0 and (target / "b.txt").read_text() == "theirs"
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]

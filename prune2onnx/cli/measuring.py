@@ -29,6 +29,7 @@ def validate(
     reference: Path | None,
     data: str | None,
     input_shapes: tuple[str, ...],
+    tokenizer: Path | None,
     as_json: bool,
 ) -> None:
     """Validate FILE in onnxruntime: weights, folding, outputs, error, size, load time, latency.
@@ -37,7 +38,7 @@ def validate(
     """
     from prune2onnx.runtime.validate import validate as run
 
-    inputs = input_options_of(data, input_shapes)
+    inputs = input_options_of(data, input_shapes, tokenizer, file)
     report = run(file, reference, inputs=inputs)
     if as_json:
         click.echo(report.to_json(), nl=False)
@@ -85,6 +86,7 @@ def benchmark(
     warm_up: int,
     data: str | None,
     input_shapes: tuple[str, ...],
+    tokenizer: Path | None,
     profile: bool,
     as_json: bool,
 ) -> None:
@@ -105,7 +107,7 @@ def benchmark(
         seconds=seconds,
         warm_up=warm_up,
         profile=profile,
-        inputs=input_options_of(data, input_shapes),
+        inputs=input_options_of(data, input_shapes, tokenizer, files[0]),
     )
     if as_json:
         click.echo(found.to_json(), nl=False)

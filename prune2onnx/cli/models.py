@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,7 @@ from prune2onnx.cli.options import (
     input_options_of,
     input_shape_option,
     max_bytes_option,
+    tokenizer_option,
 )
 from prune2onnx.cli.output import (
     console,
@@ -27,11 +28,15 @@ from prune2onnx.cli.output import (
     print_load,
     print_weights,
     say,
+    weights_json,
     weights_progress,
 )
 from prune2onnx.cli.tables import curve_table, layers_table, shrink_table
 from prune2onnx.runs.defaults import MAX_DROP, MAX_REL_ERROR, Int8Options, PackOptions
 from prune2onnx.shrinking.structure import BLOCK
+
+if TYPE_CHECKING:
+    from prune2onnx.commands.pack import PackResult
 
 _PATH = click.Path(path_type=Path)
 _source = click.argument("source", type=_PATH, metavar="IN.onnx")
@@ -42,8 +47,9 @@ _external = click.option(
 
 
 @click.command(cls=GroupedCommand)
-@_source
-@_target
+@click.argument("source", type=_PATH, metavar="IN")
+@click.argument("target", type=_PATH, metavar="[OUT]", required=False)
+@click.option("-o", "--output", type=_PATH, help="the same as OUT")
 @click.option(
     "--load",
     type=choice_of(PackOptions, "load"),
@@ -123,7 +129,8 @@ _external = click.option(
 @click.option("--json", "as_json", is_flag=True, help="print the weights as JSON on stdout")
 def pack(
     source: Path,
-    target: Path,
+    target: Path | None,
+    output: Path | None,
     load: Any,
     form: Any,
     strip: bool,
@@ -141,19 +148,22 @@ def pack(
     curve: bool,
     data: str | None,
     input_shapes: tuple[str, ...],
+    tokenizer: Path | None,
     external: str | None,
     as_json: bool,
 ) -> None:
     """Pack IN.onnx into a smaller OUT.onnx that any onnxruntime opens.
 
     Lossless, unless an option says lossy. With examples (--data), lossy weights are calibrated:
-    much smaller at the same error.
+    much smaller at the same error. A folder as on the Hugging Face hub (config.json,
+    tokenizer.json, onnx/model.onnx) becomes one that transformers.js and optimum open.
 
     \b
     prune2onnx pack model.onnx small.onnx
     prune2onnx pack model.onnx small.onnx --bits 6
     prune2onnx pack model.onnx small.onnx --data folder:images --max-error 5%
     prune2onnx pack model.onnx small.onnx --compute int8 --bits 5
+    prune2onnx pack model_dir -o small_dir --data text:sentences.txt --max-error 5%
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
     from prune2onnx.commands.pack import pack_file
     from prune2onnx.graph.file import file_nbytes
@@ -173,36 +183,83 @@ def pack(
         max_drop=max_drop,
         examples=examples,
         curve=curve,
-        inputs=input_options_of(data, input_shapes),
+        inputs=input_options_of(data, input_shapes, tokenizer, source),
         external=external,
         anonymize=anonymize,
         portable=portable,
         compute=compute,
     )
+    if (target is None) == (output is None):
+        raise click.UsageError("give OUT once, behind IN or with -o")
+    target = target or output
+    assert target is not None
+    if source.is_dir():
+        _pack_folder(source, target, options, as_json)
+        return
     with weights_progress() as progress:
         result = pack_file(source, target, options, progress=progress)
     for note in result.notes:
         say(note)
-    print_weights(
-        result.rows,
-        target,
-        file_nbytes(target),
-        as_json,
-        result.errors,
-        before=result.nbytes_before,
-        notes=result.notes,
-        load=result.load and result.load.to_dict(),
-        load_warning=result.warning or None,
-        goals=[goal.to_dict() for goal in result.goals] or None,
-        curve=[point.to_dict() for point in result.curve] or None,
-        layers=[asdict(layer) for layer in result.layers] or None,
-    )
-    print_load(result.load, target, result.warning, as_json)
+    nbytes = file_nbytes(target)
+    print_weights(result.rows, target, nbytes, as_json, result.errors, **_facts(result))
+    _show_rest(result, target, as_json)
+    must_meet(result.missed, target, "give a larger budget, or more --examples")
+
+
+def _facts(result: PackResult) -> dict[str, Any]:
+    """What JSON has of a packed file, beside its weights."""
+    return {
+        "before": result.nbytes_before,
+        "notes": result.notes,
+        "load": result.load and result.load.to_dict(),
+        "load_warning": result.warning or None,
+        "goals": [goal.to_dict() for goal in result.goals] or None,
+        "curve": [point.to_dict() for point in result.curve] or None,
+        "layers": [asdict(layer) for layer in result.layers] or None,
+    }
+
+
+def _show_rest(result: PackResult, file: Path, as_json: bool) -> None:
+    """Prints a load, other sizes and budgets, below the weights."""
+    print_load(result.load, file, result.warning, as_json)
     if result.curve and not as_json:
         console.print(curve_table(result.curve))
     for goal in result.goals:
         say(str(goal))
-    must_meet(result.missed, target, "give a larger budget, or more --examples")
+
+
+def _pack_folder(source: Path, target: Path, options: PackOptions, as_json: bool) -> None:
+    from prune2onnx.commands.folder import pack_folder
+
+    with weights_progress() as progress:
+        result = pack_folder(source, target, options, progress)
+    found = []
+    for file in result.files:
+        path, packed = target / file.name, file.packed
+        for note in packed.notes:
+            say(f"{path}: {note}")
+        if as_json:
+            found.append(
+                weights_json(packed.rows, path, file.nbytes, packed.errors, **_facts(packed))
+                | {"source": str(file.source), "error": file.error}
+                | ({"ratio": file.timing.ratio} if file.timing else {})
+            )
+        else:
+            print_weights(
+                packed.rows, path, file.nbytes, False, packed.errors, before=packed.nbytes_before
+            )
+        _show_rest(packed, path, as_json)
+    for note in result.notes:
+        say(note)
+    if as_json:
+        copied = [str(path) for path in result.copied]
+        print_json({"folder": str(target), "files": found, "copied": copied})
+    models = "1 model" if len(result.files) == 1 else f"{len(result.files)} models"
+    say(f"{target}: {models}, {len(result.copied)} other files, and a README.md with the figures")
+    for file in result.files:
+        must_meet(
+            file.packed.missed, target / file.name, "give a larger budget, or more --examples"
+        )
 
 
 @click.command(cls=GroupedCommand)
@@ -242,6 +299,7 @@ def shrink(
     multiple: int,
     data: str | None,
     input_shapes: tuple[str, ...],
+    tokenizer: Path | None,
     external: str | None,
     as_json: bool,
 ) -> None:
@@ -258,7 +316,7 @@ def shrink(
         gather_inputs=gather_inputs,
         multiple=multiple,
         external=external,
-        inputs=input_options_of(data, input_shapes),
+        inputs=input_options_of(data, input_shapes, tokenizer, source),
     )
     if as_json:
         print_json(result.to_dict())
@@ -313,9 +371,10 @@ def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
 @click.option(
     "--data",
     required=True,
-    help="examples: a data set with labels, as for compress; npz:FILE with an array per input; or "
-    "random, for a try",
+    help="examples: a data set with labels, as for compress; npz:FILE with an array per input; "
+    "text:FILE with one a line; or random, for a try",
 )
+@tokenizer_option
 @input_shape_option
 @click.option(
     "--max-drop",
@@ -355,6 +414,7 @@ def quantize(
     target: Path,
     data: str,
     input_shapes: tuple[str, ...],
+    tokenizer: Path | None,
     max_drop: float | None,
     max_rel_error: float | None,
     examples: int,
@@ -374,7 +434,7 @@ def quantize(
     result = quantize_file(
         source,
         target,
-        input_options_of(data, input_shapes),
+        input_options_of(data, input_shapes, tokenizer, source),
         Int8Options(examples, method, max_drop, max_rel_error, keep),
         seed=seed,
     )

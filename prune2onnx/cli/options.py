@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -110,19 +111,34 @@ input_shape_option = click.option(
     help="sizes of a random input, such as images=1,3,224,224; default: found by trying",
 )
 
+tokenizer_option = click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="tokenizer.json for --data text:FILE; default: the one in the model's folder",
+)
+
 
 def input_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds --data and --input-shape, for verbs that run a model."""
+    """Adds --data, --input-shape and --tokenizer, for verbs that run a model."""
     data = click.option(
         "--data",
-        help="run on these examples: npz:FILE with an array per input, or a data set as for "
-        "compress; default: random inputs",
+        help="run on these examples: npz:FILE with an array per input, text:FILE with one a line, "
+        "or a data set as for compress; default: random inputs",
     )
-    return data(input_shape_option(command))
+    return data(tokenizer_option(input_shape_option(command)))
 
 
-def input_options_of(data: str | None, input_shapes: Iterable[str]) -> InputOptions:
-    """What `input_options` were given."""
+def input_options_of(
+    data: str | None, input_shapes: Iterable[str], tokenizer: Path | None, model: Path
+) -> InputOptions:
+    """What `input_options` were given; text is read by the tokenizer beside the model, if any."""
+    from prune2onnx.data.text import is_text, tokenizer_beside
+
+    if tokenizer is not None and not is_text(data):
+        raise RecipeError("--tokenizer is for --data text:FILE; leave it out, or give that")
+    if is_text(data) and tokenizer is None:
+        tokenizer = tokenizer_beside(model)
     shapes = {}
     for text in input_shapes:
         name, equals, sizes = text.rpartition("=")
@@ -135,7 +151,7 @@ def input_options_of(data: str | None, input_shapes: Iterable[str]) -> InputOpti
                 f"--input-shape {text!r}, expected NAME=SIZES such as images=1,3,224,224"
             )
         shapes[name] = shape
-    return InputOptions(data, shapes)
+    return InputOptions(data, shapes, tokenizer)
 
 
 class _Factor(click.ParamType[tuple[str, float]]):

@@ -56,18 +56,28 @@ def print_weights(
         errors: what lossy packing has changed, by weight.
         facts: further ones.
     """
-    errors = errors or {}
     if as_json:
-        weights = [row.to_dict() for row in rows]
-        for weight in weights:
-            if weight["name"] in errors:
-                weight["relative_error"] = errors[weight["name"]]
-        known = {key: value for key, value in facts.items() if value is not None}
-        print_json({"file": str(file), "nbytes": nbytes, **known, "weights": weights})
+        print_json(weights_json(rows, file, nbytes, errors, **facts))
         return
-    console.print(weights_table(rows, nbytes, errors))
+    console.print(weights_table(rows, nbytes, errors or {}))
     if before := facts.get("before"):
         say(f"{before:,} bytes before, {nbytes:,} now: {before / nbytes:.2f} times smaller")
+
+
+def weights_json(
+    rows: tuple[WeightRow, ...],
+    file: Path,
+    nbytes: int,
+    errors: Mapping[str, float] | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """What `print_weights` prints as JSON."""
+    weights = [row.to_dict() for row in rows]
+    for weight in weights:
+        if weight["name"] in (errors or {}):
+            weight["relative_error"] = (errors or {})[weight["name"]]
+    known = {key: value for key, value in facts.items() if value is not None}
+    return {"file": str(file), "nbytes": nbytes, **known, "weights": weights}
 
 
 def print_load(load: Prediction | None, file: Path, warning: str, as_json: bool) -> None:

@@ -15,7 +15,7 @@ from prune2onnx.graph.file import save
 from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.runs.defaults import InputOptions, Int8Options
 from prune2onnx.runtime.benchmark import Timing
-from prune2onnx.runtime.inputs import named_arrays
+from prune2onnx.runtime.inputs import has_labels
 from prune2onnx.runtime.int8 import Layer
 from prune2onnx.runtime.int8_choice import Examples, choose, labelled, unlabelled
 from prune2onnx.runtime.session import session
@@ -68,7 +68,8 @@ def quantize_file(
         target: the file to write, not packed.
         inputs: the source of examples (`load_data`): ranges are taken from its training split,
             errors from its validation split; its test split is not used. Or `npz:FILE` with an
-            array per input and no labels, or "random": then it is the outputs' error that counts.
+            array per input and no labels, `text:FILE`, or "random": then it is the outputs' error
+            that counts.
         options: how it is quantized.
         seed: of the splits.
 
@@ -120,7 +121,7 @@ def _examples(
     if data == "random":
         note = "ranges are from random inputs: fit for a try of size and speed, not for use"
         return unlabelled(model, InputOptions(data, inputs.shapes), options), [note]
-    if named_arrays(data, session(model)) is not None:
+    if not has_labels(data, session(model)):
         return unlabelled(model, inputs, options), []
     if inputs.shapes:
         raise RecipeError("--input-shape is for --data random; leave it out")

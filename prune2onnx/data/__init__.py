@@ -11,7 +11,8 @@
 
 The test set is the source's own; where there is none, 20 % are held out, the same for every seed.
 The validation set is held out of the rest and depends on the seed. Both are stratified by class.
-How each source is read is in the modules of this folder.
+How each source is read is in the modules of this folder; `text:FILE`, lines without labels for
+models that read tokens, in `text`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from prune2onnx.data.idx import read_idx_folder, read_mnist
 from prune2onnx.data.npz import read_npz
 from prune2onnx.data.own import read_own
 from prune2onnx.data.split import hold_out
+from prune2onnx.data.text import refuse_text
 from prune2onnx.errors import DataWarning, Prune2OnnxError, RecipeError
 
 __all__ = ["Arrays", "Data", "MapDataset", "batches", "collate", "first", "load_data"]
@@ -132,6 +134,7 @@ SOURCES: dict[str, Callable[[str], tuple[Examples, Examples | None]]] = {
     "idx": read_idx_folder,
     "folder": read_folder,
     "npz": read_npz,
+    "text": refuse_text,
 }
 
 
@@ -157,6 +160,8 @@ def _hint(spec: str) -> str:
     path = Path(spec).expanduser()
     if path.is_file() and path.suffix == ".npz":
         return f"did you mean npz:{spec}?"
+    if path.is_file() and path.suffix == ".txt":
+        return f"did you mean text:{spec}, for a model that reads tokens?"
     if spec and path.is_dir():
         return f"did you mean folder:{spec} or idx:{spec}?"
     head, colon, argument = spec.partition(":")

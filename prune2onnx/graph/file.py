@@ -158,7 +158,7 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 def _parsed(path: Path, lazily: bool) -> ModelProto:
     try:
         if path.is_dir():
-            raise Prune2OnnxError(f"{path}: a folder; give the .onnx file in it")
+            raise Prune2OnnxError(f"{path}: a folder; give the .onnx file in it{_models_in(path)}")
         nbytes = path.stat().st_size
         if not path.is_file():
             raise Prune2OnnxError(f"{path}: not a file; give an .onnx file")
@@ -181,6 +181,12 @@ def _parsed(path: Path, lazily: bool) -> ModelProto:
         raise Prune2OnnxError(
             f"{path}: not an ONNX model, or cut short ({one_line(error)}); export or copy it again"
         ) from error
+
+
+def _models_in(folder: Path) -> str:
+    """Names some models in a folder, for an error."""
+    found = sorted(folder.glob("*.onnx")) + sorted(folder.glob("onnx/*.onnx"))
+    return "".join(f"{sign} {path}" for sign, path in zip(":,,", found, strict=False))
 
 
 def _drop_repeated_keys(model: ModelProto) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 
@@ -15,13 +16,15 @@ class InputOptions:
     """Where the inputs come from on which a model is run.
 
     Attributes:
-        data: `npz:FILE` with one array per input name, a source as for `load_data`, or "random",
-            the default.
+        data: `npz:FILE` with one array per input name, `text:FILE` with one example a line, a
+            source as for `load_data`, or "random", the default.
         shapes: of random inputs, by name, where the graph leaves them open.
+        tokenizer: the tokenizer.json for text.
     """
 
     data: str | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
 
 RANDOM_INPUTS = InputOptions()

@@ -13,7 +13,7 @@ from prune2onnx.data.examples import MapDataset
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.runs.defaults import InputOptions
 from prune2onnx.runtime.compare import error_percent, output_error, scores
-from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of, named_arrays
+from prune2onnx.runtime.inputs import Inputs, has_labels, in_batches, inputs_of
 from prune2onnx.runtime.session import input_text, session
 
 PART = 5  # one in so many examples without splits is held out
@@ -40,7 +40,10 @@ class CalibrationData:
 def calibration_data(
     model: ModelProto, options: InputOptions, examples: int, size: int = 64
 ) -> CalibrationData:
-    """Reads examples: of the training split, with the validation split held out, or of an archive.
+    """Reads examples of a data set, of an archive or of text, and holds others out.
+
+    Of a data set with labels, the training split calibrates and the validation split is held out;
+    of others, some are held out.
 
     Args:
         model: what runs on them; outputs are compared with its own.
@@ -54,7 +57,7 @@ def calibration_data(
     """
     assert options.data is not None
     opened = session(model)
-    if named_arrays(options.data, opened) is not None:
+    if not has_labels(options.data, opened):
         wanted = examples + min(-(-examples // (PART - 1)), _MOST_HELD_OUT)
         for each in (size, 1):  # one by one where all are in one batch
             found = inputs_of(model, opened, options, count=0, examples=wanted, batch=each)

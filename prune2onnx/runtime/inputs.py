@@ -17,7 +17,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnxruntime as ort
@@ -26,11 +26,13 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 
 from prune2onnx.data import first, load_data
 from prune2onnx.data.npz import read_named
+from prune2onnx.data.text import is_text
 from prune2onnx.errors import Prune2OnnxError, RecipeError, first_line
 from prune2onnx.graph.shapes import shapes_of
 from prune2onnx.graph.walk import attribute, nodes_in
 from prune2onnx.runs.defaults import InputOptions
 from prune2onnx.runtime.session import UnrunnableError, element_type, input_text, run, session
+from prune2onnx.runtime.texts import text_inputs
 
 Inputs = dict[str, NDArray[Any]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -363,11 +365,11 @@ def inputs_of(
     Args:
         model: as for `random_inputs`.
         opened: the model in onnxruntime.
-        options: where inputs come from. An archive with one array [n, ...] per input name needs no
-            labels; of a source of `load_data`, the validation split is taken.
+        options: where inputs come from. An archive with one array [n, ...] per input name and text
+            need no labels; of a source of `load_data`, the validation split is taken.
         count: how many sets of random inputs.
         examples: how many examples at most.
-        batch: examples at a time, where the model leaves that open.
+        batch: examples at a time, where the model leaves that open; of text, as for `text_inputs`.
 
     Raises:
         RecipeError: a shape contradicts the model, or the source of the data is unknown.
@@ -379,6 +381,8 @@ def inputs_of(
         return random_inputs(model, range(count), opened=opened, batch=batch, shapes=options.shapes)
     if options.shapes:
         raise RecipeError("--input-shape is for random inputs, and --data gives others; give one")
+    if is_text(data):
+        return text_inputs(opened, options, examples=examples, batch=batch)
     infos = {info.name: info for info in opened.get_inputs()}
     arrays = named_arrays(data, opened)
     if arrays is None:
@@ -408,6 +412,13 @@ def named_arrays(data: str, opened: ort.InferenceSession) -> dict[str, NDArray[A
     head, _, argument = data.partition(":")
     names = [info.name for info in opened.get_inputs()]
     return read_named(argument, names) if head == "npz" else None
+
+
+def has_labels(data: str | None, opened: ort.InferenceSession) -> TypeGuard[str]:
+    """Whether `data` is a data set with labels, not text or arrays for the inputs by name."""
+    if data is None or data == "random" or is_text(data):
+        return False
+    return named_arrays(data, opened) is None
 
 
 def fixed_batch(opened: ort.InferenceSession) -> int:

@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,7 +45,7 @@ from prune2onnx.runtime.compare import (
     scores,
 )
 from prune2onnx.runtime.folding import Folding, folding
-from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of, named_arrays
+from prune2onnx.runtime.inputs import Inputs, has_labels, in_batches, inputs_of
 from prune2onnx.runtime.latency import latencies, measured
 from prune2onnx.runtime.memory import require
 from prune2onnx.runtime.session import (
@@ -169,7 +169,7 @@ def validate(
         try:
             sessions = _sessions(file, dense_file)
             taken = None if batches is None else list(batches)
-            if taken is None and _has_labels(inputs.data, sessions[0]):
+            if taken is None and has_labels(inputs.data, sessions[0]):
                 taken = list(batches_of(load_data(inputs.data).test))
             given = _given(unpacked, sessions[1], taken, inputs)
         except UnrunnableError as error:
@@ -217,11 +217,6 @@ def _memory_notes(load: Prediction, measured: Measured) -> tuple[str, ...]:
         f"expected: onnxruntime {ort.__version__} does not free memory between the "
         f"{load.stages} stages of decoding",
     )
-
-
-def _has_labels(data: str | None, opened: ort.InferenceSession) -> TypeGuard[str]:
-    """Whether `data` is a data set, not arrays for the inputs by name."""
-    return data is not None and data != "random" and named_arrays(data, opened) is None
 
 
 def _given(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError
-from prune2onnx.files import unwritten, write_whole
+from prune2onnx.files import replacing_folder, write_whole
 from prune2onnx.graph.file import load
 from prune2onnx.graph.tensors import external
 from prune2onnx.graph.walk import in_model
@@ -138,7 +137,8 @@ def write_demo(
         )
     runtime = _runtime(_PACKAGE if ort_web is None else ort_web, given=ort_web is not None)
     setup = _setup(found, drawing or DRAWINGS["mnist"], names, sum(map(len, runtime.values())))
-    page = _rendered(
+    page = rendered(
+        "demo.html.j2",
         setup=setup | figures,
         title=str(recipe.get("model", path.stem)).rpartition(":")[2],
         drawn=found.shape[0] == _GREY,
@@ -198,11 +198,12 @@ def _setup(
     }
 
 
-def _rendered(**facts: Any) -> str:
+def rendered(template: str, **facts: Any) -> str:
+    """A page from a template of this folder."""
     templates = Environment(
         loader=PackageLoader("prune2onnx.runs.pages"), autoescape=True, undefined=StrictUndefined
     )
-    return templates.get_template("demo.html.j2").render(**facts)
+    return templates.get_template(template).render(**facts)
 
 
 def classifier(model: ModelProto, path: Path) -> Classifier:
@@ -347,38 +348,14 @@ def _probe() -> bytes:
 
 
 def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files, whole or not at all.
-
-    An earlier page is replaced by renaming, as `graph.file.save` replaces a pair of files.
-    """
-    target = target.resolve()
-    partial = target.with_name(f".{target.name}.partial")
-    previous = target.with_name(f".{target.name}.previous")
-    moved = False
-    try:
-        if target.exists() and not target.is_dir():
-            raise Prune2OnnxError(f"{target}: a file, expected a folder for the page; name another")
-        ours = {*PAGE, MODEL, *RUNTIME}
-        found = sorted(p.name for p in target.iterdir()) if target.exists() else []
-        if strange := [name for name in found if name not in ours]:
-            raise Prune2OnnxError(
-                f"{target}: holds {strange[0]}, which is no file of a demo; name a folder that is "
-                "empty or does not exist"
-            )
-        for left in (partial, previous):  # left by a killed process
-            if left.exists():
-                shutil.rmtree(left)
+    """Writes a folder of files, whole or not at all, also in place of an earlier page."""
+    ours = {*PAGE, MODEL, *RUNTIME}
+    found = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
+    if strange := [name for name in found if name not in ours]:
+        raise Prune2OnnxError(
+            f"{target}: holds {strange[0]}, which is no file of a demo; name a folder that is "
+            "empty or does not exist"
+        )
+    with replacing_folder(target) as folder:
         for name, content in files.items():
-            write_whole(partial / name, content)
-        if target.exists():
-            target.replace(previous)
-            moved = True
-        partial.replace(target)
-        moved = False
-        shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        raise unwritten(target, sum(map(len, files.values())), error) from error
-    finally:
-        if moved:
-            previous.replace(target)
-        shutil.rmtree(partial, ignore_errors=True)
+            write_whole(folder / name, content)

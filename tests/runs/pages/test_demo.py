@@ -382,7 +382,7 @@ def test_where_writing_fails_all_is_as_before(exists, fails, run, ort_web, tmp_p
         write(path, content)
 
     def refused(self, target):
-        if Path(target) == page and self.name == ".page.partial":
+        if Path(target) == page and self.name.endswith(".partial"):
             raise PermissionError(13, "Permission denied")
         return rename(self, target)
 
@@ -390,7 +390,7 @@ def test_where_writing_fails_all_is_as_before(exists, fails, run, ort_web, tmp_p
         monkeypatch.setattr(module, "write_whole", full)
     else:
         monkeypatch.setattr(Path, "replace", refused)
-    with pytest.raises(Prune2OnnxError, match=r"no space|page: cannot write .* Permission denied"):
+    with pytest.raises(Prune2OnnxError, match=r"no space|be written: Permission denied"):
         write_demo(run, page, ort_web=ort_web)
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
 

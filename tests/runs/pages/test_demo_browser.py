@@ -5,21 +5,18 @@ in ./node_modules.
 """
 
 import base64
-import functools
 import io
 import json
 import os
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from browser import chromium, console_errors, resize
+from browser import chromium, console_errors, resize, served
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -127,25 +124,6 @@ def learned(x: np.ndarray, y: np.ndarray) -> onnx.ModelProto:
     readout = np.linalg.solve(square, features.T @ (10 * np.eye(10)[y] - 1))
     readout = np.round(readout / readout.std() * 4) / 4 * readout.std()  # few values: coded
     return network(filters, readout.astype(np.float32), x.shape[1:])
-
-
-@contextmanager
-def served(folder: Path):
-    """The folder, as `python -m http.server` serves it; its address."""
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @contextmanager

@@ -97,8 +97,14 @@ def report_table(report: Report) -> Table:
     a, b = report.dense, report.compressed
     sizes = bytes_text(a.nbytes), bytes_text(b.nbytes)
     table.add_row("file", *sizes, f"{report.ratio:.1f}x smaller")
-    if a.error is not None and b.error is not None:
-        table.add_row("test error", f"{a.error:.2f} %", f"{b.error:.2f} %", f"{report.drop:+.2f}")
+    metric = report.metric
+    if (before := report.value(a)) is not None and (after := report.value(b)) is not None:
+        change = metric.change(before, after)
+        name = printable(metric.name)
+        table.add_row(f"test {name}", metric.text(before), metric.text(after), change)
+        for other in report.others:
+            numbers = (f"{each.metrics[other]:.4g}" for each in (a, b))
+            table.add_row(f"test {printable(other)}", *numbers)
     if a.macs and b.macs:
         fewer = f"{a.macs / b.macs:.2f}x fewer"
         table.add_row("multiply-adds", f"{a.macs:,}", f"{b.macs:,}", fewer)
@@ -115,9 +121,10 @@ def report_table(report: Report) -> Table:
         for name in ("p50", "p95"):
             p, q = a.latency_ms[name], b.latency_ms[name]
             table.add_row(f"latency {name}", f"{p:.3f} ms", f"{q:.3f} ms", _times(q, p))
-    if report.validation is not None:
-        c, d = report.validation["dense_error"], report.validation["error"]
-        table.add_row("validation error", f"{c:.2f} %", f"{d:.2f} %", f"{d - c:+.2f}")
+    if report.on_validation is not None:
+        c, d = report.on_validation
+        name = f"validation {printable(metric.name)}"
+        table.add_row(name, metric.text(c), metric.text(d), metric.change(c, d))
     folded = "folded on load"
     if not report.folded:
         left = printable(report.left)

@@ -8,13 +8,22 @@ resolved recipe is written beside the result. `read_recipe` opens the only file.
 from __future__ import annotations
 
 import difflib
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from prune2onnx.errors import RecipeError, RenamedWarning
@@ -206,6 +215,15 @@ class Recipe(_Section):
         description="data set: digits, mnist[:DIR], idx:DIR, folder:DIR, npz:FILE or "
         "file.py:callable",
     )
+    task: str = Field(
+        "classification",
+        description="what the network is trained for: classification, multi-label, regression, "
+        "regression-l1, segmentation, token-classification, language-modelling, reconstruction, "
+        "distillation, or file.py:callable",
+    )
+    model_args: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of the model's function, as NAME=VALUE"
+    )
     weights: str | None = Field(
         None,
         description="weights to start from: .safetensors, or .pt read with weights_only",
@@ -235,11 +253,12 @@ class Recipe(_Section):
         le=1,
         description="budget: fraction of the dense network's multiply-adds that may be left, 0-1",
     )
-    max_drop: float | None = Field(
+    max_drop: float | str | None = Field(
         None,
-        ge=0,
-        description="budget: points of validation error that may be added (accuracy loss); as the "
-        "only budget, the smallest file, or the fewest multiply-adds, within it is searched for",
+        description="budget: points of validation error that may be added (accuracy loss), or how "
+        "much worse the task's metric may be, in its unit; with %, relative to the dense "
+        "network's; as the only budget, the smallest file, or the fewest multiply-adds, within it "
+        "is searched for",
     )
     trials: int = Field(6, ge=1, description="most prunings in a search for max_drop")
     distill: float = Field(
@@ -275,6 +294,21 @@ class Recipe(_Section):
     )
     precision: Literal["no", "fp16", "bf16"] = Field("no", description="mixed precision")
     opset: int = Field(18, ge=18, description="ONNX operator set of the result")
+    format: Literal["packed", "sparse-initializer", "dense"] = Field(
+        "packed",
+        description="what model.onnx holds: coded weights, ONNX's own sparse tensors, or plain "
+        "ones; budgets of bytes are measured on it",
+    )
+    resize: tuple[int, ...] = Field(
+        (), description="images of folder:DIR: pixels of the shorter side, or HEIGHT,WIDTH"
+    )
+    crop: tuple[int, ...] = Field(
+        (), description="images of folder:DIR: pixels cut out of the middle, or HEIGHT,WIDTH"
+    )
+    mean: tuple[float, ...] = Field(
+        (), description="normalise images: subtract these from the channels, which are from 0 to 1"
+    )
+    std: tuple[float, ...] = Field((), description="normalise images: divide the channels by these")
     augment: Augment = Augment()
     dense: Dense = Dense()
     channels: Channels = Channels()
@@ -308,6 +342,12 @@ class Recipe(_Section):
         multiple = self.channels.multiple or (BLOCK if self.goal == "size" else 2 * BLOCK)
         return FileOptions(self.opset, self.anonymize, self.portable, multiple)
 
+    def allowed_drop(self, dense: float) -> float | None:
+        """How much worse than the dense network's a metric may be, in its unit."""
+        if isinstance(self.max_drop, str):
+            return float(self.max_drop.removesuffix("%")) / 100 * abs(dense)
+        return self.max_drop
+
     @property
     def searches(self) -> bool:
         """Whether the allowed accuracy loss is the only budget, so that a search is needed."""
@@ -327,6 +367,34 @@ class Recipe(_Section):
             return self.prune.model_copy(update=changes)
         phase: Dense | Prune | Tune | Quantize = getattr(self, name)
         return phase
+
+    @field_validator("max_drop")
+    @classmethod
+    def _is_an_amount(cls, value: float | str | None) -> float | str | None:
+        if value is None:
+            return None
+        relative = isinstance(value, str) and value.strip().endswith("%")
+        try:
+            number = float(str(value).strip().removesuffix("%"))
+        except ValueError:
+            number = -1.0
+        if not (math.isfinite(number) and number >= 0):
+            raise ValueError(f"max_drop is {value!r}, expected a number such as 0.5, or 5%")
+        return f"{number:g}%" if relative else number
+
+    @field_validator("resize", "crop")
+    @classmethod
+    def _is_a_size(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(value) > 2 or any(number < 1 for number in value):
+            raise ValueError(f"size {value}, expected pixels such as 224, or HEIGHT,WIDTH")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _is_not_zero(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(number <= 0 for number in value):
+            raise ValueError(f"std is {value}, expected numbers above 0")
+        return value
 
     @model_validator(mode="after")
     def _starts_with_weights(self) -> Self:

@@ -13,13 +13,13 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
 import onnx
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from prune2onnx.data import batches as batches_of
 from prune2onnx.data import load_data
@@ -36,13 +36,13 @@ from prune2onnx.runtime.compare import (
     Batches,
     check_outputs,
     coarsest,
-    error_percent,
+    judged,
     paired,
     require_determined,
-    scores,
+    results,
 )
 from prune2onnx.runtime.folding import Folding, folding
-from prune2onnx.runtime.inputs import Inputs, in_batches, inputs_of, named_arrays
+from prune2onnx.runtime.inputs import Inputs, fed, in_batches, inputs_of, named_arrays
 from prune2onnx.runtime.latency import measure
 from prune2onnx.runtime.session import (
     UnrunnableError,
@@ -52,6 +52,9 @@ from prune2onnx.runtime.session import (
     run_once,
     session,
 )
+from prune2onnx.tasks.metrics import CLASS_ERROR
+from prune2onnx.tasks.structure import mapped
+from prune2onnx.tasks.task import CLASSIFICATION, Task
 
 _FAR_MORE = 1.5
 """Times the predicted peak memory: predictions are within 30 %."""
@@ -98,10 +101,11 @@ def validate(
     *,
     batches: Batches | None = None,
     rows: Sequence[WeightRow] | None = None,
-    expected: NDArray[Any] | None = None,
+    expected: Any = None,
     density: float | None = None,
     seed: int = 0,
     inputs: InputOptions = RANDOM_INPUTS,
+    task: Task = CLASSIFICATION,
 ) -> Report:
     """Validates a packed file, and measures it against a reference.
 
@@ -112,16 +116,18 @@ def validate(
         file: the packed file; one that is not packed is its own unpacked file.
         reference: a dense file with the same inputs, measured with `file`; it may have other
             weights, so its outputs are not compared. Default: the unpacked `file`.
-        batches: test examples; without them no error is reported, and outputs are compared on
+        batches: test examples; without them no metric is reported, and outputs are compared on
             random inputs.
         rows: how the weights are stored; default: read from the file.
-        expected: [n, classes], the scores that `file` must give on `batches`, from another runtime
-            (torch); default: those of the unpacked file in onnxruntime.
+        expected: [n, ...], the outputs that `file` must give on `batches`, from another runtime
+            (torch), a list of several; default: those of the unpacked file in onnxruntime.
         density: nonzeros over elements of the pruned weights; default: of all weights with two
             axes or more.
         seed: written into the report.
         inputs: where there are no `batches`, the data set whose test examples take their place, or
             what outputs are compared on; default: random ones.
+        task: by whose metrics the files are judged; one without targets takes the reference's
+            outputs as such.
 
     Raises:
         MismatchError: a decoded weight differs from the numpy decoder's, or an output from
@@ -148,14 +154,14 @@ def validate(
             opened = session(dense_file)
             taken = None if batches is None else list(batches)
             if taken is None and _has_labels(inputs.data, opened):
-                taken = list(batches_of(load_data(inputs.data).test))
+                taken = list(batches_of(load_data(inputs.data, task=task).test))
             given = _given(unpacked, opened, taken, inputs)
         except UnrunnableError as error:
             skipped = str(error).removeprefix(f"{dense_file}: ")
             dense, compressed = (Measured(file_nbytes(path)) for path in (other_file, file))
         else:
             difference, (dense, compressed), pairs = _run_and_measured(
-                file, (dense_file, opened), other_file, taken, expected, given, unpacked
+                file, (dense_file, opened), other_file, taken, expected, given, unpacked, task
             )
     left = Folding()
     notes: tuple[str, ...] = ()
@@ -179,6 +185,8 @@ def validate(
         weights=rows,
         skipped=skipped,
         paired=pairs,
+        task=task.name,
+        metric=task.metric,
     )
 
 
@@ -202,7 +210,7 @@ def _has_labels(data: str | None, opened: ort.InferenceSession) -> TypeGuard[str
 def _given(
     model: onnx.ModelProto,
     opened: ort.InferenceSession,
-    batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
+    batches: Sequence[tuple[Any, Any]] | None,
     options: InputOptions,
 ) -> Inputs:
     """One inference's inputs, to compare and to measure with.
@@ -213,18 +221,19 @@ def _given(
     require_determined(model)
     if batches is None:
         return inputs_of(model, opened, options, count=1, examples=1)[0]
-    example, _ = next(in_batches(opened, batches[0][0][:1]))
-    return {opened.get_inputs()[0].name: example}
+    example, _ = next(in_batches(opened, mapped(lambda array: array[:1], batches[0][0])))
+    return fed(opened, example)
 
 
 def _run_and_measured(
     file: Path,
     unpacked: tuple[Path, ort.InferenceSession],
     other_file: Path,
-    batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
-    expected: NDArray[Any] | None,
+    batches: Sequence[tuple[Any, Any]] | None,
+    expected: Any,
     inputs: Inputs,
     model: onnx.ModelProto,
+    task: Task,
 ) -> tuple[float, list[Measured], Paired | None]:
     """Outputs of `file` against `unpacked` and `other_file`.
 
@@ -235,18 +244,21 @@ def _run_and_measured(
     dense_file, reference = unpacked
     opened = session(file)
     against = reference if other_file == dense_file else session(other_file)
-    error: float | None = None
-    reference_error: float | None = None
+    values: list[dict[str, float]] = [{}, {}]
     examples: Paired | None = None
     if batches is not None:
-        outputs, labels = scores(opened, batches)
-        error = error_percent(outputs, labels)
-        dense_outputs, _ = scores(against, batches)
-        reference_error = error_percent(dense_outputs, labels)
-        examples = paired(dense_outputs, outputs, labels)
+        outputs, targets = results(opened, batches)
+        dense_outputs, _ = results(against, batches)
+        if task.targets == "outputs":
+            targets = dense_outputs[0] if len(dense_outputs) == 1 else tuple(dense_outputs)
+        values = [judged(task, each, targets) for each in (dense_outputs, outputs)]
+        if task is CLASSIFICATION:
+            examples = paired(dense_outputs[0], outputs[0], targets)
         if expected is None:
-            expected = dense_outputs if other_file == dense_file else scores(reference, batches)[0]
-        difference = check_outputs(file.name, outputs, expected)
+            known = other_file == dense_file
+            expected = dense_outputs if known else results(reference, batches)[0]
+        wanted = expected if isinstance(expected, list) else [expected]
+        difference = max(map(partial(check_outputs, file.name), outputs, wanted))
     else:
         wanted = run_once(reference, inputs, dense_file)
         rounding = coarsest(model)
@@ -259,5 +271,7 @@ def _run_and_measured(
             "give a --reference with the same inputs"
         )
     run_once(against, inputs, other_file)
-    measured = measure([other_file, file], [against, opened], inputs, [reference_error, error])
-    return difference, measured, examples
+    errors = [each.get(CLASS_ERROR.name) if task is CLASSIFICATION else None for each in values]
+    made = measure([other_file, file], [against, opened], inputs, errors)
+    made = [replace(one, metrics=metrics) for one, metrics in zip(made, values, strict=True)]
+    return difference, made, examples

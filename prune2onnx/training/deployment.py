@@ -5,8 +5,9 @@ When training measures it: see `size_budget`. Rewriting and coding: see `shrinki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import onnx
 from torch import nn
@@ -34,7 +35,7 @@ class Deployment:
     Models are networks with plain parameters, BatchNorm folded.
 
     Args:
-        input_shape: of one example.
+        example_inputs: a batch, or the shape of one example, as for `export`.
         file: options of the file.
         template: the exported graph of the networks; default: exported when first needed.
         rewrite: applied to the graph between shrinking and packing when training measures it.
@@ -43,19 +44,19 @@ class Deployment:
 
     def __init__(
         self,
-        input_shape: Sequence[int],
+        example_inputs: Any,
         file: FileOptions | None = None,
         *,
         template: Template | None = None,
         rewrite: Rewrite | None = None,
         prices: Mapping[str, float] | None = None,
     ) -> None:
-        self._shape, self._file = tuple(input_shape), file or FileOptions()
+        self._inputs, self._file = example_inputs, file or FileOptions()
         self._template, self._rewrite, self._prices = template, rewrite, prices
 
     def _filled(self, model: nn.Module) -> onnx.ModelProto:
         if self._template is None:
-            self._template = Template(model, self._shape, opset=self._file.opset)
+            self._template = Template(model, self._inputs, opset=self._file.opset)
         return self._template.filled(model)
 
     def propagate_constants(self, model: nn.Module) -> None:

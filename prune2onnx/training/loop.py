@@ -33,13 +33,17 @@ from prune2onnx.pruning import (
 )
 from prune2onnx.runs.history import Callbacks, Epoch, Step
 from prune2onnx.runs.recipe import Recipe
+from prune2onnx.tasks.metrics import CLASS_ERROR
+from prune2onnx.tasks.structure import described
+from prune2onnx.tasks.task import CLASSIFICATION, Task
 from prune2onnx.training.augment import augment
 from prune2onnx.training.checkpoint import Checkpoints
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.distill import Teacher
 from prune2onnx.training.levels import scales_of
+from prune2onnx.training.model import on_device, outputs_of
 from prune2onnx.training.pressure import Pressure
-from prune2onnx.training.scoring import Order, evaluate, loader
+from prune2onnx.training.scoring import Order, evaluated, example_inputs, loader
 
 _STREAMS = {"dense": 0, "channels": 4, "prune": 1, "tune": 2, "quantize": 3}  # of random numbers
 
@@ -85,7 +89,8 @@ class Run:
         deployment: measures the file; None if there is none.
         state: what phases pass on.
         teacher: the dense network to learn from and to compare with, after the dense phase.
-        dense_error: of that network, percent of the validation split.
+        task: loss and metrics.
+        dense_value: the task's metric of that network, on the validation split.
         pressure: of the current phase; None where it prunes nothing.
     """
 
@@ -96,8 +101,9 @@ class Run:
     callbacks: Callbacks
     deployment: Deployment | None
     state: State = field(init=False)
+    task: Task = CLASSIFICATION
     teacher: Teacher | None = None
-    dense_error: float = math.nan
+    dense_value: float = math.nan
     pressure: Pressure | None = None
 
     def __post_init__(self) -> None:
@@ -107,16 +113,20 @@ class Run:
 
     def set_teacher(self, dense: nn.Module) -> None:
         """Sets the dense network to learn from and to compare with."""
-        self.teacher = Teacher(dense, self.recipe)
-        self.dense_error = self.error(self.teacher.model)
+        self.teacher = Teacher(dense, self.recipe, self.task)
+        self.dense_value = self.value(self.teacher.model)
 
     def error(self, model: nn.Module) -> float:
-        """Classification error, percent of the validation split."""
-        return self._evaluate(model)[0]
+        """The task's metric on the validation split, with the sign that makes less of it better."""
+        return self.task.metric.badness(self.value(model))
 
-    def example(self) -> Tensor:
-        """A batch of two inputs, zeros."""
-        return torch.zeros(2, *self.data.input_shape, device=self.accelerator.device)
+    def value(self, model: nn.Module) -> float:
+        """The task's metric on the validation split: for classification, percent of errors."""
+        return next(iter(self._evaluate(model)[0].values()))
+
+    def example(self) -> Any:
+        """The inputs of a batch of two."""
+        return on_device(example_inputs(self.data), self.accelerator.device)
 
     def order(self, phase: str, epoch: int) -> Order:
         """The batches of an epoch, for this process."""
@@ -131,15 +141,15 @@ class Run:
         order.seed = int(drawn >> np.uint64(1))
         return order
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Mean loss of a batch, by its labels and by the dense network's outputs."""
+    def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+        """Mean loss of a batch, by its targets and by the dense network's outputs."""
         device = self.accelerator.device
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        scores = model(x)
+        x, y = on_device(x, device), on_device(y, device)
+        outputs = outputs_of(model, x)
         if self.teacher is None:
-            return nn.functional.cross_entropy(scores, y)
+            return self.task.loss(outputs, y)
         with self.accelerator.autocast():  # the model has its own, the teacher does not
-            return self.teacher.loss(x, y, scores)
+            return self.teacher.loss(x, y, outputs)
 
     def copied(self, model: nn.Module) -> nn.Module:
         """A copy without mixed precision, whose parametrizations may be removed."""
@@ -180,7 +190,7 @@ class Run:
             loss = self._epoch(phase, epoch, epochs, wrapped, model, optimizer)
             self._sync_buffers(model)
             after_epoch(model, epoch / epochs)
-            error, validation_loss = self._evaluate(model)
+            metrics, validation_loss = self._evaluate(model)
             if not math.isfinite(validation_loss):
                 raise Prune2OnnxError(
                     f"the validation loss became {validation_loss} after phase {phase}, epoch "
@@ -188,8 +198,9 @@ class Run:
                 )
             left, layers = self._density(model), self._layers(model)
             seconds = time.perf_counter() - began
+            error = metrics.get(CLASS_ERROR.name) if self.task is CLASSIFICATION else None
             record = Epoch(
-                phase, epoch, epochs, loss, left, error, validation_loss, seconds, *layers
+                phase, epoch, epochs, loss, left, error, validation_loss, seconds, *layers, metrics
             )
             self.state.history.append(record)
             self.checkpoints.save_running(phase, epoch, model, optimizer, self.facts())
@@ -235,7 +246,7 @@ class Run:
             except (RuntimeError, ValueError) as error:  # out of memory, BatchNorm of one example
                 raise Prune2OnnxError(
                     f"the model fails in phase {phase}, epoch {epoch}, step {step}, on a batch of "
-                    f"shape {list(x.shape)}: {one_line(error)[:300]}"
+                    f"{described(x)}: {one_line(error)[:300]}"
                 ) from error
             losses.append(self._step(model, optimizer, loss, progress, step))
             if step % _LOOK_EVERY == 0 or step == steps:
@@ -272,10 +283,17 @@ class Run:
             optimizer.step()
         return loss.detach()
 
-    def _evaluate(self, model: nn.Module) -> tuple[float, float]:
-        # without gradients twice the batch takes less memory than a training step
-        batch_size = 2 * self.recipe.batch_size
-        return evaluate(model, self.data.validation, self.accelerator, batch_size=batch_size)
+    def _evaluate(self, model: nn.Module) -> tuple[dict[str, float], float]:
+        """The task's metrics, by name, and its loss, on the validation split."""
+        return evaluated(
+            model,
+            self.data.validation,
+            self.task,
+            self.accelerator,
+            # without gradients twice the batch takes less memory than a training step
+            batch_size=2 * self.recipe.batch_size,
+            dense=None if self.teacher is None else self.teacher.model,
+        )
 
     def _density(self, model: nn.Module) -> float:
         """Survivors over elements of the pruned weights; 1 before there are any.

@@ -11,13 +11,15 @@ from typing import Any, TypeAlias
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree
 
-from prune2onnx.callables import call_with, load_callable, names_of
+from prune2onnx.callables import call_with, load_callable, names_of, takes_any
 from prune2onnx.data import Data
-from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
 from prune2onnx.pruning import checked_weights, deep_copy, unwrapped
 from prune2onnx.runs.recipe import Recipe
+from prune2onnx.tasks.structure import arguments, mapped
 
 # what DistributedDataParallel and torch.compile put before every name
 _WRAPPERS = ("module.", "_orig_mod.", "module.")
@@ -29,6 +31,26 @@ Network: TypeAlias = nn.Module
 def copied(model: Network) -> Network:
     """A copy of a network that shares nothing with it."""
     return deep_copy(model)
+
+
+def outputs_of(model: nn.Module, inputs: Any) -> Any:
+    """What a model returns: its tensor, or a tuple of its tensors where there are several.
+
+    Args:
+        model: any.
+        inputs: a tensor, its argument; a tuple, its arguments; a dict, its keyword arguments.
+    """
+    positional, named = arguments(inputs)
+    outputs = model(*positional, **named)
+    if isinstance(outputs, Tensor):
+        return outputs
+    tensors = tuple(leaf for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, Tensor))
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    """The tensors of a batch on a device."""
+    return mapped(lambda tensor: tensor.to(device, non_blocking=True), value)
 
 
 def check_parameters(model: Network, recipe: Recipe, *, prunes: bool = True) -> None:
@@ -56,7 +78,8 @@ def check_parameters(model: Network, recipe: Recipe, *, prunes: bool = True) -> 
 def make_model(recipe: Recipe, data: Data) -> nn.Module:
     """Calls the recipe's model function, seeded, and loads the weights if there are any.
 
-    The function gets `input_shape` and `classes` (or `num_classes`) if its signature names them.
+    The function gets `input_shape` and `classes` (or `num_classes`), `in_channels`, and for tokens
+    `vocab_size`, if its signature names them, and the recipe's `model_args`.
 
     Raises:
         Prune2OnnxError: the function cannot be found or raises, returns no nn.Module, or the
@@ -65,8 +88,20 @@ def make_model(recipe: Recipe, data: Data) -> nn.Module:
     torch.manual_seed(recipe.seed)
     function = load_callable(recipe.model)
     available = {"input_shape": data.input_shape, "classes": data.classes}
-    if "num_classes" in names_of(function):
-        available["num_classes"] = data.classes
+    named = {"num_classes": data.classes}
+    if data.tokens:
+        named["vocab_size"] = data.tokens
+    if isinstance(data.input_shape, tuple) and len(data.input_shape) > 1:
+        named["in_channels"] = data.input_shape[0]
+    names = names_of(function)
+    available |= {name: value for name, value in named.items() if name in names}
+    unknown = recipe.model_args.keys() - names
+    if unknown and not takes_any(function):
+        raise RecipeError(
+            f"{recipe.model} takes no argument {min(unknown)!r}, as --model-args give; it takes "
+            f"{', '.join(sorted(names)) or 'none'}"
+        )
+    available |= recipe.model_args
     model = call_with(function, recipe.model, **available)
     if not isinstance(model, nn.Module):
         raise Prune2OnnxError(

@@ -297,7 +297,7 @@ def _quantize(run: Run, model: nn.Module) -> Finish:
         small_parameters(run, model),
         settings.small_levels,
         error,
-        allowed=error() + settings.slack,
+        allowed=error() + settings.slack * run.task.metric.point(run.dense_value),
     )
     put_on_recipe_levels(run, model, (*run.state.pruned, *small))
     others = small_parameters(run, model)

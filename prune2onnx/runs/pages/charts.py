@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from prune2onnx.runs.front import Front
 from prune2onnx.runs.history import Epoch
+from prune2onnx.tasks.quantity import ERROR, Quantity
 
 COLOURS = 6
 """Colours of lines; --c0 ... --c5 in the page's style."""
@@ -162,8 +164,8 @@ def draw_stages(name: str, steps: Sequence[Stage], shown: Callable[[float], str]
     return _svg(name, alt, (_WIDTH, 0.3 * len(steps) + 0.15), draw)
 
 
-def draw_curves(history: Sequence[Epoch]) -> dict[str, str]:
-    """Charts of loss, error, density and, if any were learned, thresholds by epoch."""
+def draw_curves(history: Sequence[Epoch], metric: Quantity = ERROR) -> dict[str, str]:
+    """Charts of loss, metric, density and, if any were learned, thresholds by epoch."""
     x = np.arange(1, len(history) + 1)
     names = weights_of(history)
 
@@ -173,10 +175,11 @@ def draw_curves(history: Sequence[Epoch]) -> dict[str, str]:
         _log(axes, [value for e in history for value in (e.loss, e.validation_loss)])
 
     def error(axes: Any) -> None:
-        axes.plot(x, [e.validation_error for e in history], color=_LINES[0])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        low = [e.validation_error for e in history]
-        axes.set_ylim(0, _roof(low))
+        values = [e.value for e in history]
+        axes.plot(x, values, color=_LINES[0])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} {metric.unit}".rstrip())
+        if min(values) >= 0 and not metric.higher_is_better:
+            axes.set_ylim(0, _roof(values))
 
     def density(axes: Any) -> None:
         for i, name in enumerate(names):
@@ -198,7 +201,7 @@ def draw_curves(history: Sequence[Epoch]) -> dict[str, str]:
     pruned = any(e.phase == "prune" and e.thresholds for e in history)
     drawn = {
         "loss": (loss, "Loss by epoch"),
-        "error": (error, "Validation error by epoch"),
+        "error": (error, f"Validation {escape(metric.name)} by epoch"),
         "density": (density, "Density by epoch, of each pruned weight and of all together"),
         "threshold": (threshold, "Learned threshold of each weight by epoch"),
     }

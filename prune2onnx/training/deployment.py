@@ -115,4 +115,19 @@ class Deployment:
         )
         for graph in (shrunk,) if gathered == shrunk else (shrunk, gathered):
             normalized = normalize(graph if rewrite is None else rewrite(graph))
-            yield graph, pack(normalized, quantized=on_steps(normalized.model, steps))
+            known = self._by_initializer(steps, normalized.model)
+            yield graph, pack(normalized, quantized=on_steps(normalized.model, known))
+
+    def _by_initializer(self, steps: Steps, graph: onnx.ModelProto) -> Steps:
+        """The steps by the names of the graph, where a weight may hold several parameters."""
+        assert self._template is not None  # the graph was made from it
+        found = dict(steps)
+        for tensor in graph.graph.initializer:
+            sources = self._template.sources(tensor.name) or (tensor.name,)
+            of_sources = {steps.get(name) for name in sources}
+            step = of_sources.pop() if len(of_sources) == 1 else None
+            if step is not None:
+                found[tensor.name] = step
+            else:  # one of several: each has its own, which are searched for
+                found.pop(tensor.name, None)
+        return found

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import logging
 import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,6 +33,13 @@ from prune2onnx.errors import Prune2OnnxError, first_line, one_line
 from prune2onnx.graph.strip import strip
 from prune2onnx.pruning import deep_copy, unwrapped, with_plain_parameters
 from prune2onnx.tasks.structure import arguments, described, leaves, mapped
+from prune2onnx.training.arrangement import (
+    Arrangement,
+    covered,
+    mark,
+    rearranged,
+    same_or_transposed,
+)
 
 # The first with model-local functions; onnxruntime 1.17 reads up to 9.
 _IR_VERSION = 8
@@ -79,8 +88,9 @@ def export(
 
     Returns:
         A checked graph. A parameter's initializer carries its state_dict name and its values bit
-        for bit, transposed where the exporter stored it so; BatchNorm that the exporter folds into
-        a layer changes that layer's values.
+        for bit, transposed where the exporter stored it so; the matrices of LSTM and GRU in the
+        order of ONNX, both directions in one under the name of the first. BatchNorm that the
+        exporter folds into a layer changes that layer's values.
 
     Raises:
         Prune2OnnxError: torch cannot trace or translate the model, names do not fit, or the graph
@@ -90,11 +100,50 @@ def export(
     _check_model(model)
     if (example_inputs is None) == (input_shape is None):
         raise Prune2OnnxError("give export either example_inputs or input_shape")
-    given = _batch_of(input_shape if example_inputs is None else example_inputs)
-    names = _input_names(model, given, input_names)
-    axes = _open_axes(names, leaves(given), dynamic_shapes or {})
-    example = _repeated(given, axes)
     model = with_plain_parameters(deep_copy(model).cpu().eval())
+    inputs = input_shape if example_inputs is None else example_inputs
+    options = ExportOptions(opset, dynamic_shapes, input_names, output_names)
+    graph = _exported(model, inputs, options)
+    if _without_matrices(graph, model):
+        template = Template(model, inputs, options=options)
+        if template.exact:
+            return template.filled(model)
+    return graph
+
+
+def _without_matrices(graph: onnx.ModelProto, model: nn.Module) -> bool:
+    """Whether a matrix of the model is in the graph under another name, or not at all."""
+    present = {tensor.name for tensor in graph.graph.initializer}
+    return any(
+        model.get_parameter(names[0]).ndim > 1 and present.isdisjoint(names)
+        for names in _names_of(model)
+    )
+
+
+def _names_of(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter: several where layers share it."""
+    found: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), []).append(name)
+    return list(found.values())
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The arguments of `export` that say what the graph is to be."""
+
+    opset: int = 18
+    dynamic_shapes: DynamicShapes | None = None
+    input_names: Sequence[str] | None = None
+    output_names: Sequence[str] | None = None
+
+
+def _exported(model: nn.Module, inputs: Any, options: ExportOptions) -> onnx.ModelProto:
+    """The graph of a model with plain parameters, on the CPU, in evaluation mode."""
+    given = _batch_of(inputs)
+    names = _input_names(model, given, options.input_names)
+    axes = _open_axes(names, leaves(given), options.dynamic_shapes or {})
+    example = _repeated(given, axes)
     positional, named = arguments(example)
     shapes: Any = [{axis: _dim(symbol) for axis, symbol in each.items()} for each in axes]
     try:
@@ -104,9 +153,9 @@ def export(
                 positional,
                 kwargs=named or None,
                 dynamo=True,
-                opset_version=opset,
+                opset_version=options.opset,
                 input_names=names,
-                output_names=output_names or _output_names(model, example),
+                output_names=options.output_names or _output_names(model, example),
                 dynamic_shapes=dict(zip(named, shapes, strict=True)) if named else tuple(shapes),
                 verbose=False,
             )
@@ -259,40 +308,71 @@ class Template:
         model: as for `export`; exported once.
         example_inputs: a batch, or the shape of one example, as for `export`.
         opset: ONNX operator set, 18 or newer.
+        options: in its place, all options of the graph.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Any, *, opset: int = 18) -> None:
-        self._inputs, self._opset = example_inputs, opset
-        model = with_plain_parameters(deep_copy(unwrapped(model)))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():  # random values identify an initializer, and whether it is transposed
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
-        self._graph = export(model, example_inputs, opset=opset)
-        self._transposed: dict[str, bool] = {}
-        state, changed = _arrays(model), set()
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        opset: int = 18,
+        options: ExportOptions | None = None,
+    ) -> None:
+        self._inputs, self._options = example_inputs, options or ExportOptions(opset)
+        model = with_plain_parameters(deep_copy(unwrapped(model)).cpu().eval())
+        mark(model)  # different values identify an initializer, and its order
+        self._graph = _exported(model, self._inputs, self._options)
+        self._arranged: dict[str, Arrangement] = {}
+        state = _arrays(model)
+        unknown: dict[str, NDArray[Any]] = {}
         for tensor in self._graph.graph.initializer:
-            if tensor.name not in state:
-                continue
-            array, own = numpy_helper.to_array(tensor), state[tensor.name]
-            if np.array_equal(array, own) or np.array_equal(array, own.T):
-                self._transposed[tensor.name] = not np.array_equal(array, own)
+            array = numpy_helper.to_array(tensor)
+            own = state.get(tensor.name)
+            one = None if own is None else same_or_transposed(tensor.name, array, own)
+            if one is not None:
+                self._arranged[tensor.name] = one
             else:
-                changed.add(tensor.name)
+                unknown[tensor.name] = array
+        parameters = _names_of(model)
+        missing = [names[0] for names in parameters if self._arranged.keys().isdisjoint(names)]
+        found = rearranged(unknown, state, missing)
+        self._arranged |= self._named_by_sources(found)
         # A parameter that the exporter folded or merged with another cannot be filled in.
-        parameters = {name for name, _ in model.named_parameters()}
-        self.exact = not changed and self._transposed.keys() >= parameters
+        changed = unknown.keys() - found.keys() & state.keys()
+        known = covered(self._arranged.values(), state)
+        self.exact = not changed and not any(known.isdisjoint(names) for names in parameters)
+
+    def _named_by_sources(self, found: Mapping[str, Arrangement]) -> dict[str, Arrangement]:
+        """Gives rearranged initializers the names of their first parameters, in the graph, too."""
+        taken = {tensor.name for tensor in self._graph.graph.initializer} - found.keys()
+        renamed: dict[str, str] = {}
+        for old, one in found.items():
+            name = one.sources[0]
+            for number in itertools.count(1):
+                if name not in taken:
+                    break
+                name = f"{one.sources[0]}.{number}"  # a further part of the parameter
+            renamed[old] = name
+            taken.add(name)
+        _rename(self._graph, renamed)
+        return {renamed[old]: one for old, one in found.items()}
+
+    def sources(self, initializer: str) -> tuple[str, ...]:
+        """The parameters of which an initializer is made; none where it is of none."""
+        return self._arranged[initializer].sources if initializer in self._arranged else ()
 
     def filled(self, model: nn.Module) -> onnx.ModelProto:
         """The graph with the values of a model of the same structure."""
         if not self.exact:
-            return export(model, self._inputs, opset=self._opset)
+            model = with_plain_parameters(deep_copy(unwrapped(model)).cpu().eval())
+            return _exported(model, self._inputs, self._options)
         graph = onnx.ModelProto()
         graph.CopyFrom(self._graph)
         state = _arrays(with_plain_parameters(unwrapped(model)))
         for tensor in graph.graph.initializer:
-            if tensor.name in self._transposed:
-                array = _transposed_if(state[tensor.name], self._transposed[tensor.name])
+            if tensor.name in self._arranged:
+                array = self._arranged[tensor.name].gathered(state)
                 tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         return graph
 
@@ -302,20 +382,21 @@ class Template:
         Writes nothing if one of them is not a parameter: some of a change would change outputs.
         """
         own = model.state_dict()
-        if not self.exact or not values.keys() <= self._transposed.keys() & own.keys():
+        if not self.exact or not values.keys() <= self._arranged.keys():
+            return
+        sources = {name for key in values for name in self._arranged[key].sources}
+        if not sources <= own.keys():
             return
         with torch.no_grad():
-            for name, array in values.items():
-                value = _transposed_if(array, self._transposed[name])
-                own[name].copy_(torch.from_numpy(value.copy()))
+            for key, array in values.items():
+                one = self._arranged[key]
+                state = {name: own[name].detach().cpu().numpy() for name in one.sources}
+                for name, value in one.scattered(array, state).items():
+                    own[name].copy_(torch.from_numpy(value.copy()))
 
 
 def _arrays(model: nn.Module) -> dict[str, NDArray[Any]]:
     return {name: value.detach().cpu().numpy() for name, value in model.state_dict().items()}
-
-
-def _transposed_if(array: NDArray[Any], transposed: bool) -> NDArray[Any]:
-    return np.ascontiguousarray(array.T if transposed else array)
 
 
 @contextlib.contextmanager
@@ -353,8 +434,14 @@ def _restore_names(proto: onnx.ModelProto, model: nn.Module) -> None:
         key = (torch.Size(array.shape), np.ascontiguousarray(array).tobytes())
         if key in transposed:
             renamed[tensor.name] = transposed.pop(key)
-            tensor.name = renamed[tensor.name]
-    for node in graph.node:
+    _rename(proto, renamed)
+
+
+def _rename(proto: onnx.ModelProto, renamed: Mapping[str, str]) -> None:
+    """Renames initializers, and what nodes read."""
+    for tensor in proto.graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for node in proto.graph.node:
         for index, name in enumerate(node.input):
             node.input[index] = renamed.get(name, name)
 

@@ -88,7 +88,15 @@ def put_on_recipe_levels(run: Run, model: nn.Module, names: Iterable[str]) -> No
         name: settings.levels if name in run.state.pruned else settings.small_levels
         for name in names
     }
-    put_on_levels(model, largest, common=settings.step == "network")
+    if settings.step == "network":
+        put_on_levels(model, largest, common=True)
+        return
+    for name, count in largest.items():  # both directions of a recurrent layer are one in a file
+        other = f"{name}_reverse"
+        if other in largest:
+            put_on_levels(model, {name: count, other: largest[other]}, common=True)
+        elif name.removesuffix("_reverse") not in largest or not name.endswith("_reverse"):
+            put_on_levels(model, {name: count})
 
 
 def small_parameters(run: Run, model: nn.Module) -> list[str]:

@@ -33,12 +33,13 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.pruning.channel_groups import Producer, blocks_of, counts_of, original, squares_of
 from prune2onnx.pruning.computed import parametrize_own, remedy, unparametrize_own
 from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
+from prune2onnx.pruning.learned import Learned
 from prune2onnx.pruning.selection import Place, prunable_weights
 from prune2onnx.pruning.weights import scaled
 from prune2onnx.shrinking.structure import Structure
 
 
-class ChannelThresholds(nn.Module):
+class ChannelThresholds(Learned):
     """The thresholds of all channel groups and of all branches, and what these cost.
 
     The measure of a group is the root mean square over the layers that produce it, each in units of

@@ -28,12 +28,13 @@ from prune2onnx.pruning.computed import parametrize_own, unparametrize_own
 from prune2onnx.pruning.coverage import Density, LayerDensity, other_parameters, warn_of_others
 from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
 from prune2onnx.pruning.granularity import GRANULARITIES
+from prune2onnx.pruning.learned import Learned
 from prune2onnx.pruning.rate import survivor_bits
 from prune2onnx.pruning.selection import Place, checked_weights, prunable_weights, select
 from prune2onnx.pruning.wrappers import refuse_distributed, unwrapped
 
 
-class _LearnedThreshold(nn.Module):
+class _LearnedThreshold(Learned):
     """The parametrization of one weight: w, t -> w~.
 
     t = scale * softplus(rho), so it is positive whatever the optimizer does to rho. `scale` is the

@@ -69,6 +69,7 @@ class Course:
         copied: a copy of the model that shares nothing, without mixed precision.
         in_place: whether the model's layers have to stay, as an optimizer that phases do not make
             holds their parameters.
+        meets: whether weights are removed to meet a budget; not while a saved state is restored.
         state: what phases pass on.
         pressure: of the current phase; None where it prunes nothing.
     """
@@ -83,6 +84,7 @@ class Course:
     sensitivity: Callable[[nn.Module], dict[str, Tensor]]
     copied: Callable[[nn.Module], nn.Module] = deep_copy
     in_place: bool = False
+    meets: bool = True
     state: State = field(init=False)
     pressure: Pressure | None = None
 

@@ -21,7 +21,7 @@ from prune2onnx.shrinking.costs import structure
 from prune2onnx.shrinking.shrink import propagate_constants, shrink
 from prune2onnx.shrinking.structure import Structure
 from prune2onnx.shrinking.unused_inputs import gather_inputs
-from prune2onnx.training.export import Template
+from prune2onnx.training.export import ExportOptions, Template
 
 Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
 
@@ -40,6 +40,7 @@ class Deployment:
         template: the exported graph of the networks; default: exported when first needed.
         rewrite: applied to the graph between shrinking and packing when training measures it.
         prices: of layers, by weight name; default: their multiply-adds.
+        graph: further options of the exported graph, such as its open axes.
     """
 
     def __init__(
@@ -50,13 +51,15 @@ class Deployment:
         template: Template | None = None,
         rewrite: Rewrite | None = None,
         prices: Mapping[str, float] | None = None,
+        graph: ExportOptions | None = None,
     ) -> None:
         self._inputs, self._file = example_inputs, file or FileOptions()
         self._template, self._rewrite, self._prices = template, rewrite, prices
+        self._graph = graph or ExportOptions(self._file.opset)
 
     def _filled(self, model: nn.Module) -> onnx.ModelProto:
         if self._template is None:
-            self._template = Template(model, self._inputs, opset=self._file.opset)
+            self._template = Template(model, self._inputs, options=self._graph)
         return self._template.filled(model)
 
     def propagate_constants(self, model: nn.Module) -> None:

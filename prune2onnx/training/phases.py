@@ -28,6 +28,7 @@ from prune2onnx.pruning import (
     channel_thresholds_of,
     density,
     hold_zeros,
+    prunable_weights,
     prune,
     prune_channels,
     scale_thresholds,
@@ -37,7 +38,7 @@ from prune2onnx.runs.recipe import MACS
 from prune2onnx.runs.recipe import PHASES as ORDER
 from prune2onnx.training.course import Course
 from prune2onnx.training.fold import fold_batch_norm
-from prune2onnx.training.levels import bake_levels, coarsen
+from prune2onnx.training.levels import Norm, bake_levels, coarsen, put_on_levels
 from prune2onnx.training.loop import Run
 from prune2onnx.training.pressure import Pressure
 from prune2onnx.training.size_budget import (
@@ -232,10 +233,9 @@ def _meet_goal(
     if not course.recipe.prune.pressure:
         return
     low, high = 1 / _REACH[phase], _REACH[phase]
-    trial = course.copied(model)
     for _ in range(_HALVINGS):
         middle = math.sqrt(low * high)
-        trial.load_state_dict(model.state_dict())
+        trial = course.copied(model)
         _scale(trial, middle)
         low, high = (middle, high) if over(trial) else (low, middle)
     _scale(model, high)
@@ -265,7 +265,12 @@ def _tune(course: Course, model: nn.Module) -> Finish:
 
 
 def _hold(course: Course, model: nn.Module) -> Callable[[], None]:
-    """Freezes zeros of pruned weights and branches; returns a function that ends this."""
+    """Freezes zeros of pruned weights and branches; returns a function that ends this.
+
+    Where the optimizer is not made anew, it has momentum: `compression` zeroes them after steps.
+    """
+    if course.in_place:
+        return _nothing
     names = (*course.state.pruned, *course.state.frozen)
     weights = {name: model.get_parameter(name).detach() for name in names}
     return hold_zeros(model, {name: w != 0 for name, w in weights.items()})
@@ -277,7 +282,7 @@ def _take_masks(course: Course, model: nn.Module) -> None:
     layers = [layer for layer in density(model).layers if layer.name in chosen]
     if all(layer.nnz == layer.size for layer in layers):
         raise Prune2OnnxError(
-            "start is 'tune', but no Linear or convolution weight has a zero; "
+            "start is 'tune', but no weight that can be pruned has a zero; "
             "start with 'prune', or give pruned weights"
         )
     course.state.pruned = tuple(layer.name for layer in layers)
@@ -318,6 +323,37 @@ def _quantize(course: Course, model: nn.Module) -> Finish:
     return finish
 
 
+def _quantize_in_place(course: Course, model: nn.Module) -> Finish:
+    """The same where layers have to stay: BatchNorm is folded in the file alone.
+
+    Until then it is in evaluation mode, so that what is on levels is what the file will hold.
+    """
+    folded = fold_batch_norm(course.copied(model), course.example())
+    norms: dict[str, Norm] = {}
+    chosen = dict.fromkeys(course.state.pruned, course.recipe.quantize.levels)
+    places = prunable_weights(model)
+    for norm_name, layer in folded.items():
+        place = places[f"{layer}.weight"][0]
+        if place.axis == 1 and getattr(place.module, "groups", 1) > 1:
+            chosen.pop(f"{layer}.weight", None)  # its channels are along two axes
+            continue
+        norm: Any = model.get_submodule(norm_name)
+        norms[f"{layer}.weight"] = Norm(norm, place.axis)
+    hooks = [one.module.register_forward_pre_hook(_evaluates) for one in norms.values()]
+    put_on_levels(model, chosen, norms=norms)
+    meet_budget(course, model, MARGIN["quantize"])
+
+    def finish() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return finish
+
+
+def _evaluates(layer: nn.Module, _: object) -> None:
+    layer.eval()
+
+
 def _keep_budget(course: Course, model: nn.Module, progress: float) -> None:
     if _KEEP_FROM <= progress < 1:
         meet_budget(course, model, 1.0)
@@ -331,5 +367,8 @@ PHASES: Mapping[str, Phase] = {
     "quantize": Phase(_quantize, _keep_budget),
 }
 """Name -> phase, in the order of the recipe."""
+
+IN_PLACE: Mapping[str, Phase] = {**PHASES, "quantize": Phase(_quantize_in_place, _keep_budget)}
+"""The same for a network whose layers have to stay, as its optimizer holds their parameters."""
 
 assert tuple(PHASES) == ORDER

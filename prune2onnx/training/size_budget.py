@@ -60,21 +60,28 @@ def survivors_left(course: Course, model: nn.Module) -> int:
 
 def deployed(course: Course, model: nn.Module, *, levels: bool = True) -> nn.Module:
     """The model as it would be if training ended now: plain parameters on few levels."""
-    return _deployed(course, model, levels=levels)[0]
+    return deployed_with_scales(course, model, levels=levels)[0]
 
 
-def _deployed(
+def deployed_with_scales(
     course: Course, model: nn.Module, *, levels: bool = True
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model as it would be if training ended now, and its scales."""
     model = course.copied(model).eval()
     if thresholds_of(model):
         bake(model)
+    scales: dict[str, Tensor] = {}
+    if course.in_place and scales_of(model):  # BatchNorm is still there
+        scales = bake_levels(model)
+        fold_batch_norm(model, course.example())
+        for name, scale in scales.items():
+            round_to_levels(model, name, scale)
     if not scales_of(model):
         fold_batch_norm(model, course.example())
         names = (*course.state.pruned, *small_parameters(course, model)) if levels else ()
-        put_on_recipe_levels(course, model, [n for n in names if model.get_parameter(n).any()])
-    scales = bake_levels(model)
+        left = [n for n in names if n not in scales and model.get_parameter(n).any()]
+        put_on_recipe_levels(course, model, left)
+    scales |= bake_levels(model)
     propagate_constants(course, model, scales)
     return model, scales
 
@@ -117,7 +124,7 @@ def propagate_constants(course: Course, model: nn.Module, scales: Mapping[str, T
 
 def is_over(course: Course, model: nn.Module, margin: float) -> bool:
     """Whether the file would be larger, or hold more weights, than `margin` times the goal."""
-    model, scales = _deployed(course, model)
+    model, scales = deployed_with_scales(course, model)
     left, size = survivors_left(course, model), course.state.size
     target = target_size(course)
     if target is None:
@@ -132,7 +139,7 @@ def aim(course: Course, model: nn.Module) -> None:
     target = target_size(course)
     if course.pressure is None or target is None:
         return
-    nbytes = _nbytes(course, *_deployed(course, model))
+    nbytes = _nbytes(course, *deployed_with_scales(course, model))
     course.pressure.aim(density(model).total, nbytes, round(MARGIN["prune"] * target))
     if course.recipe.target_density:
         limit = MARGIN["prune"] * course.recipe.target_density
@@ -153,7 +160,7 @@ def as_numbers(scales: Mapping[str, Tensor]) -> dict[str, float]:
 
 def meet_budget(course: Course, model: nn.Module, margin: float) -> None:
     """Removes the survivors of least saliency per bit until few enough are left."""
-    if not course.recipe.prune.pressure or not is_over(course, model, margin):
+    if not course.meets or not course.recipe.prune.pressure or not is_over(course, model, margin):
         return
     plain = course.copied(model).eval()
     bake_levels(plain)  # as clamped weights on levels get no gradient

@@ -26,20 +26,26 @@ if TYPE_CHECKING:
     from prune2onnx.runtime.benchmark import benchmark
     from prune2onnx.runtime.int8 import quantize_int8
     from prune2onnx.runtime.validate import validate
+    from prune2onnx.training.compression import Compression
     from prune2onnx.training.export import export
     from prune2onnx.training.fit import fit
     from prune2onnx.training.fold import fold_batch_norm
     from prune2onnx.training.levels import bake_levels, put_on_levels
+    from prune2onnx.training.lightning_callback import LightningCallback
     from prune2onnx.training.scoring import evaluate
+    from prune2onnx.training.transformers_callback import TransformersCallback
 
     __version__: str
 
 _HOME = {
     "BudgetError": "errors",
+    "Compression": "training.compression",
+    "LightningCallback": "training.lightning_callback",
     "MismatchError": "errors",
     "Prune2OnnxError": "errors",
     "Recipe": "runs.recipe",
     "RecipeError": "errors",
+    "TransformersCallback": "training.transformers_callback",
     "bake": "pruning",
     "bake_levels": "training.levels",
     "benchmark": "runtime.benchmark",
@@ -70,10 +76,13 @@ _HOME = {
 
 __all__ = [
     "BudgetError",
+    "Compression",
+    "LightningCallback",
     "MismatchError",
     "Prune2OnnxError",
     "Recipe",
     "RecipeError",
+    "TransformersCallback",
     "bake",
     "bake_levels",
     "benchmark",

@@ -285,7 +285,7 @@ def penalty(model: nn.Module) -> Tensor:
     return torch.stack(counts).sum()
 
 
-def add_gradients(loss: Tensor, model: nn.Module) -> None:
+def add_gradients(loss: Tensor, model: nn.Module, also: Sequence[Tensor] = ()) -> None:
     """Adds the gradients of a loss to those that a model's parameters have.
 
     As `loss.backward()`, but DistributedDataParallel does not notice. So a penalty may reach
@@ -295,8 +295,10 @@ def add_gradients(loss: Tensor, model: nn.Module) -> None:
     Args:
         loss: a scalar that depends on parameters alone, not on data.
         model: has the parameters.
+        also: tensors besides that get their gradients.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters: list[Tensor] = [one for one in model.parameters() if one.requires_grad]
+    parameters += also
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:

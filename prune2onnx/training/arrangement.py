@@ -62,9 +62,9 @@ class Arrangement:
         }
 
 
-def mark(model: nn.Module) -> None:
+def mark(model: nn.Module, seed: int = 0) -> None:
     """Gives each element of a model's parameters a value of its own, in place, as far as it can."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     parameters = list(model.parameters())
     size = sum(parameter.numel() for parameter in parameters)
     with torch.no_grad():

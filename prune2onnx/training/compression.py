@@ -20,7 +20,7 @@ from torch.nn.utils import parametrize
 
 from prune2onnx.errors import Prune2OnnxError, PruningWarning, RecipeError
 from prune2onnx.packing.pack import Packed
-from prune2onnx.pruning import Learned, checked_weights, unwrapped
+from prune2onnx.pruning import Learned, add_gradients, checked_weights, unwrapped
 from prune2onnx.pruning.channel_groups import original
 from prune2onnx.pruning.computed import unparametrize_own
 from prune2onnx.runs.recipe import PHASES, FileOptions, resolve
@@ -145,6 +145,7 @@ class Compression:
         )
         checked_weights(self.model, recipe.prune.include, recipe.prune.exclude)
         self._evaluate = evaluate if max_drop is not None else None
+        self._max_drop = max_drop or 0.0
         # of all that needs a file: exported once, now, so that what cannot be is said at once
         self._deployment = Deployment(
             example_inputs,
@@ -191,6 +192,15 @@ class Compression:
         added = self._factor * course.regulariser(self.model)
         self._latest = added.detach()
         return added
+
+    def add_penalty(self) -> None:
+        """Adds the penalty's gradients to those that are there, in place of adding it to the loss.
+
+        Between the last backward pass, or the clipping of gradients, and the optimizer's step. With
+        float16's loss scaling gradients have to be unscaled before.
+        """
+        if self.course.pressure is not None:
+            add_gradients(self.penalty(), self.model, self._learned)
 
     def step(self) -> None:
         """After the optimizer's step, before gradients are set to zero.
@@ -373,7 +383,7 @@ class Compression:
         if self._evaluate is not None and pressure is not None:
             drop = self._error() - self._dense_error
             left = self.course.density(self.model)
-            over = drop > (self.course.recipe.max_drop or 0.0)
+            over = drop > self._max_drop
             goal = left * _RISE if over else min(pressure.goal, left * _FALL)
             self.course.state.goal = pressure.goal = min(1.0, goal)
             return

@@ -337,11 +337,26 @@ class Template:
         parameters = _names_of(model)
         missing = [names[0] for names in parameters if self._arranged.keys().isdisjoint(names)]
         found = rearranged(unknown, state, missing)
-        self._arranged |= self._named_by_sources(found)
         # A parameter that the exporter folded or merged with another cannot be filled in.
         changed = unknown.keys() - found.keys() & state.keys()
-        known = covered(self._arranged.values(), state)
-        self.exact = not changed and not any(known.isdisjoint(names) for names in parameters)
+        known = covered([*self._arranged.values(), *found.values()], state)
+        absent = any(known.isdisjoint(names) for names in parameters)
+        fixed = {name: value for name, value in unknown.items() if name not in found}
+        self.exact = not changed and not (absent and self._depends(fixed, model))
+        self._arranged |= self._named_by_sources(found)
+
+    def _depends(self, fixed: Mapping[str, NDArray[Any]], model: nn.Module) -> bool:
+        """Whether initializers that hold no parameter are computed of one.
+
+        One that is in no initializer may be unused, as is a row of a table that is never looked up.
+        """
+        mark(model, seed=1)
+        other = _exported(model, self._inputs, self._options)
+        now = {t.name: numpy_helper.to_array(t) for t in other.graph.initializer}
+        return any(
+            name not in now or now[name].tobytes() != value.tobytes()
+            for name, value in fixed.items()
+        )
 
     def _named_by_sources(self, found: Mapping[str, Arrangement]) -> dict[str, Arrangement]:
         """Gives rearranged initializers the names of their first parameters, in the graph, too."""

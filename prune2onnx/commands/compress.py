@@ -25,7 +25,7 @@ from prune2onnx.data import Data, batches
 from prune2onnx.errors import RecipeError
 from prune2onnx.files import unwritten, write_whole
 from prune2onnx.graph.strip import strip
-from prune2onnx.packing.pack import Packed, pack
+from prune2onnx.packing.pack import Packed
 from prune2onnx.runs.budget import Search, Trial, goals
 from prune2onnx.runs.defaults import MAX_DROP, Int8Options
 from prune2onnx.runs.folder import DENSE, HISTORY, MODEL, PAGE, RECIPE, REPORT
@@ -324,12 +324,7 @@ def _packed(
     choice = choose(
         shrunk, labelled(shrunk, data, Int8Options(max_drop=allowed), task), steps=fitted.steps
     )
-    packed = pack(
-        strip(choice.made.model).model,
-        anonymize=recipe.anonymize,
-        portable=recipe.portable,
-        short_names=True,
-    )
+    packed = deployment.written(strip(choice.made.model).model, {})
     nbytes = packed.model.ByteSize()
     why = ""
     if not choice.is_faster:

@@ -8,9 +8,7 @@ resolved recipe is written beside the result. `read_recipe` opens the only file.
 from __future__ import annotations
 
 import difflib
-import math
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -27,7 +25,9 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from prune2onnx.errors import RecipeError, RenamedWarning
+from prune2onnx.runs.defaults import FileOptions
 from prune2onnx.shrinking.structure import BLOCK
+from prune2onnx.tasks.quantity import absolute, amount
 
 PHASES = ("dense", "channels", "prune", "tune", "quantize")
 """The phases of training, in their order; each is a section of the recipe."""
@@ -178,23 +178,6 @@ class Quantize(_Section):
     )
 
 
-@dataclass(frozen=True)
-class FileOptions:
-    """Options of the file that is written.
-
-    Attributes:
-        opset: ONNX operator set, 18 or newer.
-        anonymize: whether weights get the shortest names, as for `packing.pack`.
-        portable: whether the decoder stands in the graph, as for `packing.pack`.
-        multiple: convolutions keep a multiple of so many channels, as for `shrinking.shrink`.
-    """
-
-    opset: int = 18
-    anonymize: bool = False
-    portable: bool = False
-    multiple: int = 1
-
-
 class Augment(_Section):
     """Augmentation of training images, in every phase."""
 
@@ -340,13 +323,11 @@ class Recipe(_Section):
     def file(self) -> FileOptions:
         """Options of the file that is written."""
         multiple = self.channels.multiple or (BLOCK if self.goal == "size" else 2 * BLOCK)
-        return FileOptions(self.opset, self.anonymize, self.portable, multiple)
+        return FileOptions(self.opset, self.anonymize, self.portable, multiple, self.format)
 
     def allowed_drop(self, dense: float) -> float | None:
         """How much worse than the dense network's a metric may be, in its unit."""
-        if isinstance(self.max_drop, str):
-            return float(self.max_drop.removesuffix("%")) / 100 * abs(dense)
-        return self.max_drop
+        return None if self.max_drop is None else absolute(self.max_drop, dense)
 
     @property
     def searches(self) -> bool:
@@ -371,16 +352,7 @@ class Recipe(_Section):
     @field_validator("max_drop")
     @classmethod
     def _is_an_amount(cls, value: float | str | None) -> float | str | None:
-        if value is None:
-            return None
-        relative = isinstance(value, str) and value.strip().endswith("%")
-        try:
-            number = float(str(value).strip().removesuffix("%"))
-        except ValueError:
-            number = -1.0
-        if not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"max_drop is {value!r}, expected a number such as 0.5, or 5%")
-        return f"{number:g}%" if relative else number
+        return None if value is None else amount(value, "max_drop")
 
     @field_validator("resize", "crop")
     @classmethod
@@ -400,6 +372,15 @@ class Recipe(_Section):
     def _starts_with_weights(self) -> Self:
         if self.start in ("prune", "tune") and self.weights is None:
             raise ValueError(f"start is {self.start!r}, which needs weights; give --weights")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_decoder(self) -> Self:
+        if self.portable and self.format != "packed":
+            raise ValueError(
+                f"portable writes out a decoder, and format {self.format} has none; give one of "
+                "them"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -467,7 +467,7 @@ def fed(opened: ort.InferenceSession, x: Any) -> Inputs:
 
 def _cast(array: NDArray[Any], info: Any) -> NDArray[Any]:
     """Integers that a data set holds as float32 for want of knowing better, as integers again."""
-    kind = element_type(info)
+    kind = element_type(info.type)
     dtype = None if kind is None else helper.tensor_dtype_to_np_dtype(kind)
     if dtype is None or dtype == array.dtype or dtype.kind not in "iu" or array.dtype.kind != "f":
         return array

@@ -5,6 +5,7 @@ Data only, for reports, pages and budgets. How it is measured is in `metrics`.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 PERCENT = "%"
@@ -64,6 +65,29 @@ class Quantity:
         if self.unit == PERCENT:
             return f"{number} point" if number in ("1", "-1") else f"{number} points"
         return f"{number} {self.unit}".rstrip()
+
+
+def amount(value: float | str, name: str) -> float | str:
+    """A number from 0, or a text such as "5%", which is relative to another.
+
+    Raises:
+        ValueError: neither.
+    """
+    text = str(value).strip()
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        number = -1.0
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{name} is {value!r}, expected a number such as 0.5, or 5%")
+    return f"{number:g}%" if text.endswith("%") else number
+
+
+def absolute(value: float | str, dense: float) -> float:
+    """An `amount` in the metric's unit, where that of the dense network has this value."""
+    if isinstance(value, str):
+        return float(value.removesuffix("%")) / 100 * abs(dense)
+    return value
 
 
 ERROR = Quantity("error", PERCENT)

@@ -23,7 +23,8 @@ from prune2onnx.packing.pack import Packed
 from prune2onnx.pruning import Learned, add_gradients, checked_weights, unwrapped
 from prune2onnx.pruning.channel_groups import original
 from prune2onnx.pruning.computed import unparametrize_own
-from prune2onnx.runs.recipe import PHASES, FileOptions, resolve
+from prune2onnx.runs.defaults import FileOptions
+from prune2onnx.runs.recipe import PHASES, resolve
 from prune2onnx.training.course import Course, State, one_cycle, steady, step_with_clamp
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.deployment import Deployment

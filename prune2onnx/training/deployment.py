@@ -6,17 +6,20 @@ When training measures it: see `size_budget`. Rewriting and coding: see `shrinki
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any
 
 import onnx
 from torch import nn
 
 from prune2onnx.graph.normalize import normalize
+from prune2onnx.graph.protobuf import tensor_nbytes
 from prune2onnx.graph.rewritten import rewritten
+from prune2onnx.graph.tensors import array_of
 from prune2onnx.packing.pack import Packed, pack_normalized
 from prune2onnx.packing.quantized import on_steps
-from prune2onnx.runs.recipe import FileOptions
+from prune2onnx.packing.rows import WeightRow
+from prune2onnx.packing.sparse import to_sparse
+from prune2onnx.runs.defaults import FileOptions
 from prune2onnx.shrinking.costs import structure
 from prune2onnx.shrinking.shrink import propagate_constants, shrink
 from prune2onnx.shrinking.structure import Structure
@@ -77,6 +80,33 @@ class Deployment:
         """The graph without dead channels and branches, not packed."""
         return shrink(self._filled(model), multiple=self._file.multiple).model
 
+    def written(self, graph: onnx.ModelProto, steps: Steps, *, check: bool = True) -> Packed:
+        """A graph as it is written: packed, or in the form that the options of the file name.
+
+        Args:
+            graph: not packed.
+            steps: of its weights on levels; others are searched for.
+            check: whether its decoding is checked.
+        """
+        file = self._file
+        if file.form == "dense":
+            rows = tuple(
+                WeightRow.of(tensor.name, array_of(tensor), "dense", tensor_nbytes(tensor))
+                for tensor in graph.graph.initializer
+            )
+            return Packed(graph, rows)
+        normalized = normalize(graph)
+        if file.form == "sparse-initializer":
+            return Packed(*to_sparse(normalized.model), normalized.notes)
+        return pack_normalized(
+            normalized,
+            quantized=on_steps(normalized.model, self._by_initializer(steps, normalized.model)),
+            anonymize=file.anonymize,
+            portable=file.portable,
+            short_names=True,
+            check=check,
+        )
+
     def nbytes(self, model: nn.Module, steps: Steps | None = None) -> int:
         """Bytes of the file; only `pack` checks that it decodes."""
         files = self._packed(model, steps or {}, self._rewrite, check=False)
@@ -108,18 +138,9 @@ class Deployment:
         """The file with all inputs, and one without unused inputs, if any; after its graph."""
         shrunk = self.shrunk(model)
         gathered = rewritten(shrunk, gather_inputs).model
-        file = self._file
-        pack = partial(
-            pack_normalized,
-            anonymize=file.anonymize,
-            portable=file.portable,
-            short_names=True,
-            check=check,
-        )
         for graph in (shrunk,) if gathered == shrunk else (shrunk, gathered):
-            normalized = normalize(graph if rewrite is None else rewrite(graph))
-            known = self._by_initializer(steps, normalized.model)
-            yield graph, pack(normalized, quantized=on_steps(normalized.model, known))
+            made = graph if rewrite is None else rewrite(graph)
+            yield graph, self.written(made, steps, check=check)
 
     def _by_initializer(self, steps: Steps, graph: onnx.ModelProto) -> Steps:
         """The steps by the names of the graph, where a weight may hold several parameters."""

@@ -158,7 +158,9 @@ def deviation(data: Data, task: Task) -> float:
     count = min(len(data.train), _MOST_TARGETS)
     chosen = np.linspace(0, len(data.train) - 1, count).round().astype(int).tolist()
     parts = [chosen[at : at + 64] for at in range(0, count, 64)]
-    targets = np.concatenate([y.double().flatten(1).numpy() for _, y in loader(data.train, parts)])
+    targets = np.concatenate(
+        [y.double().reshape(len(y), -1).numpy() for _, y in loader(data.train, parts)]
+    )
     return float(np.sqrt(targets.var(0).mean()))
 
 

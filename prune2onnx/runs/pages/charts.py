@@ -348,13 +348,13 @@ def _numbers(array: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def draw_front(name: str, front: Front, marked: str = "") -> str:
-    """Test error against file size for a sweep's runs, for a page; `marked` gets a ring."""
-    alt = "Test error against file size for each run of the sweep"
+    """The test metric against file size for a sweep's runs, for a page; `marked` gets a ring."""
+    alt = f"Test {escape(front.metric.name)} against file size for each run of the sweep"
     return _svg(name, alt, (_WIDTH, 3.0), lambda figure: _fill_front(front, figure, marked))
 
 
 def front_picture(front: Front) -> bytes:
-    """Test error against file size (log axis), as an SVG file: equal bytes for equal fronts."""
+    """The test metric against file size (log axis), as an SVG file: always the same bytes."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     import matplotlib
     from matplotlib.figure import Figure
@@ -377,7 +377,7 @@ def front_picture(front: Front) -> bytes:
 
 
 def _fill_front(front: Front, figure: Any, marked: str = "") -> None:
-    """Draws test error against file size (log axis); the run with the name `marked` gets a ring."""
+    """Draws the test metric against file size (log axis); the run named `marked` gets a ring."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -400,7 +400,8 @@ def _fill_front(front: Front, figure: Any, marked: str = "") -> None:
     axes.xaxis.set_major_formatter(lambda nbytes, _: f"{nbytes / 1000:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("file (kB, log scale)")
-    axes.set_ylabel("test error (%)")
+    unit = f" ({front.metric.unit})" if front.metric.unit else ""
+    axes.set_ylabel(f"test {front.metric.name}{unit}", parse_math=False)
     axes.grid(True)
     axes.set_axisbelow(True)
     dot: dict[str, Any] = {"linestyle": "none", "marker": "o"}
@@ -411,7 +412,7 @@ def _fill_front(front: Front, figure: Any, marked: str = "") -> None:
     if front.missed:
         label = "budget missed"
         shown += [Line2D([], [], color=_GREY, markerfacecolor="none", label=label, **dot)]
-    shown += [Line2D([], [], color=_GREY, label="Pareto front by validation error")]
+    shown += [Line2D([], [], color=_GREY, label=f"Pareto front by validation {front.metric.name}")]
     if front.dense:
         nbytes = max(dense.nbytes for dense in front.dense)
         label = f"dense, {nbytes / 1000:,.1f} kB"

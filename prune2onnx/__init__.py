@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from prune2onnx.runtime.benchmark import benchmark
     from prune2onnx.runtime.int8 import quantize_int8
     from prune2onnx.runtime.validate import validate
+    from prune2onnx.tasks.metrics import Metric
+    from prune2onnx.tasks.task import Task, load_task
     from prune2onnx.training.compression import Compression
     from prune2onnx.training.export import export
     from prune2onnx.training.fit import fit
@@ -41,10 +43,12 @@ _HOME = {
     "BudgetError": "errors",
     "Compression": "training.compression",
     "LightningCallback": "training.lightning_callback",
+    "Metric": "tasks.metrics",
     "MismatchError": "errors",
     "Prune2OnnxError": "errors",
     "Recipe": "runs.recipe",
     "RecipeError": "errors",
+    "Task": "tasks.task",
     "TransformersCallback": "training.transformers_callback",
     "bake": "pruning",
     "bake_levels": "training.levels",
@@ -59,6 +63,7 @@ _HOME = {
     "hold_zeros": "pruning",
     "inspect": "packing.inspection",
     "load_data": "data",
+    "load_task": "tasks.task",
     "pack": "packing.pack",
     "penalty": "pruning",
     "prune": "pruning",
@@ -78,10 +83,12 @@ __all__ = [
     "BudgetError",
     "Compression",
     "LightningCallback",
+    "Metric",
     "MismatchError",
     "Prune2OnnxError",
     "Recipe",
     "RecipeError",
+    "Task",
     "TransformersCallback",
     "bake",
     "bake_levels",
@@ -96,6 +103,7 @@ __all__ = [
     "hold_zeros",
     "inspect",
     "load_data",
+    "load_task",
     "pack",
     "penalty",
     "prune",

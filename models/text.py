@@ -37,7 +37,7 @@ def as_bytes(text: str, length: int) -> np.ndarray:
     return np.frombuffer(codes.ljust(length, b"\0"), np.uint8).astype(np.int64)
 
 
-def packages(length: int = 96) -> tuple[np.ndarray, np.ndarray]:
+def packages(length: int = 64) -> tuple[np.ndarray, np.ndarray]:
     """Documentation strings, int64 `[n, length]`, and the number of the package of each."""
     x, y = [], []
     for number, package in enumerate(PACKAGES):
@@ -47,7 +47,7 @@ def packages(length: int = 96) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(x), np.array(y)
 
 
-def prose(length: int = 64, examples: int = 6000) -> np.ndarray:
+def prose(length: int = 64, examples: int = 4000) -> np.ndarray:
     """Pieces of documentation strings, int64 `[n, length + 1]`, without labels."""
     names = (*PACKAGES, "http", "json", "logging", "urllib", "argparse", "subprocess", "typing")
     text = "\n".join(line for name in names for line in docstrings(name))
@@ -105,6 +105,6 @@ def classifier(classes: int, vocab_size: int = 128, width: int = 64, layers: int
     return Transformer(vocab_size, classes, width, layers, causal=False)
 
 
-def language_model(vocab_size: int = 128, width: int = 96, layers: int = 2) -> nn.Module:
+def language_model(vocab_size: int = 128, width: int = 64, layers: int = 2) -> nn.Module:
     """Scores `[batch, positions, vocab_size]` of the byte that follows each."""
     return Transformer(vocab_size, vocab_size, width, layers, causal=True)

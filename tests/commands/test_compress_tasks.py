@@ -116,7 +116,8 @@ def test_a_language_model_in_another_form(code, tmp_path, form):
             "data": f"{code}:sentences",
             "task": "language-modelling",
             "format": form,
-            "target_size": 9000,
+            "target_density": 0.1,
+            "target_size": 12_000,
             **SHORT,
         }
     )

@@ -191,7 +191,8 @@ class Recipe(_Section):
     """Every setting of one `prune2onnx compress` run."""
 
     model: str = Field(
-        description="function that makes the network: file.py:callable or package.module:callable"
+        description="function that makes the network: file.py:callable or package.module:callable; "
+        "or timm:NAME, or hf:FOLDER with a transformers model"
     )
     data: str = Field(
         "digits",
@@ -302,7 +303,12 @@ class Recipe(_Section):
     @property
     def first_phase(self) -> str:
         """The phase in which training starts."""
-        return self.start or ("prune" if self.weights else "dense")
+        return self.start or ("prune" if self._is_trained else "dense")
+
+    @property
+    def _is_trained(self) -> bool:
+        """Whether the network comes with weights."""
+        return self.weights is not None or self.model.startswith("hf:")
 
     @property
     def wanted_density(self) -> float:
@@ -370,7 +376,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _starts_with_weights(self) -> Self:
-        if self.start in ("prune", "tune") and self.weights is None:
+        if self.start in ("prune", "tune") and not self._is_trained:
             raise ValueError(f"start is {self.start!r}, which needs weights; give --weights")
         return self
 

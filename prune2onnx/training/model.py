@@ -5,6 +5,8 @@ How such a function is found and called: see `callables`.
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -78,7 +80,8 @@ def check_parameters(model: Network, recipe: Recipe, *, prunes: bool = True) -> 
 def make_model(recipe: Recipe, data: Data) -> nn.Module:
     """Calls the recipe's model function, seeded, and loads the weights if there are any.
 
-    The function gets `input_shape` and `classes` (or `num_classes`), `in_channels`, and for tokens
+    In place of a function, `timm:NAME` and `hf:FOLDER` name networks of these libraries. The
+    function gets `input_shape` and `classes` (or `num_classes`), `in_channels`, and for tokens
     `vocab_size`, if its signature names them, and the recipe's `model_args`.
 
     Raises:
@@ -86,6 +89,15 @@ def make_model(recipe: Recipe, data: Data) -> nn.Module:
             weights do not fit.
     """
     torch.manual_seed(recipe.seed)
+    head, _, name = recipe.model.partition(":")
+    model = _LIBRARIES[head](name, recipe, data) if head in _LIBRARIES else _own(recipe, data)
+    if recipe.weights is not None:
+        _load_weights(model, Path(recipe.weights))
+    return model
+
+
+def _own(recipe: Recipe, data: Data) -> nn.Module:
+    """What the user's function returns."""
     function = load_callable(recipe.model)
     available = {"input_shape": data.input_shape, "classes": data.classes}
     named = {"num_classes": data.classes}
@@ -107,10 +119,73 @@ def make_model(recipe: Recipe, data: Data) -> nn.Module:
         raise Prune2OnnxError(
             f"{recipe.model}: returned a {type(model).__name__}, expected a torch.nn.Module"
         )
-    model = deep_copy(unwrapped(model))  # a function may return the same object every time
-    if recipe.weights is not None:
-        _load_weights(model, Path(recipe.weights))
-    return model
+    return deep_copy(unwrapped(model))  # a function may return the same object every time
+
+
+def _from_timm(name: str, recipe: Recipe, data: Data) -> nn.Module:
+    """`timm:NAME`, for images; without weights, which may be given as a file."""
+    timm = _library("timm")
+    arguments: dict[str, Any] = {"num_classes": data.classes}
+    if isinstance(data.input_shape, tuple) and len(data.input_shape) == 3:
+        arguments["in_chans"] = data.input_shape[0]
+    return _made(recipe, lambda: timm.create_model(name, **(arguments | recipe.model_args)))
+
+
+def _from_transformers(name: str, recipe: Recipe, data: Data) -> nn.Module:
+    """`hf:FOLDER`: the architecture that its config.json names, with its weights if it has any.
+
+    Nothing is downloaded, and no code of the folder runs.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        raise Prune2OnnxError(
+            f"{recipe.model}: no config.json in {folder}, expected the folder of a transformers "
+            "model: config.json, and weights as model.safetensors"
+        )
+    transformers = _library("transformers")
+
+    def make() -> nn.Module:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, **recipe.model_args
+        )
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # else a graph would return all keys and values
+        names = config.architectures or ()
+        if not names or not hasattr(transformers, names[0]):
+            raise ValueError(f"config.json names the architectures {list(names)}, none is known")
+        kind = getattr(transformers, names[0])
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            return kind(config)  # type: ignore[no-any-return]
+        return kind.from_pretrained(folder, config=config, local_files_only=True)  # type: ignore[no-any-return]
+
+    return _made(recipe, make)
+
+
+_LIBRARIES: Mapping[str, Callable[[str, Recipe, Data], nn.Module]] = {
+    "timm": _from_timm,
+    "hf": _from_transformers,
+}
+"""Head of a model's name -> what makes it."""
+
+
+def _library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Prune2OnnxError(
+            f"{name} is not installed ({one_line(error)}); install it, as by "
+            f"pip install 'prune2onnx[{name}]'"
+        ) from error
+
+
+def _made(recipe: Recipe, make: Callable[[], nn.Module]) -> nn.Module:
+    """A library's network, or one error that says why there is none."""
+    try:
+        return make().float()
+    except Exception as error:  # libraries raise many kinds
+        raise Prune2OnnxError(
+            f"{recipe.model}: {type(error).__name__}: {one_line(error)[:400]}"
+        ) from error
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:

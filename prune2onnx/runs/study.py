@@ -130,6 +130,9 @@ class Study:
         if known is None and not self._trials():
             self._storage.set_study_user_attr(self._id, "recipe", wanted)
             return
+        if known is not None:  # a version that did not have all settings may have stored it
+            default = Recipe(model=recipe.model).model_dump(mode="json")
+            known = {key: known.get(key, default[key]) for key in wanted}
         if known == wanted:
             return
         differ = [key for key, value in wanted.items() if (known or {}).get(key) != value]

@@ -26,20 +26,30 @@ if TYPE_CHECKING:
     from prune2onnx.runtime.benchmark import benchmark
     from prune2onnx.runtime.int8 import quantize_int8
     from prune2onnx.runtime.validate import validate
+    from prune2onnx.tasks.metrics import Metric
+    from prune2onnx.tasks.task import Task, load_task
+    from prune2onnx.training.compression import Compression
     from prune2onnx.training.export import export
     from prune2onnx.training.fit import fit
     from prune2onnx.training.fold import fold_batch_norm
     from prune2onnx.training.levels import bake_levels, put_on_levels
+    from prune2onnx.training.lightning_callback import LightningCallback
     from prune2onnx.training.scoring import evaluate
+    from prune2onnx.training.transformers_callback import TransformersCallback
 
     __version__: str
 
 _HOME = {
     "BudgetError": "errors",
+    "Compression": "training.compression",
+    "LightningCallback": "training.lightning_callback",
+    "Metric": "tasks.metrics",
     "MismatchError": "errors",
     "Prune2OnnxError": "errors",
     "Recipe": "runs.recipe",
     "RecipeError": "errors",
+    "Task": "tasks.task",
+    "TransformersCallback": "training.transformers_callback",
     "bake": "pruning",
     "bake_levels": "training.levels",
     "benchmark": "runtime.benchmark",
@@ -53,6 +63,7 @@ _HOME = {
     "hold_zeros": "pruning",
     "inspect": "packing.inspection",
     "load_data": "data",
+    "load_task": "tasks.task",
     "pack": "packing.pack",
     "penalty": "pruning",
     "prune": "pruning",
@@ -70,10 +81,15 @@ _HOME = {
 
 __all__ = [
     "BudgetError",
+    "Compression",
+    "LightningCallback",
+    "Metric",
     "MismatchError",
     "Prune2OnnxError",
     "Recipe",
     "RecipeError",
+    "Task",
+    "TransformersCallback",
     "bake",
     "bake_levels",
     "benchmark",
@@ -87,6 +103,7 @@ __all__ = [
     "hold_zeros",
     "inspect",
     "load_data",
+    "load_task",
     "pack",
     "penalty",
     "prune",

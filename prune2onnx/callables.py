@@ -77,7 +77,7 @@ def call_with(function: Callable[..., Any], spec: str, **available: Any) -> Any:
     """
     parameters = _parameters(function)
     by_name = names_of(function)
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    takes_all = takes_any(function)
     given = {key: value for key, value in available.items() if takes_all or key in by_name}
     for p in parameters:
         optional = p.default is not p.empty or p.kind in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
@@ -102,6 +102,11 @@ def names_of(function: Callable[..., Any]) -> set[str]:
     """The arguments that a function takes by name; none where its signature is not known."""
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return {p.name for p in _parameters(function) if p.kind in kinds}
+
+
+def takes_any(function: Callable[..., Any]) -> bool:
+    """Whether a function takes arguments of any name."""
+    return any(p.kind is p.VAR_KEYWORD for p in _parameters(function))
 
 
 def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:

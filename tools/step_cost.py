@@ -21,7 +21,7 @@ from torch import nn
 from prune2onnx import density, penalty, prune
 from prune2onnx.callables import load_callable
 from prune2onnx.pruning import survivors, thresholds_of
-from prune2onnx.training.loop import step_with_clamp
+from prune2onnx.training.course import step_with_clamp
 
 PRESSURE, DENSITY = 5.0, 0.015
 STEPS_PER_EPOCH = 100
@@ -49,7 +49,7 @@ def make_step(model: nn.Module, *, pruned: bool, lr: float = 1e-3) -> Callable[[
         optimiser.zero_grad()
         loss.backward()
         if pruned:
-            step_with_clamp(optimiser, above)
+            step_with_clamp(optimiser, thresholds_of(model), above)
         else:
             optimiser.step()
 

@@ -23,6 +23,12 @@ _PATH = click.Path(path_type=Path)
     help="the file to compare with; default: the unpacked FILE",
 )
 @input_options
+@click.option(
+    "--task",
+    default="classification",
+    show_default=True,
+    help="what the model is for, as for compress: its metric on --data is measured",
+)
 @click.option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout")
 def validate(
     file: Path,
@@ -30,16 +36,19 @@ def validate(
     data: str | None,
     input_shapes: tuple[str, ...],
     tokenizer: Path | None,
+    task: str,
     as_json: bool,
 ) -> None:
     """Validate FILE in onnxruntime: weights, folding, outputs, error, size, load time, latency.
 
-    The error is that of the test examples of --data, where it is a data set with labels.
+    The error, or the metric of another task, is that of the test examples of --data, where it is a
+    data set with labels.
     """
     from prune2onnx.runtime.validate import validate as run
+    from prune2onnx.tasks.task import load_task
 
     inputs = input_options_of(data, input_shapes, tokenizer, file)
-    report = run(file, reference, inputs=inputs)
+    report = run(file, reference, inputs=inputs, task=load_task(task))
     if as_json:
         click.echo(report.to_json(), nl=False)
     else:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import yaml
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from prune2onnx.errors import RecipeError
@@ -154,6 +155,58 @@ def input_options_of(
     return InputOptions(data, shapes, tokenizer)
 
 
+class Amount(click.ParamType[float | str]):
+    """A number, or one relative to another: 0.5 or 5%."""
+
+    name = "amount"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | str:
+        """Reads the number; one with % stays a text."""
+        text = str(value).strip()
+        try:
+            number = float(text.removesuffix("%"))
+        except ValueError:
+            self.fail(f"{value!r} is not a number, such as 0.5, or 5%", param, ctx)
+        return text if text.endswith("%") else number
+
+
+class Numbers(click.ParamType[tuple[float, ...]]):
+    """Numbers, comma-separated: 0.485,0.456,0.406."""
+
+    name = "numbers"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[float, ...]:
+        """Reads the numbers."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(float(part) for part in value.split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers, such as 0.5,0.25", param, ctx)
+
+
+class _Argument(click.ParamType[tuple[str, Any]]):
+    """NAME=VALUE, as in --model-args width=32; the value as in YAML."""
+
+    name = "name=value"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, Any]:
+        name, equals, text = str(value).partition("=")
+        try:
+            read = yaml.safe_load(text)
+        except yaml.YAMLError:
+            equals = ""
+        if not (equals and name.isidentifier()):
+            self.fail(f"{value!r} is not NAME=VALUE, such as width=32", param, ctx)
+        return name, read
+
+
 class _Factor(click.ParamType[tuple[str, float]]):
     """PATTERN=FACTOR, as in --prune-importance 'conv*=0.2'."""
 
@@ -179,12 +232,14 @@ FIRST, BUDGET, DATA, MODEL, PHASE, OUTPUT = (
 )
 """Headings of --help, in their order."""
 
+_IMAGES = ("resize", "crop", "mean", "std")
+
 _GROUPS = {
-    FIRST: ("data", "weights", "target_size", "max_drop", "goal"),
+    FIRST: ("data", "task", "weights", "target_size", "max_drop", "goal"),
     BUDGET: ("target_density", "target_macs", "trials"),
-    DATA: ("validation", "batch_size", "augment.shift", "augment.flip", "seed"),
-    MODEL: ("start", "distill", "temperature", "teacher", "precision"),
-    OUTPUT: ("int8", "anonymize", "portable", "opset"),
+    DATA: ("validation", "batch_size", "augment.shift", "augment.flip", "seed", *_IMAGES),
+    MODEL: ("model_args", "start", "distill", "temperature", "teacher", "precision"),
+    OUTPUT: ("format", "int8", "anonymize", "portable", "opset"),
 }
 """Heading -> settings of the recipe under it; the settings of a phase are under its name."""
 
@@ -293,15 +348,16 @@ def _click_type(annotation: Any) -> tuple[Any, bool]:
     """A recipe field's type as click's, and whether the option may be repeated."""
     inner = [a for a in typing.get_args(annotation) if a is not type(None)]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return _click_type(inner[0])
+        return (Amount(), False) if set(inner) == {float, str} else _click_type(inner[0])
     if annotation is ByteSize:
         return Size(), False
     if typing.get_origin(annotation) is typing.Literal:
         return click.Choice(inner), False
     if typing.get_origin(annotation) is tuple:
-        return str, True
+        listed = {int: Integers(), float: Numbers()}
+        return (listed[inner[0]], False) if inner[0] in listed else (str, True)
     if typing.get_origin(annotation) is dict:
-        return _Factor(), True
+        return (_Factor() if inner[1] is float else _Argument()), True
     return annotation, False
 
 
@@ -309,10 +365,13 @@ def _shown(default: Any) -> str:
     return ", ".join(default) if isinstance(default, tuple) else str(default)
 
 
+_PAIRS = ("prune__importance", "model_args")
+
+
 def overrides_of(options: dict[str, Any]) -> dict[str, Any]:
     """Dotted name -> value, for the recipe's options that were given."""
     return {
-        name.replace("__", "."): dict(value) if name == "prune__importance" else value
+        name.replace("__", "."): dict(value) if name in _PAIRS else value
         for name, value in options.items()
         if value not in (None, ())
     }

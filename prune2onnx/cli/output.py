@@ -19,6 +19,7 @@ from prune2onnx.packing.load_cost import Prediction
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.history import Callbacks, Epoch, Step, TrialStart
 from prune2onnx.runs.report import Goal, Report
+from prune2onnx.tasks.quantity import ERROR, Quantity
 
 console = Console(stderr=True)
 if not console.is_terminal:  # a log has no width: wide enough that no column is cut
@@ -120,8 +121,8 @@ def must_fold(report: Report, file: Path) -> None:
 
 
 @contextmanager
-def progress() -> Iterator[Callbacks]:
-    """A bar per phase with loss, density and validation error; lines if stderr is no terminal."""
+def progress(metric: Quantity = ERROR) -> Iterator[Callbacks]:
+    """A bar per phase with loss, density and the metric; lines if stderr is no terminal."""
     bars: dict[str, Any] = {}
     errors: dict[str, str] = {}
     trial = ""
@@ -154,7 +155,7 @@ def progress() -> Iterator[Callbacks]:
 
     def on_epoch(epoch: Epoch) -> None:
         task = bar(epoch.phase, epoch.epochs)
-        errors[epoch.phase] = f"  validation error {epoch.validation_error:.2f} %"
+        errors[epoch.phase] = f"  validation {metric.name} {metric.text(epoch.value)}"
         text = facts(epoch.phase, epoch.loss, epoch.density)
         shown.update(task, completed=epoch.epoch, epoch=epoch.epoch, facts=text)
         if not console.is_terminal and epoch.epoch in _milestones(epoch.epochs):

@@ -12,6 +12,7 @@ from prune2onnx.errors import printable
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.front import Front, Point, over_seeds
 from prune2onnx.runs.report import Report, bytes_text
+from prune2onnx.tasks.quantity import ERROR, PERCENT, Quantity
 
 if TYPE_CHECKING:  # these import onnxruntime and data sets, which only some verbs need
     from prune2onnx.commands.lossy import CurvePoint
@@ -97,8 +98,14 @@ def report_table(report: Report) -> Table:
     a, b = report.dense, report.compressed
     sizes = bytes_text(a.nbytes), bytes_text(b.nbytes)
     table.add_row("file", *sizes, f"{report.ratio:.1f}x smaller")
-    if a.error is not None and b.error is not None:
-        table.add_row("test error", f"{a.error:.2f} %", f"{b.error:.2f} %", f"{report.drop:+.2f}")
+    metric = report.metric
+    if (before := report.value(a)) is not None and (after := report.value(b)) is not None:
+        change = metric.change(before, after)
+        name = printable(metric.name)
+        table.add_row(f"test {name}", metric.text(before), metric.text(after), change)
+        for other in report.others:
+            numbers = (f"{each.metrics[other]:.4g}" for each in (a, b))
+            table.add_row(f"test {printable(other)}", *numbers)
     if a.macs and b.macs:
         fewer = f"{a.macs / b.macs:.2f}x fewer"
         table.add_row("multiply-adds", f"{a.macs:,}", f"{b.macs:,}", fewer)
@@ -115,9 +122,10 @@ def report_table(report: Report) -> Table:
         for name in ("p50", "p95"):
             p, q = a.latency_ms[name], b.latency_ms[name]
             table.add_row(f"latency {name}", f"{p:.3f} ms", f"{q:.3f} ms", _times(q, p))
-    if report.validation is not None:
-        c, d = report.validation["dense_error"], report.validation["error"]
-        table.add_row("validation error", f"{c:.2f} %", f"{d:.2f} %", f"{d - c:+.2f}")
+    if report.on_validation is not None:
+        c, d = report.on_validation
+        name = f"validation {printable(metric.name)}"
+        table.add_row(name, metric.text(c), metric.text(d), metric.change(c, d))
     folded = "folded on load"
     if not report.folded:
         left = printable(report.left)
@@ -140,9 +148,10 @@ def _times(compressed: float, dense: float) -> str:
 
 def front_table(front: Front) -> Table:
     """A line per run, and a line of means for each budget that has several seeds."""
-    table = Table(title="size and error")
-    headings = ("budget", "seed", "bytes", "test error", "validation", "accuracy loss", "density")
-    for heading in (*headings, "smaller", "time", ""):
+    table = Table(title=f"size and {front.metric.name}")
+    metric = front.metric
+    shown = (f"test {metric.name}", "validation", front.loss)
+    for heading in ("budget", "seed", "bytes", *shown, "density", "smaller", "time", ""):
         left = heading in ("budget", "")
         table.add_column(heading, justify="left" if left else "right", no_wrap=heading != "")
     pareto = front.pareto
@@ -155,7 +164,7 @@ def front_table(front: Front) -> Table:
                 mark = f"* {mark}"
             seconds = "" if point.seconds is None else f"{point.seconds:,.0f} s"
             last = Text(printable(mark))
-            table.add_row(point.budget, str(point.seed), *_cells(point), seconds, last)
+            table.add_row(point.budget, str(point.seed), *_cells(point, metric), seconds, last)
         mean = over_seeds(points)
         if len(points) > 1 and mean["nbytes"] is not None:
             size, error, validation = (mean[key] for key in ("nbytes", "error", "validation_error"))
@@ -163,30 +172,41 @@ def front_table(front: Front) -> Table:
                 "",
                 "mean",
                 f"{size['mean']:,.0f}",
-                f"{error['mean']:.2f} ± {error['spread']:.2f} %",
-                f"{validation['mean']:.2f} ± {validation['spread']:.2f} %",
+                *(_spread(each, metric) for each in (error, validation)),
                 style="dim",
             )
     table.add_section()
     for dense in front.dense:
-        errors = f"{dense.error:.2f} %", f"{dense.validation_error:.2f} %"
+        errors = metric.text(dense.error), metric.text(dense.validation_error)
         table.add_row("dense", str(dense.seed), f"{dense.nbytes:,}", *errors)
+    better = "higher" if metric.higher_is_better else "lower"
     table.caption = (
-        "* Pareto front: no smaller file has this validation error or a lower one; accuracy loss: "
-        "points of test error added"
+        f"* Pareto front: no smaller file has this validation {metric.name} or a {better} one; "
+        f"{front.loss}: "
+    )
+    table.caption += (
+        "points of test error added" if metric == ERROR else "how much worse than dense, on test"
     )
     return table
 
 
-def _cells(point: Point) -> tuple[str, ...]:
+def _spread(figures: Mapping[str, float], metric: Quantity) -> str:
+    """A mean and its spread: '1.50 ± 0.20 %'."""
+    form = ".2f" if metric.unit == PERCENT else ".4g"
+    text = f"{figures['mean']:{form}} ± {figures['spread']:{form}} {metric.unit}"
+    return text.rstrip()
+
+
+def _cells(point: Point, metric: Quantity) -> tuple[str, ...]:
     if point.state != "done":
         return ("",) * 6
-    assert point.density is not None
+    assert point.density is not None and point.error is not None and point.drop is not None
+    assert point.validation_error is not None
     return (
         f"{point.nbytes:,}",
-        f"{point.error:.2f} %",
-        f"{point.validation_error:.2f} %",
-        f"{point.drop:+.2f}",
+        metric.text(point.error),
+        metric.text(point.validation_error),
+        metric.change(0.0, point.drop),
         f"{100 * point.density:.2f} %",
         f"{point.ratio:.1f}x",
     )

@@ -56,13 +56,15 @@ def compress(
     """Train, prune, quantize, export, pack and validate MODEL.
 
     MODEL is path/to/file.py:callable or package.module:callable, a function that returns an
-    nn.Module; it is called with input_shape and classes if it takes them.
+    nn.Module; it is called with input_shape and classes (or num_classes, in_channels, vocab_size)
+    if it takes them. --task says what it is for; budgets and reports have the task's metric.
 
     \b
     prune2onnx compress models/lenet.py:lenet_300_100 --data digits -o runs/digits
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
     from prune2onnx.commands.compress import compress as run
     from prune2onnx.runs.folder import check_owner, recipe_of
+    from prune2onnx.tasks.task import load_task
     from prune2onnx.training.fit import end_processes
 
     overrides = overrides_of(options)
@@ -77,8 +79,9 @@ def compress(
     else:
         content, directory = _started(model, recipe, output, overrides, "run")
         resolved = resolve(content, overrides, source=str(recipe or "options"))
+    metric = load_task(resolved.task).metric
     try:
-        with progress() as callbacks:
+        with progress(metric) as callbacks:
             report = run(
                 resolved,
                 directory,
@@ -202,6 +205,7 @@ def sweep(
     from prune2onnx.commands.sweep import sweep as run
     from prune2onnx.commands.sweep import sweep_of
     from prune2onnx.runs.folder import check_owner
+    from prune2onnx.tasks.task import load_task
 
     overrides = overrides_of(options)
     lists = {"sizes": sizes, "densities": densities, "drops": drops, "seeds": seeds}
@@ -220,13 +224,14 @@ def sweep(
             say(f"{recipe}: {', '.join(left)} is ignored, since each run has a budget of its own")
         given["recipe"] = resolve(content, overrides, source=str(recipe or "options"))
         given |= {"storage": storage, "study": study or "prune2onnx"}
+    metric = load_task(given["recipe"].task).metric
     shown: list[Callbacks] = []  # the progress bars of the present run
     with ExitStack() as bars:
 
         def on_note(text: str) -> None:
             bars.close()
             say(text)
-            shown[:] = [bars.enter_context(progress())]
+            shown[:] = [bars.enter_context(progress(metric))]
 
         try:
             front = run(

@@ -20,11 +20,12 @@ import onnx
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from prune2onnx.data import Data, batches, load_data
+from prune2onnx.commands.prepare import export_inputs, prepared
+from prune2onnx.data import Data, batches
 from prune2onnx.errors import RecipeError
 from prune2onnx.files import unwritten, write_whole
 from prune2onnx.graph.strip import strip
-from prune2onnx.packing.pack import Packed, pack
+from prune2onnx.packing.pack import Packed
 from prune2onnx.runs.budget import Search, Trial, goals
 from prune2onnx.runs.defaults import MAX_DROP, Int8Options
 from prune2onnx.runs.folder import DENSE, HISTORY, MODEL, PAGE, RECIPE, REPORT
@@ -32,13 +33,13 @@ from prune2onnx.runs.history import Callbacks, Epoch, TrialStart
 from prune2onnx.runs.pages.page import write_page
 from prune2onnx.runs.recipe import MACS, Recipe
 from prune2onnx.runs.report import Report
-from prune2onnx.runtime.compare import check_outputs, scores
+from prune2onnx.runtime.compare import check_outputs, results
 from prune2onnx.runtime.int8_choice import all_int8, choose, int8_error, labelled
 from prune2onnx.runtime.layer_times import layer_times
 from prune2onnx.runtime.session import session
 from prune2onnx.runtime.validate import validate
 from prune2onnx.shrinking.costs import multiply_adds
-from prune2onnx.training.augment import check_images
+from prune2onnx.tasks.task import CLASSIFICATION, Task
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.export import Template
 from prune2onnx.training.fit import (
@@ -50,8 +51,8 @@ from prune2onnx.training.fit import (
     with_epochs,
 )
 from prune2onnx.training.fold import has_batch_norm
-from prune2onnx.training.model import Network, check_parameters, copied, make_model
-from prune2onnx.training.scoring import check_output, scores_of
+from prune2onnx.training.model import Network, copied, make_model
+from prune2onnx.training.scoring import outputs_on
 
 _CHECKPOINTS = "checkpoints"
 _PRICES = "prices.json"  # measured once, so that a continued run ends as an uninterrupted one
@@ -89,7 +90,7 @@ def compress(
     """
     directory = Path(directory)
     _check_folder(directory, overwrite or resume)
-    model, data, template = prepared(recipe)
+    model, data, task, template = prepared(recipe)
     recipe = with_epochs(recipe, len(data.train))
     accelerator = make_accelerator(recipe, cpu=cpu)
     with _alone(directory) if accelerator.is_main_process else contextlib.nullcontext():
@@ -97,7 +98,7 @@ def compress(
             _clear(directory, everything=not resume)
             write_whole(directory / RECIPE, recipe.to_yaml())
         accelerator.wait_for_everyone()
-        return _run(recipe, model, data, template, accelerator, directory, resume, callbacks)
+        return _run(recipe, model, data, task, template, accelerator, directory, resume, callbacks)
 
 
 @contextlib.contextmanager
@@ -129,6 +130,7 @@ def _run(
     recipe: Recipe,
     model: Network,
     data: Data,
+    task: Task,
     template: Template,
     accelerator: Accelerator,
     directory: Path,
@@ -139,7 +141,7 @@ def _run(
     checkpoints = directory / _CHECKPOINTS
     by_main = partial(made_by_main, accelerator)
     deployment = Deployment(
-        data.input_shape,
+        export_inputs(data),
         recipe.file,
         # training folds BatchNorm before it exports the network, which changes the graph
         template=None if has_batch_norm(model) else template,
@@ -161,13 +163,14 @@ def _run(
             start=start,
             stop=stop,
             teacher=teacher,
+            task=task,
             deployment=deployment,
             callbacks=callbacks,
         )
 
     if recipe.searches and recipe.first_phase != "tune":
         watching = callbacks if callbacks and accelerator.is_main_process else Callbacks()
-        fitted = _search(model, recipe, data, checkpoints, run, deployment, watching.on_trial)
+        fitted = _search(model, recipe, data, task, checkpoints, run, deployment, watching.on_trial)
     else:
         fitted = run(model, recipe, checkpoints, recipe.first_phase, "quantize")
     if not accelerator.is_main_process:
@@ -175,7 +178,7 @@ def _run(
     dense = teacher or make_model(recipe, data)
     if teacher is None:
         dense.load_state_dict(fitted.dense)
-    report = _deploy(fitted, template.filled(dense), deployment, recipe, data, directory)
+    report = _deploy(fitted, template.filled(dense), deployment, recipe, data, task, directory)
     epochs = [asdict(epoch) for epoch in fitted.history]
     write_whole(directory / HISTORY, json.dumps(epochs, indent=1, allow_nan=False) + "\n")
     write_whole(directory / REPORT, report.to_json())
@@ -234,13 +237,15 @@ def _deploy(
     deployment: Deployment,
     recipe: Recipe,
     data: Data,
+    task: Task,
     directory: Path,
 ) -> Report:
     """Writes dense.onnx and model.onnx, and validates and measures the second against the first."""
     write_whole(directory / DENSE, dense.SerializeToString())
-    expected = scores_of(fitted.model, data.test, recipe.batch_size)
+    outputs = outputs_on(fitted.model, data.test, recipe.batch_size)
+    expected = list(outputs) if isinstance(outputs, tuple) else [outputs]
     shrunk = deployment.shrunk(fitted.model)
-    chosen = _packed(fitted, deployment, recipe, data, expected)
+    chosen = _packed(fitted, deployment, recipe, data, task, expected)
     packed = chosen.packed
     write_whole(directory / MODEL, packed.model.SerializeToString())
     report = validate(
@@ -251,6 +256,7 @@ def _deploy(
         expected=expected if chosen.is_float else None,
         density=fitted.density,
         seed=recipe.seed,
+        task=task,
     )
     before, after = multiply_adds(dense), multiply_adds(shrunk)
     return replace(
@@ -261,22 +267,31 @@ def _deploy(
             recipe,
             nbytes=packed.model.ByteSize(),
             density=fitted.density,
-            macs=after / before,
-            drop=chosen.error - fitted.dense_error,
+            macs=after / before if before else 1.0,
+            dense=fitted.dense_error,
+            value=chosen.error,
+            metric=task.metric,
         ),
         parameters={"pruned": fitted.size, "others": fitted.others},
-        validation={"dense_error": fitted.dense_error, "error": chosen.error},
+        validation=_on_validation(task, fitted.dense_error, chosen.error),
         notes=(
             *report.notes,
             *chosen.notes,
-            *_on_zeros(report, after / before, chosen.is_float, recipe),
+            *_on_zeros(report, after / before if before else 1.0, chosen.is_float, recipe),
         ),
     )
 
 
+def _on_validation(task: Task, dense: float, compressed: float) -> dict[str, float]:
+    """The metric on the validation split, as it stands in report.json."""
+    if task is CLASSIFICATION:
+        return {"dense_error": dense, "error": compressed}
+    return {"dense": dense, "compressed": compressed}
+
+
 @dataclass(frozen=True)
 class _Chosen:
-    """The packed model, in float32 or int8, and its error: percent of the validation split."""
+    """The packed model, in float32 or int8, and its metric on the validation split."""
 
     packed: Packed
     error: float
@@ -289,7 +304,8 @@ def _packed(
     deployment: Deployment,
     recipe: Recipe,
     data: Data,
-    expected: NDArray[np.float32],
+    task: Task,
+    expected: list[NDArray[np.float32]],
 ) -> _Chosen:
     """The packed model: in int8 if that was asked for, is faster, and keeps the budgets."""
 
@@ -299,20 +315,16 @@ def _packed(
     if not recipe.tries_int8:
         return _Chosen(as_float(), fitted.error)
     shrunk = deployment.smallest(fitted.model, fitted.steps)
-    got, _ = scores(session(shrunk), batches(data.test, recipe.batch_size))
-    check_outputs(MODEL, got, expected)  # against torch: in int8, outputs differ
-    allowed = MAX_DROP
-    if recipe.max_drop is not None:
-        allowed = max(0.0, recipe.max_drop - (fitted.error - fitted.dense_error))
+    got, _ = results(session(shrunk), batches(data.test, recipe.batch_size))
+    for made, want in zip(got, expected, strict=True):
+        check_outputs(MODEL, made, want)  # against torch: in int8, outputs differ
+    allowed = MAX_DROP * task.metric.point(fitted.dense_error)
+    if (most := recipe.allowed_drop(fitted.dense_error)) is not None:
+        allowed = max(0.0, most - task.metric.drop(fitted.dense_error, fitted.error))
     choice = choose(
-        shrunk, labelled(shrunk, data, Int8Options(max_drop=allowed)), steps=fitted.steps
+        shrunk, labelled(shrunk, data, Int8Options(max_drop=allowed), task), steps=fitted.steps
     )
-    packed = pack(
-        strip(choice.made.model).model,
-        anonymize=recipe.anonymize,
-        portable=recipe.portable,
-        short_names=True,
-    )
+    packed = deployment.written(strip(choice.made.model).model, {})
     nbytes = packed.model.ByteSize()
     why = ""
     if not choice.is_faster:
@@ -325,7 +337,8 @@ def _packed(
     note = f"computes in int8, in {choice.timing.ratio:.2f} of the time"
     note += f"; float32 stays {', '.join(left)}" if left else ""
     assert choice.made.error is not None  # it was measured
-    return _Chosen(packed, choice.made.error, is_float=False, notes=(note,))
+    value = task.metric.badness(choice.made.error)  # its own inverse
+    return _Chosen(packed, value, is_float=False, notes=(note,))
 
 
 def _on_zeros(report: Report, macs: float, is_float: bool, recipe: Recipe) -> tuple[str, ...]:
@@ -347,6 +360,7 @@ def _search(
     model: Network,
     recipe: Recipe,
     data: Data,
+    task: Task,
     checkpoints: Path,
     run: Callable[[Network, Recipe, Path, str, str], Fitted],
     deployment: Deployment,
@@ -364,7 +378,7 @@ def _search(
     aim, first = "target_macs", MACS
     if recipe.goal == "size":
         aim, first = "target_density", recipe.wanted_density
-    search = Search(recipe.max_drop, first, recipe.trials)
+    search = Search(0.0, first, recipe.trials)  # the limit follows from the first trial
     best: Fitted | None = None
     while (fraction := search.next()) is not None:
         tried = recipe.model_copy(update={aim: fraction})
@@ -373,64 +387,17 @@ def _search(
         on_trial(TrialStart(number, recipe.trials, what, fraction))
         folder = checkpoints / f"trial-{number}"
         fitted = run(copied(model), tried, folder, "prune", "quantize")
-        error = fitted.error
+        search.limit = recipe.allowed_drop(fitted.dense_error) or 0.0
+        drop = task.metric.drop(fitted.dense_error, fitted.error)
         if recipe.goal == "size":
             cost = deployment.nbytes(fitted.model, fitted.steps)
         else:
             cost = multiply_adds(deployment.shrunk(fitted.model))
         if recipe.tries_int8:  # the error that int8 adds counts, too
-            error = max(error, int8_error(deployment.shrunk(fitted.model), data))
-        search.trials.append(Trial(fraction, error - fitted.dense_error, cost))
+            error = int8_error(deployment.shrunk(fitted.model), data, task)
+            drop = max(drop, error - task.metric.badness(fitted.dense_error))
+        search.trials.append(Trial(fraction, drop, cost))
         if search.best == len(search.trials) - 1:
             best = replace(fitted, history=(*past, *fitted.history))
     assert best is not None  # there is at least one trial
     return best
-
-
-def prepared(recipe: Recipe) -> tuple[Network, Data, Template]:
-    """The network, its data and its graph, checked for what would fail after hours of training.
-
-    Raises:
-        RecipeError: the data do not fit the augmentation.
-        Prune2OnnxError: the network or the data cannot be loaded, they do not fit each other, or
-            torch cannot export the network.
-    """
-    data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
-    model = make_model(recipe, data)
-    check_images(recipe.augment, data.input_shape)
-    check_output(model, data)
-    check_parameters(model, recipe)
-    return model, data, Template(model, data.input_shape, opset=recipe.opset)
-
-
-def train_dense(
-    recipe: Recipe,
-    directory: str | Path,
-    *,
-    cpu: bool = False,
-    callbacks: Callbacks | None = None,
-) -> Path:
-    """Runs the dense phase alone, or the rest of it, so that several prunings can start from it.
-
-    Args:
-        recipe: the settings.
-        directory: checkpoints are kept there; training continues from the last one.
-        cpu: do not use a GPU.
-        callbacks: called with the progress of training.
-
-    Returns:
-        The file of weights, for `Recipe.weights`.
-    """
-    directory = Path(directory)
-    data = load_data(recipe.data, validation=recipe.validation, seed=recipe.seed)
-    fit(
-        make_model(recipe, data),
-        data,
-        recipe,
-        accelerator=make_accelerator(recipe, cpu=cpu),
-        checkpoints=directory,
-        resume=True,
-        stop="dense",
-        callbacks=callbacks,
-    )
-    return directory / "dense.safetensors"

@@ -32,7 +32,8 @@ from pydantic import (
     model_validator,
 )
 
-from prune2onnx.commands.compress import compress, prepared, train_dense
+from prune2onnx.commands.compress import compress
+from prune2onnx.commands.prepare import prepared, train_dense
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.files import write_whole
 from prune2onnx.runs.folder import FRONT

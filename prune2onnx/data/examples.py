@@ -1,8 +1,9 @@
-"""Examples with labels: `Arrays` in memory, `Wrapped` around a user's own data set.
+"""Examples (inputs, targets): `Arrays` in memory, `Wrapped` around a user's own data set.
 
-Both give (float32 x, int64 y) as numpy arrays; `collate` makes tensors of them for training. So a
-file is validated on data without torch, which takes seconds to import. `arrays` and `wrap` build
-and check them; how files are read is in the modules beside this one.
+Both give numpy arrays, float32 x and int64 y in classification; `collate` makes tensors of them for
+training. So a file is validated on data without torch, which takes seconds to import. `arrays` and
+`wrap` build and check those of a classifier with one input, `shaped` those of any other task; how
+files are read is in the modules beside this one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.tasks.structure import leaves, mapped, stacked
 
-Batch: TypeAlias = tuple[NDArray[np.float32], NDArray[np.int64]]
+Batch: TypeAlias = tuple[Any, Any]
+"""Inputs and targets: an array, or a tuple or dict of arrays; targets may also be None."""
 Indices: TypeAlias = NDArray[np.int64]
 
 PIXEL = 1 / 255  # uint8 counts as pixels, from any source: 0 ... 255 becomes 0 ... 1
@@ -36,61 +39,83 @@ class MapDataset(Protocol):
 
 @dataclass(frozen=True)
 class Data:
-    """Three sets of examples of one classification task.
+    """Three sets of examples of one task.
 
     Attributes:
         name: as reports show it.
-        train: map-style dataset of (float32 x of `input_shape`, int64 y); weights learn from it.
+        train: map-style dataset of (inputs, targets), in classification (float32 x of
+            `input_shape`, int64 y); weights learn from it.
         validation: the same form, held out of training; every choice is made on it.
         test: the same form; read once, for the report.
-        input_shape: shape of one x, without the batch: `[channels, height, width]` for images.
-        classes: number of classes; labels are 0 ... classes - 1.
+        input_shape: shape of one x, without the batch: `[channels, height, width]` for images. A
+            tuple or dict of shapes where inputs are a tuple or dict of arrays.
+        classes: number of classes, labels are 0 ... classes - 1; or of labels, or of values, that a
+            network returns for an example, or for each position of it.
+        input_dtype: type of the inputs, in the same structure.
+        tokens: one more than the largest integer in the inputs; 0 where inputs are no integers.
     """
 
     name: str
     train: MapDataset
     validation: MapDataset
     test: MapDataset
-    input_shape: tuple[int, ...]
-    classes: int
+    input_shape: Any = ()
+    classes: int = 0
+    input_dtype: Any = "float32"
+    tokens: int = 0
 
 
 class Arrays:
     """Examples in memory; one indexing operation makes a batch.
 
     Attributes:
-        x: uint8 or float32 `[n, *shape]`, as stored.
-        y: int64 `[n]`.
-        scale: what x is multiplied by on access.
+        x: `[n, *shape]`, as stored: uint8 pixels, float32, or integers; or a tuple or dict of such.
+        y: `[n, ...]`, in the same way; the object x itself where the inputs are the targets.
+        scale: what uint8 x is multiplied by on access.
+        integers: whether x was given as integers.
     """
 
-    def __init__(self, x: NDArray[Any], y: NDArray[np.int64], scale: float = 1.0) -> None:
-        self.x, self.y, self.scale = x, y, scale
+    def __init__(self, x: Any, y: Any, scale: float = 1.0, *, integers: bool = False) -> None:
+        self.x, self.y, self.scale, self.integers = x, y, scale, integers
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> Any:
         """Shape of one x."""
-        return tuple(self.x.shape[1:])
+        return mapped(lambda array: tuple(array.shape[1:]), self.x)
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The class of each example, `[n]`; zeros where it has no single class."""
+        if isinstance(self.y, np.ndarray) and self.y.ndim == 1 and self.y.dtype == np.int64:
+            return np.asarray(self.y, np.int64)
+        return np.zeros(len(self), np.int64)
 
     def __len__(self) -> int:
-        return len(self.y)
+        return len(leaves(self.x)[0])
 
-    def __getitem__(self, index: int) -> tuple[NDArray[np.float32], np.int64]:
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
         x, y = self.__getitems__([index])
-        return x[0], y[0]
+        return mapped(lambda array: array[0], x), mapped(lambda array: array[0], y)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """A batch, float32 `[batch, *shape]` and int64 `[batch]`; a DataLoader needs `collate`."""
+        """A batch, such as float32 `[batch, *shape]` and int64 `[batch]`; see `collate`."""
         # Not in torch, which uses its thread pool for such a batch: where other programs keep the
         # cores busy, that was measured to take 100 times as long as the copying.
-        x, y = self.x.take(indices, axis=0), self.y.take(indices)
-        if self.scale != 1.0:
+        x = mapped(lambda array: self._scaled(array.take(indices, axis=0)), self.x)
+        if self.y is self.x:
+            return x, x
+        return x, mapped(lambda array: array.take(indices, axis=0), self.y)
+
+    def _scaled(self, x: NDArray[Any]) -> NDArray[Any]:
+        if x.dtype == np.uint8:
             x = np.multiply(x, np.float32(self.scale), dtype=np.float32)
-        return x.astype(np.float32, copy=False), y
+        return x.astype(np.float32, copy=False) if x.dtype.kind == "f" else x
 
     def subset(self, indices: Indices) -> Arrays:
         """A copy of the examples at `indices`."""
-        return Arrays(self.x[indices], self.y[indices], self.scale)
+        x = mapped(lambda array: array[indices], self.x)
+        y = x if self.y is self.x else mapped(lambda array: array[indices], self.y)
+        return Arrays(x, y, self.scale, integers=self.integers)
 
 
 class Wrapped:
@@ -114,6 +139,11 @@ class Wrapped:
         self.dataset, self.y, self.shape = dataset, y, shape
         self.indices, self.where = indices, where
 
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """The class of each example, `[n]`."""
+        return self.y
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -130,37 +160,44 @@ Examples: TypeAlias = Arrays | Wrapped
 
 
 def collate(batch: Any) -> Any:
-    """A `DataLoader`'s `collate_fn`: makes tensors, float32 `[batch, ...]` and int64 `[batch]`.
+    """A `DataLoader`'s `collate_fn`: makes tensors, such as float32 `[batch, ...]`.
 
-    A batch of `Arrays` is a tuple of two arrays already; that of any other dataset is a list of
-    examples, which torch's `default_collate` stacks.
+    A batch of `Arrays` is a tuple of arrays already; that of any other dataset is a list of
+    examples (inputs, targets), which are stacked; targets that are None stay None.
     """
     import torch  # a caller with a DataLoader has imported it
     from torch.utils.data import default_collate
 
     if isinstance(batch, tuple):
-        return tuple(map(torch.from_numpy, batch))
+        return tuple(mapped(torch.from_numpy, each) for each in batch)
+    if all(isinstance(example, tuple | list) and example[-1] is None for example in batch):
+        return default_collate([example[0] for example in batch]), None
     return default_collate(batch)
 
 
 def batches(data: MapDataset, size: int = 128) -> Iterator[Batch]:
-    """A dataset in numpy batches (x [size, ...], y [size]), for onnxruntime."""
+    """A dataset in numpy batches (inputs [size, ...], targets [size, ...]), for onnxruntime."""
     for begin in range(0, len(data), size):
         indices = range(begin, min(begin + size, len(data)))
         if isinstance(data, Arrays):
             yield data.__getitems__(indices)
         else:
             x, y = zip(*(data[index] for index in indices), strict=True)
-            yield np.stack([as_numpy(one) for one in x]), np.array([int(one) for one in y])
+            yield _stacked(x), _stacked(y)
 
 
-def first(data: MapDataset, examples: int, size: int = 64) -> list[NDArray[np.float32]]:
-    """The first examples of a dataset, without labels, in batches."""
-    taken: list[NDArray[np.float32]] = []
+def _stacked(examples: Sequence[Any]) -> Any:
+    return stacked([mapped(as_numpy, each) for each in examples], lambda parts: np.stack(parts))
+
+
+def first(data: MapDataset, examples: int, size: int = 64) -> list[Any]:
+    """The first examples of a dataset, without targets, in batches."""
+    taken: list[Any] = []
     left = examples
     for x, _ in batches(data, min(size, examples)):
-        taken.append(x[:left])
-        left -= len(taken[-1])
+        part = mapped(lambda array: array[:left], x)  # noqa: B023  # called at once
+        taken.append(part)
+        left -= len(leaves(part)[0])
         if not left:
             break
     return taken
@@ -180,7 +217,7 @@ def arrays(x: Any, y: Any, where: str, scale: float = PIXEL) -> Arrays:
         Prune2OnnxError: x is not an array of numbers, has no axis beside n, or is not finite; y is
             not `[n]`, not of integers, or negative; there are no examples.
     """
-    x, y = _numpy(x, f"{where}: x"), _numpy(y, f"{where}: y")
+    x, y = numpy_of(x, f"{where}: x"), numpy_of(y, f"{where}: y")
     if x.ndim < 2:
         raise Prune2OnnxError(
             f"{where}: x has shape {list(x.shape)}, expected [examples, ...] with at least one "
@@ -200,6 +237,7 @@ def arrays(x: Any, y: Any, where: str, scale: float = PIXEL) -> Arrays:
             f"{where}: {len(x):,} examples but {len(y):,} labels, expected one label each; "
             "check that both come from the same set"
         )
+    integers = x.dtype.kind in "iu" and x.dtype != np.uint8
     if x.dtype == np.uint8:
         x = x[:, None] if x.ndim == 3 else x
     elif x.dtype.kind in "biuf":
@@ -220,7 +258,8 @@ def arrays(x: Any, y: Any, where: str, scale: float = PIXEL) -> Arrays:
             f"{where}: x has dtype {x.dtype}, expected uint8 (pixels) or numbers that fit float32"
         )
     # W: torch warns about read-only memory, such as that of a file.
-    return Arrays(np.require(x, requirements=["C", "W"]), _labels(y, where), scale)
+    x = np.require(x, requirements=["C", "W"])
+    return Arrays(x, labels_of(y, where), scale, integers=integers)
 
 
 def wrap(dataset: Any, where: str) -> Examples:
@@ -249,7 +288,7 @@ def wrap(dataset: Any, where: str) -> Examples:
     targets = getattr(dataset, "targets", None)
     known = None
     if targets is not None and getattr(dataset, "target_transform", None) is None:
-        known = _numpy(targets, f"{where}: targets")
+        known = numpy_of(targets, f"{where}: targets")
         if known.shape != (len(dataset),) or known[0] != int(label):
             known = None  # `targets` means something else here
     if known is None:
@@ -263,10 +302,10 @@ def wrap(dataset: Any, where: str) -> Examples:
                 )
             known[index] = int(label)
     every = np.arange(len(dataset))
-    return Wrapped(dataset, _labels(known, where), tuple(first.shape), every, where)
+    return Wrapped(dataset, labels_of(known, where), tuple(first.shape), every, where)
 
 
-def _labels(y: NDArray[Any], where: str) -> NDArray[np.int64]:
+def labels_of(y: NDArray[Any], where: str) -> NDArray[np.int64]:
     """Labels as int64 `[n]`, or an error."""
     if y.dtype.kind not in "biu":
         raise Prune2OnnxError(
@@ -282,7 +321,7 @@ def _labels(y: NDArray[Any], where: str) -> NDArray[np.int64]:
     return y.astype(np.int64)
 
 
-TorchType = Literal["Tensor", "Dataset", "IterableDataset", "TensorDataset"]
+TorchType = Literal["Tensor", "Dataset", "IterableDataset", "TensorDataset", "DataLoader"]
 
 
 def is_torch(value: Any, *types: TorchType) -> bool:
@@ -304,7 +343,8 @@ def as_numpy(value: Any) -> NDArray[Any]:
     return np.asarray(value)
 
 
-def _numpy(value: Any, what: str) -> NDArray[Any]:
+def numpy_of(value: Any, what: str) -> NDArray[Any]:
+    """`as_numpy`, with an error that names what is converted."""
     try:
         return as_numpy(value)
     except Exception as error:  # whatever the value's own conversion raises

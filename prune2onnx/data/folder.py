@@ -1,4 +1,4 @@
-"""Folders of images, one folder per class: `folder:DIR`."""
+"""Folders of images: `folder:DIR`, one folder per class, or images beside masks."""
 
 from __future__ import annotations
 
@@ -11,26 +11,43 @@ from PIL import Image
 
 from prune2onnx.data.examples import Arrays, arrays
 from prune2onnx.data.idx import existing_folder
+from prune2onnx.data.images import Images
+from prune2onnx.data.shaped import shaped
 from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.tasks.metrics import IGNORED
+from prune2onnx.tasks.task import Task
 
 FORM = "expected DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*"
 GREY = ("1", "L", "LA")
 # Pillow would silently clip 16-bit and float images to 8 bits.
 DEEP = ("I", "F")
+_VOID = 255  # of a mask: counts nowhere, as in PASCAL VOC
 
 
-def read_folder(argument: str) -> tuple[Arrays, Arrays | None]:
+def read_folder(argument: str, task: Task, images: Images) -> tuple[Arrays, Arrays | None]:
     """`folder:DIR`: DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/* with no test set.
 
     Classes are numbered by name, in order of code points. Every file in a class folder must be an
     image (hidden ones are ignored), all of one size; x is uint8 `[n, 3, h, w]`, or
-    `[n, 1, h, w]` if all of them are grey. Transparency is dropped.
+    `[n, 1, h, w]` if all of them are grey. Transparency is dropped. For segmentation, see
+    `read_pairs`.
 
     Raises:
         Prune2OnnxError: a folder is missing, empty or holds something else; an image cannot be
             read or differs in size; train and test have different classes.
     """
     root = existing_folder(argument, "folder:DIR")
+    if task.targets == "class map":
+        return read_pairs(root, task, images)
+    train, test = _class_folders(root, images)
+    if task.targets == "class" and task.batch is None:
+        return train, test
+    made = shaped(train.x, train.y, task, argument)
+    return made, None if test is None else shaped(test.x, test.y, task, argument)
+
+
+def _class_folders(root: Path, images: Images) -> tuple[Arrays, Arrays | None]:
+    """The images of DIR/<class>/*, or of train/ and test/."""
     top = _folders(root)
     # A class may be called "train"; with folders in it, it is the training set.
     if "train" not in top or not _folders(top["train"]):
@@ -38,14 +55,14 @@ def read_folder(argument: str) -> tuple[Arrays, Arrays | None]:
             raise Prune2OnnxError(f"{root}: has test/ but no classes in train/; {FORM}")
         if not top:
             raise Prune2OnnxError(f"{root}: no folders in it; {FORM}")
-        return _read([top])[0], None
+        return _read([top], images)[0], None
     if other := sorted(top.keys() - {"train", "test"}):
         raise Prune2OnnxError(
             f"{root}: has {other[0]}/ beside train/; {FORM}; merge it into train/ (validation "
             "examples are held out of it), rename it to test/, or move it away"
         )
     if "test" not in top:
-        return _read([_folders(top["train"])])[0], None
+        return _read([_folders(top["train"])], images)[0], None
     train, test = _folders(top["train"]), _folders(top["test"])
     for name in sorted(train.keys() ^ test.keys()):
         has, lacks = ("train", "test") if name in train else ("test", "train")
@@ -53,7 +70,7 @@ def read_folder(argument: str) -> tuple[Arrays, Arrays | None]:
             f"{root}: class {name!r} is in {has}/ but not in {lacks}/, expected the same classes "
             "in both; add or remove it"
         )
-    both = _read([train, test])
+    both = _read([train, test], images)
     return both[0], both[1]
 
 
@@ -63,7 +80,7 @@ def _folders(folder: Path) -> dict[str, Path]:
     return {p.name: p for p in sorted(found, key=lambda p: p.name)}
 
 
-def _read(sets: list[dict[str, Path]]) -> list[Arrays]:
+def _read(sets: list[dict[str, Path]], images: Images) -> list[Arrays]:
     """Reads sets of class folders; one size and one number of channels for all of them."""
     files = [
         (path, label, n)
@@ -73,7 +90,7 @@ def _read(sets: list[dict[str, Path]]) -> list[Arrays]:
     ]
     first, grey, x = None, True, np.empty(0, np.uint8)
     for row, (path, _, _) in enumerate(files):
-        pixels, is_grey = _pixels(path)
+        pixels, is_grey = pixels_of(path, images)
         grey &= is_grey
         if first is None:
             first = path
@@ -81,7 +98,7 @@ def _read(sets: list[dict[str, Path]]) -> list[Arrays]:
         if pixels.shape != x.shape[1:]:
             raise Prune2OnnxError(
                 f"{path}: {_size(pixels.shape)} pixels, but {first} has {_size(x.shape[1:])}, "
-                "expected one size for all (width x height); resize them"
+                "expected one size for all (width x height); resize them (--resize)"
             )
         x[row] = pixels
     x = x[:, :1] if grey else x
@@ -91,6 +108,72 @@ def _read(sets: list[dict[str, Path]]) -> list[Arrays]:
         arrays(x[set_of == n], y[set_of == n], str(next(iter(folders.values())).parent))
         for n, folders in enumerate(sets)
     ]
+
+
+def read_pairs(root: Path, task: Task, images: Images) -> tuple[Arrays, Arrays | None]:
+    """`folder:DIR` for segmentation: DIR/images/* and DIR/masks/*, or so in DIR/train and DIR/test.
+
+    A mask has the name of its image, whatever its suffix, and the image's size; its pixels, grey or
+    indices of a palette, are classes, and 255 counts nowhere.
+
+    Raises:
+        Prune2OnnxError: a folder or a mask is missing, or sizes differ.
+    """
+    top = _folders(root)
+    if {"images", "masks"} <= top.keys():
+        return _read_pairs(root, task, images), None
+    if "train" in top:
+        train = _read_pairs(top["train"], task, images)
+        return train, _read_pairs(top["test"], task, images) if "test" in top else None
+    raise Prune2OnnxError(
+        f"{root}: holds {', '.join(top) or 'no folder'}; for segmentation, expected images/ and "
+        "masks/ in it, or in train/ and test/ in it"
+    )
+
+
+def _read_pairs(folder: Path, task: Task, images: Images) -> Arrays:
+    """The images of a folder, and their masks."""
+    parts = _folders(folder)
+    if not {"images", "masks"} <= parts.keys():
+        raise Prune2OnnxError(
+            f"{folder}: holds {', '.join(parts) or 'no folder'}, expected images/ and masks/"
+        )
+    masks = {path.stem: path for path in _files(parts["masks"])}
+    pictures = _files(parts["images"])
+    for path in pictures:
+        if path.stem not in masks:
+            raise Prune2OnnxError(
+                f"{path}: no mask {parts['masks'].name}/{path.stem}.*, expected one of its name; "
+                "add it, or move the image away"
+            )
+    x = _read([{"images": parts["images"]}], images)[0].x
+    y = np.empty((len(x), *x.shape[2:]), np.int64)
+    for row, path in enumerate(pictures):
+        mask = _mask(masks[path.stem], images)
+        if mask.shape != y.shape[1:]:
+            raise Prune2OnnxError(
+                f"{masks[path.stem]}: {mask.shape[1]}x{mask.shape[0]} pixels, its image has "
+                f"{y.shape[2]}x{y.shape[1]}, expected the same"
+            )
+        y[row] = mask
+    y[y == _VOID] = IGNORED
+    return shaped(x, y, task, str(folder))
+
+
+def _mask(path: Path, images: Images) -> NDArray[np.uint8]:
+    """Classes, uint8 `[h, w]`."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("1", "L", "P"):
+                raise Prune2OnnxError(
+                    f"{path}: a mask of mode {image.mode}, expected grey or palette pixels of 8 "
+                    "bits, whose values are classes; convert it"
+                )
+            return np.asarray(images.sized(image, smooth=False)).astype(np.uint8)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise Prune2OnnxError(
+            f"{path}: not a readable image ({one_line(error)}), expected one; fix or remove it"
+        ) from error
 
 
 def _files(folder: Path) -> list[Path]:
@@ -104,7 +187,7 @@ def _files(folder: Path) -> list[Path]:
     return entries
 
 
-def _pixels(path: Path) -> tuple[NDArray[np.uint8], bool]:
+def pixels_of(path: Path, images: Images) -> tuple[NDArray[np.uint8], bool]:
     """One image as uint8 `[3, h, w]`, and whether it is grey (then all three are equal)."""
     try:
         with Image.open(path) as image:
@@ -113,7 +196,8 @@ def _pixels(path: Path) -> tuple[NDArray[np.uint8], bool]:
                     f"{path}: its pixels are deeper than 8 bits (mode {image.mode}), expected an "
                     "8-bit image; convert it, or read it with file.py:callable"
                 )
-            return np.asarray(image.convert("RGB")).transpose(2, 0, 1), image.mode in GREY
+            sized = images.sized(image.convert("RGB"))
+            return np.asarray(sized).transpose(2, 0, 1), image.mode in GREY
     # Pillow's plug-ins raise these on a file they cannot read (SyntaxError: a broken PNG).
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise Prune2OnnxError(

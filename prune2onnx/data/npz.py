@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -12,29 +13,80 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prune2onnx.data.examples import Arrays, arrays
+from prune2onnx.data.examples import Arrays
+from prune2onnx.data.images import Images
+from prune2onnx.data.shaped import shaped
 from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.tasks.task import UNLABELLED, Task
 
-KEYS = "expected x_train, y_train[, x_test, y_test] or x, y"
+KEYS = (
+    "expected x_train, y_train[, x_test, y_test] or x, y; several inputs as x_NAME or x_train_NAME"
+)
+
+_SETS = ("train", "test")
+_ENTRY = re.compile(r"(?P<part>[xy])(_(?P<split>train|test))?(_(?P<name>\w+))?")
 
 
-def read_npz(argument: str) -> tuple[Arrays, Arrays | None]:
+def read_npz(argument: str, task: Task, images: Images) -> tuple[Arrays, Arrays | None]:
     """`npz:FILE`: x_train, y_train, x_test, y_test; the last two may be missing; or x, y.
 
-    x is `[n, ...]` (images `[n, channels, h, w]`), y is `[n]`; see `arrays` for types. Other
-    entries are ignored.
+    x is `[n, ...]` (images `[n, channels, h, w]`), y is `[n]` in classification; see `shaped` for
+    types. Several inputs are called x_NAME (or x_train_NAME, x_test_NAME), and NAME is the argument
+    of the model that gets them; several targets y_NAME. Other entries are ignored.
 
     Raises:
         Prune2OnnxError: the file is missing, damaged, holds pickled objects or other names.
     """
     path = Path(argument).expanduser()
     with _opened(argument) as archive:
-        wanted = _wanted(set(archive.files), path)
-        found = [archive[name] for name in wanted]
-    train = arrays(found[0], found[1], f"{path}: {wanted[0]}, {wanted[1]}")
-    if len(found) == 2:
-        return train, None
-    return train, arrays(found[2], found[3], f"{path}: x_test, y_test")
+        names = set(archive.files)
+        if any(_named(name) for name in names):
+            return _read_structures(archive, path, task)
+        wanted = _wanted(names, path, task)
+        found = {name: archive[name] for name in wanted}
+
+    def part(suffix: str) -> Arrays:
+        x, y = f"x{suffix}", f"y{suffix}"
+        where = ", ".join(name for name in (x, y) if name in found)
+        return shaped(found[x], found.get(y), task, f"{path}: {where}")
+
+    if "x" in found:
+        return part(""), None
+    return part("_train"), part("_test") if "x_test" in found else None
+
+
+def _named(entry: str) -> str:
+    """The name of the input or target in an entry such as x_left or x_train_left; else ""."""
+    match = _ENTRY.fullmatch(entry)
+    return (match and match["name"]) or ""
+
+
+def _read_structures(archive: Any, path: Path, task: Task) -> tuple[Arrays, Arrays | None]:
+    """Inputs, or targets, that are several arrays."""
+    found: dict[str, dict[str, dict[str, NDArray[Any]]]] = {}
+    for entry in archive.files:
+        if match := _ENTRY.fullmatch(entry):
+            split, part = match["split"] or "", match["part"]
+            found.setdefault(split, {}).setdefault(part, {})[match["name"] or ""] = archive[entry]
+    sets = [split for split in ("", *_SETS) if "x" in found.get(split, {})]
+    if sets not in ([""], ["train"], ["train", "test"]):
+        raise Prune2OnnxError(f"{path}: holds {', '.join(sorted(archive.files))}; {KEYS}")
+
+    def structure(arrays: dict[str, NDArray[Any]] | None) -> Any:
+        if arrays is None:
+            return None
+        if "" in arrays and len(arrays) > 1:
+            raise Prune2OnnxError(
+                f"{path}: holds one array without a name beside {', '.join(filter(None, arrays))}; "
+                "give each a name, as x_NAME"
+            )
+        return arrays.get("", arrays)
+
+    made = []
+    for split in sets:
+        x, y = structure(found[split]["x"]), structure(found[split].get("y"))
+        made.append(shaped(x, y, task, f"{path}: {split or 'x, y'}"))
+    return made[0], made[1] if len(made) > 1 else None
 
 
 def read_named(argument: str, names: Sequence[str]) -> dict[str, NDArray[Any]] | None:
@@ -72,12 +124,14 @@ def _opened(argument: str) -> Iterator[Any]:
         ) from error
 
 
-def _wanted(names: set[str], path: Path) -> list[str]:
+def _wanted(names: set[str], path: Path, task: Task) -> list[str]:
     """The entries to read, training before test."""
     prefix = "_train" if "x_train" in names else ""
     wanted = [f"x{prefix}", f"y{prefix}"]
     if names & {"x_test", "y_test"}:
         wanted = ["x_train", "y_train", "x_test", "y_test"]
+    if task.targets in (*UNLABELLED, "any"):  # used where they are there
+        wanted = [name for name in wanted if name[0] == "x" or name in names]
     if missing := [name for name in wanted if name not in names]:
         raise Prune2OnnxError(
             f"{path}: holds {', '.join(sorted(names)) or 'nothing'} but no {missing[0]}; "

@@ -14,10 +14,12 @@ def hold_out(
 ) -> tuple[Examples, Examples]:
     """Splits `examples` into those that stay and those held out as the `what` set.
 
+    The same fraction of every class, or simply of all examples where they have no class.
+
     Raises:
         Prune2OnnxError: one of the two would be empty.
     """
-    keep, held = stratified(examples.y, fraction, seed)
+    keep, held = stratified(examples.labels, fraction, seed)
     if len(held) == 0:
         raise Prune2OnnxError(
             f"{where}: {len(examples)} examples are too few to hold {fraction:.0%} out for "

@@ -166,7 +166,7 @@ def _padding(tokenizer: Tokenizer) -> int:
     return int(stated.get("pad_id", next((i for i in named if i is not None), 0)))
 
 
-def refuse_text(argument: str) -> NoReturn:
+def refuse_text(argument: str, *_: object) -> NoReturn:
     """In place of a data set with labels."""
     raise RecipeError(
         f"data 'text:{argument}': lines of text have no labels; text:FILE is for pack, quantize, "

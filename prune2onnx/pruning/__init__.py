@@ -6,8 +6,9 @@ from prune2onnx.pruning.coverage import Density, LayerDensity, OtherParameter, o
 from prune2onnx.pruning.functions import FUNCTIONS
 from prune2onnx.pruning.granularity import GRANULARITIES
 from prune2onnx.pruning.holding import hold_zeros
+from prune2onnx.pruning.learned import Learned
 from prune2onnx.pruning.rate import density_of_bits
-from prune2onnx.pruning.selection import checked_weights, prunable_weights, selected_weights
+from prune2onnx.pruning.selection import Place, checked_weights, prunable_weights, selected_weights
 from prune2onnx.pruning.weights import (
     add_gradients,
     bake,
@@ -27,7 +28,9 @@ __all__ = [
     "ChannelThresholds",
     "Density",
     "LayerDensity",
+    "Learned",
     "OtherParameter",
+    "Place",
     "add_gradients",
     "bake",
     "channel_thresholds_of",

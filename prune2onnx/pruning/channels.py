@@ -33,12 +33,13 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.pruning.channel_groups import Producer, blocks_of, counts_of, original, squares_of
 from prune2onnx.pruning.computed import parametrize_own, remedy, unparametrize_own
 from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
-from prune2onnx.pruning.selection import channel_axis, prunable_weights
+from prune2onnx.pruning.learned import Learned
+from prune2onnx.pruning.selection import Place, prunable_weights
 from prune2onnx.pruning.weights import scaled
 from prune2onnx.shrinking.structure import Structure
 
 
-class ChannelThresholds(nn.Module):
+class ChannelThresholds(Learned):
     """The thresholds of all channel groups and of all branches, and what these cost.
 
     The measure of a group is the root mean square over the layers that produce it, each in units of
@@ -316,6 +317,11 @@ class _Gate(nn.Module):
         return x * factor.view(shape).to(x.dtype)
 
 
+def _has_channels(place: Place) -> bool:
+    """Whether all of a layer's output channels are those of one weight and one bias."""
+    return place.attribute == "weight" and hasattr(place.module, "bias")
+
+
 def channel_thresholds_of(model: nn.Module) -> ChannelThresholds | None:
     """The thresholds that `prune_channels` put on a model's channels."""
     return next(
@@ -366,8 +372,9 @@ def prune_channels(
     producers: dict[str, Producer] = {}
     for layer in structure.layers:
         weight = known_as.get(id(parameters.get(layer.weight)), "")
-        modules = holders[weight] if weight in chosen else ()
-        axis = channel_axis(modules[0]) if modules else 0
+        places = holders[weight] if weight in chosen else ()
+        modules = tuple(place.module for place in places if _has_channels(place))
+        axis = places[0].axis if modules else 0
         norm_name = behind.get(weight.removesuffix(".weight"))
         norm = None if norm_name is None else model.get_submodule(norm_name)
         if any(remedy(one, name) for one in (*modules, norm) if one for name in ("weight", "bias")):

@@ -52,12 +52,45 @@ def parametrize_own(module: nn.Module, name: str, parametrization: nn.Module) ->
     """Registers a parametrization on this module alone, not on those that it is a copy of."""
     _own_class(module)
     parametrize.register_parametrization(module, name, parametrization)
+    if isinstance(module, nn.RNNBase):
+        _compute_flat_weights(module)
 
 
 def unparametrize_own(module: nn.Module, name: str) -> None:
     """Leaves the original tensor as a plain parameter of this module; copies keep theirs."""
     _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def _compute_flat_weights(module: nn.RNNBase) -> None:
+    """Lets a recurrent layer compute its weights in each forward pass.
+
+    It keeps a list of them beside the attributes, as cuDNN has it, and would go on reading the
+    tensors from before. That list is made at the beginning of a pass here, and emptied at the end:
+    computed tensors that stay could not be copied.
+    """
+    own: Any = type(module)
+    if "_init_flat_weights" not in vars(own):
+        forward = own.forward
+
+        def compute(self: Any, *args: Any, **kwargs: Any) -> Any:
+            self._flat_weights = [getattr(self, name) for name in self._flat_weights_names]
+            try:
+                return forward(self, *args, **kwargs)
+            finally:
+                self._init_flat_weights()
+
+        own.forward = compute
+        own._init_flat_weights = _empty_flat_weights
+        own._update_flat_weights = lambda self: None
+    module._init_flat_weights()
+
+
+def _empty_flat_weights(module: Any) -> None:
+    module._flat_weights = [None] * len(module._flat_weights_names)
+    module._flat_weight_refs = []
 
 
 def deep_copy(model: _Module) -> _Module:
@@ -118,6 +151,9 @@ def with_plain_parameters(model: _Module) -> _Module:
             )
             delattr(module, name)
             module.register_parameter(name, plain)
+        for module in model.modules():
+            if isinstance(module, nn.RNNBase):
+                module._init_flat_weights()
     return model
 
 

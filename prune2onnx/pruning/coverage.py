@@ -1,7 +1,7 @@
 """What pruning covers: survivors of the weights that are counted, and the parameters that are not.
 
-Only weights of Linear and convolution layers are pruned. Those of LSTM, GRU, Embedding,
-MultiheadAttention, of normalisation layers, biases and bare parameters are left alone.
+Only matrices of known layers are pruned (`selection.PRUNABLE`). Weights of normalisation layers,
+biases and bare parameters, such as positions, are left alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from prune2onnx.errors import PruningWarning
-from prune2onnx.pruning.selection import prunable_weights
+from prune2onnx.pruning.selection import KINDS, prunable_weights
 
 _MUCH = 0.25
 """Fraction of a network's parameters in matrices that cannot be pruned, from which it is said."""
@@ -52,7 +52,7 @@ class OtherParameter:
 
     Attributes:
         name: as in `named_parameters`.
-        layer: type of the module that holds it, such as "LSTM".
+        layer: type of the module that holds it, such as "LayerNorm".
         size: elements.
     """
 
@@ -108,12 +108,14 @@ def other_parameters(model: nn.Module, counted: Collection[str]) -> Iterator[Oth
         counted: names of weights, as in the state_dict of the plain model.
     """
     seen: set[int] = set()
-    for layer in {name.rpartition(".")[0] for name in counted}:
+    for counted_name in counted:
+        layer, _, own = counted_name.rpartition(".")
         # weight, weight_orig, weight_g, parametrizations.weight.original, thresholds and scales
         seen |= {
             id(parameter)
             for name, parameter in model.get_submodule(layer).named_parameters()
-            if name.startswith(("weight", "parametrizations.weight."))
+            if name in (own, f"{own}_orig", f"{own}_g", f"{own}_v")
+            or name.startswith(f"parametrizations.{own}.")
         }
     for path, module in model.named_modules():
         if type(module).__module__.startswith("prune2onnx."):
@@ -143,8 +145,8 @@ def warn_of_others(model: nn.Module) -> None:
     if len(others) > _NAMED:
         named.append(f"and {len(others) - _NAMED} more")
     warnings.warn(
-        f"{type(model).__name__}: {left:,} of {every:,} parameters are left alone, as only Linear "
-        f"and convolution weights are pruned: {', '.join(named)}",
+        f"{type(model).__name__}: {left:,} of {every:,} parameters are left alone, as only weights "
+        f"of {KINDS} are pruned: {', '.join(named)}",
         PruningWarning,
         stacklevel=3,
     )

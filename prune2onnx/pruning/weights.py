@@ -28,12 +28,13 @@ from prune2onnx.pruning.computed import parametrize_own, unparametrize_own
 from prune2onnx.pruning.coverage import Density, LayerDensity, other_parameters, warn_of_others
 from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
 from prune2onnx.pruning.granularity import GRANULARITIES
+from prune2onnx.pruning.learned import Learned
 from prune2onnx.pruning.rate import survivor_bits
-from prune2onnx.pruning.selection import channel_axis, checked_weights, prunable_weights, select
+from prune2onnx.pruning.selection import Place, checked_weights, prunable_weights, select
 from prune2onnx.pruning.wrappers import refuse_distributed, unwrapped
 
 
-class _LearnedThreshold(nn.Module):
+class _LearnedThreshold(Learned):
     """The parametrization of one weight: w, t -> w~.
 
     t = scale * softplus(rho), so it is positive whatever the optimizer does to rho. `scale` is the
@@ -129,24 +130,25 @@ class _LearnedThreshold(nn.Module):
 
 @dataclass(frozen=True)
 class _Site:
-    """Where a learned threshold sits: a weight and every module that shares it."""
+    """Where a learned threshold sits: a weight, and each module and attribute that holds it."""
 
     threshold: _LearnedThreshold
     original: nn.Parameter
-    modules: tuple[nn.Module, ...]
+    holders: tuple[tuple[nn.Module, str], ...]
 
 
 def _sites(model: nn.Module) -> Iterator[_Site]:
     """The learned thresholds of a model, each once, in the order of its modules."""
-    found: dict[int, tuple[_LearnedThreshold, nn.Parameter, list[nn.Module]]] = {}
+    found: dict[int, tuple[_LearnedThreshold, nn.Parameter, list[tuple[nn.Module, str]]]] = {}
     for module in model.modules():
-        if not parametrize.is_parametrized(module, "weight"):
+        if not parametrize.is_parametrized(module):
             continue
-        chain = cast(Any, module).parametrizations.weight
-        if isinstance(chain[0], _LearnedThreshold):
-            found.setdefault(id(chain.original), (chain[0], chain.original, []))[2].append(module)
-    for threshold, original, modules in found.values():
-        yield _Site(threshold, original, tuple(modules))
+        for attribute, chain in cast(Any, module).parametrizations.items():
+            if isinstance(chain[0], _LearnedThreshold):
+                entry = found.setdefault(id(chain.original), (chain[0], chain.original, []))
+                entry[2].append((module, attribute))
+    for threshold, original, holders in found.values():
+        yield _Site(threshold, original, tuple(holders))
 
 
 def _known(value: str, table: Mapping[str, Any], what: str) -> None:
@@ -160,7 +162,7 @@ def prune(
     model: nn.Module,
     *,
     function: str = "threshold-linear",
-    granularity: str = "weight",
+    granularity: str | Mapping[str, str] = "weight",
     thresholds: str = "layer",
     beta: float = 10.0,
     start: float = 0.05,
@@ -175,10 +177,13 @@ def prune(
     them, for a group of their own).
 
     Args:
-        model: any module, or DataParallel, AveragedModel or torch.compile around one; Linear,
-            Conv1d/2d/3d and ConvTranspose1d/2d/3d layers are considered.
+        model: any module, or DataParallel, AveragedModel or torch.compile around one; the matrices
+            of Linear, convolution, recurrent, attention, Embedding and Bilinear layers are
+            considered, those of transformers' Conv1D, too.
         function: a name in `FUNCTIONS`.
-        granularity: "weight", or "channel": an output channel is pruned as a whole.
+        granularity: "weight", or "channel": an output channel, a row of an Embedding, is pruned
+            as a whole. A mapping gives patterns theirs, the last that matches counts:
+            {"*": "weight", "tokens": "channel"}.
         thresholds: one per "layer", or one per "channel".
         beta: sharpness of the pruning function, in 1 / the weight's root mean square.
         start: first threshold, in root mean squares of the weight.
@@ -198,10 +203,12 @@ def prune(
 
     Warns:
         PruningWarning: a quarter of the parameters or more are in matrices that cannot be pruned,
-            such as those of LSTM, Embedding or MultiheadAttention.
+            such as bare parameters.
     """
     _known(function, FUNCTIONS, "pruning function")
-    _known(granularity, GRANULARITIES, "granularity")
+    granularities = {"*": granularity} if isinstance(granularity, str) else granularity
+    for one in granularities.values():
+        _known(one, GRANULARITIES, "granularity")
     _known(thresholds, {"layer": 0, "channel": 0}, "thresholds")
     for value, what in ((beta, "beta"), (start, "start")):
         if not 0 < value < float("inf"):
@@ -211,38 +218,39 @@ def prune(
     wrapper = model
     refuse_distributed(wrapper, "pruned")
     model = unwrapped(wrapper)
-    holders = prunable_weights(model)
-    factors = dict.fromkeys(holders, 1.0)
+    names = list(prunable_weights(model))
+    factors = dict.fromkeys(names, 1.0)
     for pattern, factor in (importance or {}).items():
         if not 0 <= factor < float("inf"):
             raise RecipeError(f"importance of {pattern!r} is {factor}, expected a number from 0 on")
-        for name in select(list(holders), (pattern,), "importance"):
+        for name in select(names, (pattern,), "importance"):
             factors[name] *= factor
+    units = dict.fromkeys(names, "weight")
+    chosen = checked_weights(model, include, exclude)
+    for pattern, unit in granularities.items():
+        units |= dict.fromkeys(select(names, (pattern,), "granularity"), unit)
 
-    planned: list[tuple[_LearnedThreshold, tuple[nn.Module, ...]]] = []
-    for name, modules in checked_weights(model, include, exclude).items():
-        weight = cast(nn.Parameter, modules[0].weight)
-        axis = channel_axis(modules[0])
+    planned: list[tuple[_LearnedThreshold, tuple[Place, ...]]] = []
+    for name, places in chosen.items():
         learned = _LearnedThreshold(
             name,
-            weight,
-            axis,
+            places[0].value,
+            places[0].axis,
             function=function,
-            granularity=granularity,
+            granularity=units[name],
             per_channel=thresholds == "channel",
             beta=beta,
             start=start,
         )
         learned.importance = factors[name]
-        planned.append((learned, modules))
-    largest = max(modules[0].weight.numel() for _, modules in planned)  # type: ignore[operator]
+        planned.append((learned, places))
+    largest = max(places[0].value.numel() for _, places in planned)
     warn_of_others(model)
-    for learned, modules in planned:
-        size = cast(Tensor, modules[0].weight).numel()
-        learned.importance *= (size / largest) ** balance
-        learned.train(modules[0].training)
-        for module in modules:
-            parametrize_own(module, "weight", learned)
+    for learned, places in planned:
+        learned.importance *= (places[0].value.numel() / largest) ** balance
+        learned.train(places[0].module.training)
+        for place in places:
+            parametrize_own(place.module, place.attribute, learned)
     return wrapper
 
 
@@ -277,7 +285,7 @@ def penalty(model: nn.Module) -> Tensor:
     return torch.stack(counts).sum()
 
 
-def add_gradients(loss: Tensor, model: nn.Module) -> None:
+def add_gradients(loss: Tensor, model: nn.Module, also: Sequence[Tensor] = ()) -> None:
     """Adds the gradients of a loss to those that a model's parameters have.
 
     As `loss.backward()`, but DistributedDataParallel does not notice. So a penalty may reach
@@ -287,8 +295,10 @@ def add_gradients(loss: Tensor, model: nn.Module) -> None:
     Args:
         loss: a scalar that depends on parameters alone, not on data.
         model: has the parameters.
+        also: tensors besides that get their gradients.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters: list[Tensor] = [one for one in model.parameters() if one.requires_grad]
+    parameters += also
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
@@ -330,7 +340,7 @@ def density(model: nn.Module) -> Density:
     """Survivors per layer and in total, before or after `bake`.
 
     Counts the weights that have a learned threshold; in a model without any, the nonzeros of every
-    Linear and convolution weight. The result lists the other parameters, too.
+    weight that can be pruned. The result lists the other parameters, too.
     """
     model = unwrapped(model)
     with torch.no_grad():
@@ -344,7 +354,7 @@ def density(model: nn.Module) -> Density:
             for site in _sites(model)
         )
         if not layers:
-            weights = {n: cast(Tensor, m[0].weight) for n, m in prunable_weights(model).items()}
+            weights = {name: places[0].value for name, places in prunable_weights(model).items()}
             layers = tuple(
                 LayerDensity(name, int(torch.count_nonzero(weight)), weight.numel(), None)
                 for name, weight in weights.items()
@@ -377,6 +387,6 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
             baked = site.threshold(site.original)
             masks[site.threshold.name] = site.threshold.alive(site.original).clone()
             site.original.copy_(baked)
-        for module in site.modules:
-            unparametrize_own(module, "weight")
+        for module, attribute in site.holders:
+            unparametrize_own(module, attribute)
     return masks

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from prune2onnx.runs.recipe import Recipe
 from prune2onnx.runs.report import Goal
+from prune2onnx.tasks.quantity import ERROR, Quantity
 
 _FIRST_STEP = 2.0
 """Factor between the fractions to try, as long as only one side of the limit is known."""
@@ -19,7 +20,14 @@ _CLOSE = 1.08
 
 
 def goals(
-    recipe: Recipe, *, nbytes: int, density: float, macs: float, drop: float
+    recipe: Recipe,
+    *,
+    nbytes: int,
+    density: float,
+    macs: float,
+    dense: float,
+    value: float,
+    metric: Quantity = ERROR,
 ) -> tuple[Goal, ...]:
     """One line for each budget of a recipe.
 
@@ -28,16 +36,20 @@ def goals(
         nbytes: size of the file.
         density: of the pruned weights, 0-1.
         macs: fraction of the dense network's multiply-adds, 0-1.
-        drop: points of validation error that were added.
+        dense: the metric of the dense network, on the validation split.
+        value: that of the result.
+        metric: the task's.
     """
     budgets = (
         ("size", recipe.target_size, nbytes),
         ("density", recipe.target_density, density),
         ("multiply-adds", recipe.target_macs, macs),
-        ("drop", recipe.max_drop, drop),
+        ("drop", recipe.allowed_drop(dense), metric.drop(dense, value)),
     )
     return tuple(
-        Goal(what, float(limit), float(got)) for what, limit, got in budgets if limit is not None
+        Goal(what, float(limit), float(got), metric)
+        for what, limit, got in budgets
+        if limit is not None
     )
 
 
@@ -47,7 +59,7 @@ class Trial:
 
     Attributes:
         fraction: density, or fraction of the multiply-adds, to which it pruned, 0-1.
-        drop: points of validation error that it added.
+        drop: how much worse it made the metric, such as points of validation error.
         cost: bytes, or multiply-adds, of the result.
     """
 
@@ -62,7 +74,7 @@ class Search:
     The fraction is a density, or that of the multiply-adds.
 
     Args:
-        limit: points of validation error that may be added.
+        limit: how much worse the metric may be, such as points of validation error.
         first: the first fraction to try, 0-1.
         trials: the most trials.
     """

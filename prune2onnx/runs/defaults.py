@@ -84,6 +84,25 @@ class PackOptions:
         return any(one is not None for one in (*limits, *budgets))
 
 
+@dataclass(frozen=True)
+class FileOptions:
+    """Options of the file that is written.
+
+    Attributes:
+        opset: ONNX operator set, 18 or newer.
+        anonymize: whether weights get the shortest names, as for `packing.pack`.
+        portable: whether the decoder stands in the graph, as for `packing.pack`.
+        multiple: convolutions keep a multiple of so many channels, as for `shrinking.shrink`.
+        form: "packed", "sparse-initializer" or "dense".
+    """
+
+    opset: int = 18
+    anonymize: bool = False
+    portable: bool = False
+    multiple: int = 1
+    form: Literal["packed", "sparse-initializer", "dense"] = "packed"
+
+
 MAX_DROP = 0.1
 MAX_REL_ERROR = 0.05
 

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prune2onnx.tasks.quantity import ERROR, Quantity
+
 SCHEMA = 1
 RUNS = "runs"
 """The subfolder of a sweep with one folder per run."""
@@ -23,14 +25,14 @@ class Point:
 
     Attributes:
         what: "size", "density" or "drop".
-        limit: in bytes, 0-1, or points of validation error.
+        limit: in bytes, 0-1, or how much worse the metric may be, such as points of error.
         seed: of the run.
         state: "waiting", "running", "done" or "failed".
         nbytes: size of the file; None until the run is done, like the figures that follow.
-        error: percent of the test set.
-        validation_error: percent of the validation split, by which files are chosen.
-        drop: points of test error that were added to the dense network's.
-        validation_drop: points of validation error that were added; a budget "drop" limits these.
+        error: the front's metric on the test set: of a classifier, percent of errors.
+        validation_error: the same on the validation split, by which files are chosen.
+        drop: how much worse it is on the test set than the dense network's, such as points added.
+        validation_drop: the same on the validation split; a budget "drop" limits these.
         density: nonzeros over elements of the pruned weights, 0-1.
         ratio: dense bytes over bytes.
         met: whether the budget was met.
@@ -83,10 +85,12 @@ class Front:
     Attributes:
         points: one per run.
         dense: one per seed for which a run is done.
+        metric: of the task; errors in points and dense networks are its values.
     """
 
     points: tuple[Point, ...]
     dense: tuple[DenseNetwork, ...] = ()
+    metric: Quantity = ERROR
 
     @property
     def done(self) -> tuple[Point, ...]:
@@ -111,12 +115,20 @@ class Front:
         """
         best = float("inf")
         found = []
-        for point in sorted(self.done, key=lambda p: (p.nbytes, p.validation_error)):
-            assert point.validation_error is not None
-            if point.validation_error < best:
-                best = point.validation_error
+        for point in sorted(self.done, key=lambda p: (p.nbytes, self._badness(p))):
+            if self._badness(point) < best:
+                best = self._badness(point)
                 found.append(point)
         return tuple(found)
+
+    def _badness(self, point: Point) -> float:
+        assert point.validation_error is not None  # the run is done
+        return self.metric.badness(point.validation_error)
+
+    @property
+    def loss(self) -> str:
+        """A heading for how much worse the metric got."""
+        return "accuracy loss" if self.metric == ERROR else f"{self.metric.name} lost"
 
     def to_dict(self) -> dict[str, Any]:
         """All runs as plain data (schema 1)."""
@@ -129,6 +141,7 @@ class Front:
         return {
             "schema": SCHEMA,
             "version": importlib.metadata.version("prune2onnx"),
+            "metric": asdict(self.metric),
             "dense": [asdict(dense) for dense in self.dense],
             "budgets": [over_seeds(points) for points in self.by_budget],
             "points": points,

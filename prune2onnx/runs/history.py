@@ -6,7 +6,7 @@ A module of its own, so that a run can be read, and progress shown, without torc
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,14 @@ class Epoch:
         loss: mean training loss, penalty included.
         density: survivors over elements of the pruned weights, 0-1; while channels are pruned, the
             remaining fraction of their cost.
-        validation_error: percent of the validation split.
-        validation_loss: mean cross entropy on it.
+        validation_error: of a classifier, percent of the validation split; None in other tasks.
+        validation_loss: mean loss on it, such as cross entropy.
         seconds: wall-clock time, evaluation included.
         densities: of each pruned weight, 0-1, by name; while channels are pruned, of each layer's
             channels.
         thresholds: learned ones, by the weight's name, mean over channels; in the weight's units,
             and while channels are pruned in those of `ChannelThresholds.measure`.
+        metrics: of the task, on the validation split, by name; {} in older files.
     """
 
     phase: str
@@ -48,11 +49,18 @@ class Epoch:
     epochs: int
     loss: float
     density: float
-    validation_error: float
+    validation_error: float | None
     validation_loss: float
     seconds: float
     densities: dict[str, float]
     thresholds: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        """The task's first metric on the validation split, such as the error in percent."""
+        known = [*self.metrics.values(), self.validation_error]
+        return next(one for one in known if one is not None)
 
 
 def _ignore(_: object) -> None:

@@ -9,16 +9,25 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from prune2onnx.errors import RecipeError, RenamedWarning
+from prune2onnx.runs.defaults import FileOptions
 from prune2onnx.shrinking.structure import BLOCK
+from prune2onnx.tasks.quantity import absolute, amount
 
 PHASES = ("dense", "channels", "prune", "tune", "quantize")
 """The phases of training, in their order; each is a section of the recipe."""
@@ -169,23 +178,6 @@ class Quantize(_Section):
     )
 
 
-@dataclass(frozen=True)
-class FileOptions:
-    """Options of the file that is written.
-
-    Attributes:
-        opset: ONNX operator set, 18 or newer.
-        anonymize: whether weights get the shortest names, as for `packing.pack`.
-        portable: whether the decoder stands in the graph, as for `packing.pack`.
-        multiple: convolutions keep a multiple of so many channels, as for `shrinking.shrink`.
-    """
-
-    opset: int = 18
-    anonymize: bool = False
-    portable: bool = False
-    multiple: int = 1
-
-
 class Augment(_Section):
     """Augmentation of training images, in every phase."""
 
@@ -199,12 +191,22 @@ class Recipe(_Section):
     """Every setting of one `prune2onnx compress` run."""
 
     model: str = Field(
-        description="function that makes the network: file.py:callable or package.module:callable"
+        description="function that makes the network: file.py:callable or package.module:callable; "
+        "or timm:NAME, or hf:FOLDER with a transformers model"
     )
     data: str = Field(
         "digits",
         description="data set: digits, mnist[:DIR], idx:DIR, folder:DIR, npz:FILE or "
         "file.py:callable",
+    )
+    task: str = Field(
+        "classification",
+        description="what the network is trained for: classification, multi-label, regression, "
+        "regression-l1, segmentation, token-classification, language-modelling, reconstruction, "
+        "distillation, or file.py:callable",
+    )
+    model_args: dict[str, Any] = Field(
+        default_factory=dict, description="further arguments of the model's function, as NAME=VALUE"
     )
     weights: str | None = Field(
         None,
@@ -235,11 +237,12 @@ class Recipe(_Section):
         le=1,
         description="budget: fraction of the dense network's multiply-adds that may be left, 0-1",
     )
-    max_drop: float | None = Field(
+    max_drop: float | str | None = Field(
         None,
-        ge=0,
-        description="budget: points of validation error that may be added (accuracy loss); as the "
-        "only budget, the smallest file, or the fewest multiply-adds, within it is searched for",
+        description="budget: points of validation error that may be added (accuracy loss), or how "
+        "much worse the task's metric may be, in its unit; with %, relative to the dense "
+        "network's; as the only budget, the smallest file, or the fewest multiply-adds, within it "
+        "is searched for",
     )
     trials: int = Field(6, ge=1, description="most prunings in a search for max_drop")
     distill: float = Field(
@@ -275,6 +278,21 @@ class Recipe(_Section):
     )
     precision: Literal["no", "fp16", "bf16"] = Field("no", description="mixed precision")
     opset: int = Field(18, ge=18, description="ONNX operator set of the result")
+    format: Literal["packed", "sparse-initializer", "dense"] = Field(
+        "packed",
+        description="what model.onnx holds: coded weights, ONNX's own sparse tensors, or plain "
+        "ones; budgets of bytes are measured on it",
+    )
+    resize: tuple[int, ...] = Field(
+        (), description="images of folder:DIR: pixels of the shorter side, or HEIGHT,WIDTH"
+    )
+    crop: tuple[int, ...] = Field(
+        (), description="images of folder:DIR: pixels cut out of the middle, or HEIGHT,WIDTH"
+    )
+    mean: tuple[float, ...] = Field(
+        (), description="normalise images: subtract these from the channels, which are from 0 to 1"
+    )
+    std: tuple[float, ...] = Field((), description="normalise images: divide the channels by these")
     augment: Augment = Augment()
     dense: Dense = Dense()
     channels: Channels = Channels()
@@ -285,7 +303,12 @@ class Recipe(_Section):
     @property
     def first_phase(self) -> str:
         """The phase in which training starts."""
-        return self.start or ("prune" if self.weights else "dense")
+        return self.start or ("prune" if self._is_trained else "dense")
+
+    @property
+    def _is_trained(self) -> bool:
+        """Whether the network comes with weights."""
+        return self.weights is not None or self.model.startswith("hf:")
 
     @property
     def wanted_density(self) -> float:
@@ -306,7 +329,11 @@ class Recipe(_Section):
     def file(self) -> FileOptions:
         """Options of the file that is written."""
         multiple = self.channels.multiple or (BLOCK if self.goal == "size" else 2 * BLOCK)
-        return FileOptions(self.opset, self.anonymize, self.portable, multiple)
+        return FileOptions(self.opset, self.anonymize, self.portable, multiple, self.format)
+
+    def allowed_drop(self, dense: float) -> float | None:
+        """How much worse than the dense network's a metric may be, in its unit."""
+        return None if self.max_drop is None else absolute(self.max_drop, dense)
 
     @property
     def searches(self) -> bool:
@@ -328,10 +355,38 @@ class Recipe(_Section):
         phase: Dense | Prune | Tune | Quantize = getattr(self, name)
         return phase
 
+    @field_validator("max_drop")
+    @classmethod
+    def _is_an_amount(cls, value: float | str | None) -> float | str | None:
+        return None if value is None else amount(value, "max_drop")
+
+    @field_validator("resize", "crop")
+    @classmethod
+    def _is_a_size(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(value) > 2 or any(number < 1 for number in value):
+            raise ValueError(f"size {value}, expected pixels such as 224, or HEIGHT,WIDTH")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _is_not_zero(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(number <= 0 for number in value):
+            raise ValueError(f"std is {value}, expected numbers above 0")
+        return value
+
     @model_validator(mode="after")
     def _starts_with_weights(self) -> Self:
-        if self.start in ("prune", "tune") and self.weights is None:
+        if self.start in ("prune", "tune") and not self._is_trained:
             raise ValueError(f"start is {self.start!r}, which needs weights; give --weights")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_decoder(self) -> Self:
+        if self.portable and self.format != "packed":
+            raise ValueError(
+                f"portable writes out a decoder, and format {self.format} has none; give one of "
+                "them"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from prune2onnx.packing.rows import WeightRow
+from prune2onnx.tasks.quantity import ERROR, Quantity
 
 SCHEMA = 1
 
@@ -23,13 +24,14 @@ class Measured:
 
     Attributes:
         nbytes: size of the file, external data included.
-        error: percent of the test set; None without data.
+        error: of a classifier, percent of the test set; None without data.
         load_ms: time to create a session in a fresh process with one thread; None where the
             network was not run, like the next two.
         peak_rss_bytes: peak memory of that process, the runtime itself included.
         latency_ms: "p50" and "p95" of one inference, batch 1.
         macs: multiply-adds of one example, in layers with weights; None where not counted.
         load_cpu_ms: CPU time of `load_ms`; None also in reports of before it was measured.
+        metrics: of the task, on the test set, by name; {} without data, and in older reports.
     """
 
     nbytes: int
@@ -39,6 +41,7 @@ class Measured:
     latency_ms: dict[str, float] | None = None
     macs: int | None = None
     load_cpu_ms: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,14 +125,17 @@ class Goal:
 
     Attributes:
         what: "size" in bytes, "density" of the pruned weights, 0-1, "multiply-adds" over the
-            dense network's, 0-1, or "drop" in points of validation error.
+            dense network's, 0-1, or "drop": how much worse the task's metric is on the validation
+            split, such as points of error.
         limit: the budget.
         reached: the result.
+        metric: that of a drop.
     """
 
     what: str
     limit: float
     reached: float
+    metric: Quantity = ERROR
 
     @property
     def met(self) -> bool:
@@ -152,15 +158,16 @@ class Goal:
             return f"{self.what} {reached} of {limit} ({self.verdict})"
         change = "the same as dense"
         if self.reached:
-            change = f"{reached} {'higher' if self.reached > 0 else 'lower'} than dense"
-        return f"error {change}, {limit} allowed ({self.verdict})"
+            higher = (self.reached > 0) != self.metric.higher_is_better
+            change = f"{reached} {'higher' if higher else 'lower'} than dense"
+        return f"{self.metric.name} {change}, {limit} allowed ({self.verdict})"
 
     def text(self, value: float) -> str:
         """A value with its unit."""
         if self.what == "size":
             return _counted(f"{value:,.0f}", "byte")
         if self.what == "drop":
-            return _counted(f"{value:.3g}", "point")
+            return self.metric.amount(value)
         return f"{100 * value:.3g} %"
 
     def to_dict(self) -> dict[str, Any]:
@@ -190,13 +197,16 @@ class Report:
         weights: one row per initializer.
         skipped: why the network was not run, only its decoder; "" where it was run.
         budget: each budget, and what was reached.
-        validation: "dense_error" and "error", percent of the validation split, on which all
-            choices were made; None where nothing was chosen.
+        validation: "dense_error" and "error" of a classifier, percent of the validation split, on
+            which all choices were made; of other tasks, "dense" and "compressed", the metric. None
+            where nothing was chosen.
         notes: further remarks, in words.
         paired: both files' right and wrong answers; None without data.
         parameters: of the network: "pruned" are elements of the pruned weights, which the density
             counts, "others" those of all other parameters; None where the file alone is known.
         unfolded: weights that onnxruntime decodes at every inference; () where it folds them all.
+        task: what the network is for.
+        metric: by which budgets and choices went.
     """
 
     version: str
@@ -215,6 +225,8 @@ class Report:
     paired: Paired | None = None
     parameters: dict[str, int] | None = None
     unfolded: tuple[str, ...] = ()
+    task: str = "classification"
+    metric: Quantity = ERROR
 
     @property
     def missed(self) -> tuple[Goal, ...]:
@@ -246,15 +258,41 @@ class Report:
 
     @property
     def drop(self) -> float | None:
-        """Error added, in percentage points; None without data."""
-        if self.compressed.error is None or self.dense.error is None:
+        """How much worse the metric is: of error, percentage points added; None without data."""
+        before, after = self.value(self.dense), self.value(self.compressed)
+        if before is None or after is None:
             return None
-        return self.compressed.error - self.dense.error
+        return self.metric.drop(before, after)
+
+    def value(self, measured: Measured) -> float | None:
+        """The metric of one of the files on the test set; None without data."""
+        return measured.metrics.get(self.metric.name, measured.error)
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Names of the further metrics that were measured."""
+        return tuple(
+            name
+            for name in self.compressed.metrics
+            if name != self.metric.name and name in self.dense.metrics
+        )
+
+    @property
+    def on_validation(self) -> tuple[float, float] | None:
+        """The metric of the dense network, and of the compressed one, on the validation split."""
+        known = self.validation
+        if known is None:
+            return None
+        if "dense_error" in known:
+            return known["dense_error"], known["error"]
+        return known["dense"], known["compressed"]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
         return {
             "schema": SCHEMA,
+            "task": self.task,
+            "metric": asdict(self.metric),
             "version": self.version,
             "seed": self.seed,
             "environment": self.environment,

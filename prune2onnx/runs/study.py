@@ -34,6 +34,7 @@ from prune2onnx.runs.front import DenseNetwork, Front, Point
 from prune2onnx.runs.recipe import Recipe
 from prune2onnx.runs.report import Report
 from prune2onnx.runs.storage import claim_lock, lock_of, one_at_a_time, public_url, unusable
+from prune2onnx.tasks.task import load_task
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -70,6 +71,7 @@ class Study:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.url, self.directory = public_url(url), directory
+        self.metric = load_task(recipe.task).metric
         self.worker = f"{socket.gethostname()}:{directory}"
         self.writing = lock_of(directory, "front")
         self._url = url
@@ -128,6 +130,9 @@ class Study:
         if known is None and not self._trials():
             self._storage.set_study_user_attr(self._id, "recipe", wanted)
             return
+        if known is not None:  # a version that did not have all settings may have stored it
+            default = Recipe(model=recipe.model).model_dump(mode="json")
+            known = {key: known.get(key, default[key]) for key in wanted}
         if known == wanted:
             return
         differ = [key for key, value in wanted.items() if (known or {}).get(key) != value]
@@ -279,7 +284,7 @@ class Study:
                 self._storage.set_trial_state_values(claim.trial_id, TrialState.FAIL)
                 return
             figures = _figures(result)
-            values = [float(figures["nbytes"]), figures["validation_error"]]
+            values = [float(figures["nbytes"]), self.metric.badness(figures["validation_error"])]
             self._storage.set_trial_user_attr(claim.trial_id, "result", figures)
             self._storage.set_trial_state_values(claim.trial_id, TrialState.COMPLETE, values)
 
@@ -323,24 +328,24 @@ class Study:
                 )
             )
         points.sort(key=lambda p: (list(BUDGETS).index(p.what), p.limit, p.seed))
-        return Front(tuple(points), tuple(dense[seed] for seed in sorted(dense)))
+        return Front(tuple(points), tuple(dense[seed] for seed in sorted(dense)), self.metric)
 
 
 def _figures(report: Report) -> dict[str, Any]:
     """The part of a report that the study stores, for workers that do not see its folder."""
-    assert report.validation is not None and report.dense.error is not None
-    validation, before = report.validation["error"], report.validation["dense_error"]
+    assert report.on_validation is not None  # a run measures it
+    before, validation = report.on_validation
     return {
         "nbytes": report.compressed.nbytes,
-        "error": report.compressed.error,
+        "error": report.value(report.compressed),
         "validation_error": validation,
         "drop": report.drop,
-        "validation_drop": validation - before,
+        "validation_drop": report.metric.drop(before, validation),
         "density": report.density,
         "ratio": report.ratio,
         "met": not report.missed,
         "message": "; ".join(map(str, report.missed)),
-        "dense": [report.dense.nbytes, report.dense.error, before],
+        "dense": [report.dense.nbytes, report.value(report.dense), before],
     }
 
 

@@ -12,9 +12,10 @@ from prune2onnx.data import Data, batches, first, load_data
 from prune2onnx.data.examples import MapDataset
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.runs.defaults import InputOptions
-from prune2onnx.runtime.compare import error_percent, output_error, scores
-from prune2onnx.runtime.inputs import Inputs, has_labels, in_batches, inputs_of
-from prune2onnx.runtime.session import input_text, session
+from prune2onnx.runtime.compare import error_percent, judged, output_error, results, scores
+from prune2onnx.runtime.inputs import Inputs, fed, has_labels, in_batches, inputs_of
+from prune2onnx.runtime.session import session
+from prune2onnx.tasks.task import CLASSIFICATION, Task
 
 PART = 5  # one in so many examples without splits is held out
 _MOST_HELD_OUT = 512
@@ -94,22 +95,22 @@ def batches_of(
     """The first examples of a split, in batches, as inputs of a model that is opened.
 
     Raises:
-        Prune2OnnxError: the model has several inputs.
+        Prune2OnnxError: the model has other inputs than the data.
     """
-    if len(opened.get_inputs()) > 1:
-        raise Prune2OnnxError(
-            f"the model's inputs are {input_text(opened)}, and {data.name} has one array of "
-            "examples; give --data npz:FILE with an array for each input, by its name"
-        )
-    name = opened.get_inputs()[0].name
-    return [{name: part} for x in first(split, examples) for part, _ in in_batches(opened, x)]
+    return [fed(opened, part) for x in first(split, examples) for part, _ in in_batches(opened, x)]
 
 
-def error_on(data: Data) -> Callable[[ModelProto], float]:
-    """A function: a model -> the percent of the validation split that it gets wrong."""
+def error_on(data: Data, task: Task = CLASSIFICATION) -> Callable[[ModelProto], float]:
+    """A function: a model -> its metric on the validation split, lower is better.
+
+    For a classifier, the percent of examples that it gets wrong.
+    """
     held = list(batches(data.validation))
 
     def error(model: ModelProto) -> float:
-        return error_percent(*scores(session(model), held))
+        if task is CLASSIFICATION:
+            return error_percent(*scores(session(model), held))
+        values = judged(task, *results(session(model), held))
+        return task.metric.badness(next(iter(values.values())))
 
     return error

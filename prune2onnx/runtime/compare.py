@@ -18,6 +18,7 @@ from prune2onnx.graph.walk import attribute, in_model, nodes_in
 from prune2onnx.runs.defaults import RANDOM_INPUTS, InputOptions
 from prune2onnx.runs.report import Paired
 from prune2onnx.runtime.inputs import (
+    fed,
     in_batches,
     inputs_of,
     random_operators,
@@ -31,10 +32,13 @@ from prune2onnx.runtime.session import (
     run_once,
     session,
 )
+from prune2onnx.tasks.metrics import measured
+from prune2onnx.tasks.structure import described, stacked
+from prune2onnx.tasks.task import Task, misfit
 
 _COMPARED = 8  # examples
 
-Batches = Iterable[tuple[NDArray[np.float32], NDArray[np.int64]]]
+Batches = Iterable[tuple[Any, Any]]
 
 # float32 sums in another order differ: relative to the largest score, and enough for deep networks
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
@@ -254,34 +258,71 @@ def scores(
     return out, labels
 
 
-def answers(
-    opened: ort.InferenceSession, batches: Batches
-) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Runs a model with one input over a data set.
+def answers(opened: ort.InferenceSession, batches: Batches) -> tuple[NDArray[Any], Any]:
+    """Runs a model over a data set.
 
     Returns:
-        (its first output [n, ...], labels [n]).
+        (its first output [n, ...], targets [n, ...]).
     """
-    name = opened.get_inputs()[0].name
-    outputs, labels = [], []
+    outputs, targets = results(opened, batches)
+    return outputs[0], targets
+
+
+def results(opened: ort.InferenceSession, batches: Batches) -> tuple[list[NDArray[Any]], Any]:
+    """Runs a model over a data set.
+
+    Returns:
+        (each output [n, ...], targets [n, ...], or as the data set has them).
+    """
+    outputs, targets = [], []
     for x, y in batches:
         for part, count in in_batches(opened, x):
+            given = fed(opened, part)
+            size = len(next(iter(given.values())))
             try:
-                made = np.asarray(run(opened, {name: part})[0])
+                made = [np.asarray(one) for one in run(opened, given)]
             except Exception as error:
                 require_memory(error, "the model")
                 raise Prune2OnnxError(
                     f"the model does not take the data: {first_line(error)}; its input is "
-                    f"{input_text(opened)}, the data's examples are {list(x.shape[1:])}"
+                    f"{input_text(opened)}, the data's examples are {_examples_text(x)}"
                 ) from error
-            if made.shape[:1] != part.shape[:1]:
-                raise Prune2OnnxError(
-                    f"an output of shape {list(made.shape)} for {len(part)} examples, expected one "
-                    "per example"
-                )
-            outputs.append(made[:count])
-        labels.append(y)
-    return np.concatenate(outputs), np.concatenate(labels)
+            for one in made:
+                if one.shape[:1] != (size,):
+                    raise Prune2OnnxError(
+                        f"an output of shape {list(one.shape)} for {size} examples, expected one "
+                        "per example"
+                    )
+            outputs.append(tuple(one[:count] for one in made))
+        targets.append(y)
+    return list(stacked(outputs, np.concatenate)), stacked(targets, np.concatenate)
+
+
+def _examples_text(x: Any) -> Any:
+    return list(x.shape[1:]) if isinstance(x, np.ndarray) else described(x)
+
+
+def judged(task: Task, outputs: list[NDArray[Any]], targets: Any) -> dict[str, float]:
+    """The metrics of a task, by name, on the test set; outputs as from `results`.
+
+    Raises:
+        Prune2OnnxError: the outputs are not what the task needs, or a metric is not finite.
+    """
+    first = outputs[0]
+    if isinstance(targets, np.ndarray):
+        needed = misfit(task.targets, first.shape, targets.shape, 1)
+        if task.targets == "class" and first.ndim != 2:
+            needed = "[n, classes]"
+        if needed is not None:
+            raise Prune2OnnxError(
+                f"the model's first output has shape {list(first.shape)}, expected {needed}"
+            )
+    return measured(task.metrics, _as_one(outputs), targets, "the test set")
+
+
+def _as_one(outputs: list[NDArray[Any]]) -> Any:
+    """Outputs as metrics get them: an array, or a tuple of several."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
 def error_percent(outputs: NDArray[Any], labels: NDArray[np.int64]) -> float:

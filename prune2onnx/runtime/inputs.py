@@ -33,6 +33,7 @@ from prune2onnx.graph.walk import attribute, nodes_in
 from prune2onnx.runs.defaults import InputOptions
 from prune2onnx.runtime.session import UnrunnableError, element_type, input_text, run, session
 from prune2onnx.runtime.texts import text_inputs
+from prune2onnx.tasks.structure import described, leaves, mapped, stacked
 
 Inputs = dict[str, NDArray[Any]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -387,7 +388,7 @@ def inputs_of(
     arrays = named_arrays(data, opened)
     if arrays is None:
         x = first(load_data(data).validation, examples, examples)
-        arrays = {next(iter(infos)): np.concatenate(x)}
+        arrays = fed(opened, stacked(x, np.concatenate))
     lengths = {name: len(array) for name, array in arrays.items() if array.ndim}
     if len(set(lengths.values())) > 1:
         raise Prune2OnnxError(
@@ -432,19 +433,53 @@ def _fixed_extent(info: Any) -> int:
     return extent if isinstance(extent, int) and extent > 0 else 0
 
 
-def in_batches(opened: ort.InferenceSession, x: NDArray[Any]) -> Iterator[tuple[NDArray[Any], int]]:
+def in_batches(opened: ort.InferenceSession, x: Any) -> Iterator[tuple[Any, int]]:
     """Examples [n, ...] in batches of the size that the model declares, or all at once.
+
+    Args:
+        opened: the model.
+        x: an array, or a tuple or dict of arrays, one for each input.
 
     Returns:
         (a batch, how many of its examples count): a last one that is too small is filled up with
         repetitions of its last example.
     """
-    info = opened.get_inputs()[0]
+    info, head = opened.get_inputs()[0], leaves(x)[0]
     size = fixed_batch(opened)
-    if not size or size == len(x) or len(info.shape) != x.ndim:
-        yield x, len(x)
+    if not size or size == len(head) or len(info.shape) != head.ndim:
+        yield x, len(head)
         return
-    for begin in range(0, len(x), size):
-        part = x[begin : begin + size]
-        count = len(part)
-        yield np.concatenate([part, *[part[-1:]] * (size - count)]), count
+    for begin in range(0, len(head), size):
+        count = min(size, len(head) - begin)
+
+        def part(array: NDArray[Any], begin: int = begin, count: int = count) -> NDArray[Any]:
+            own = array[begin : begin + count]
+            return np.concatenate([own, *[own[-1:]] * (size - count)])
+
+        yield mapped(part, x), count
+
+
+def fed(opened: ort.InferenceSession, x: Any) -> Inputs:
+    """Arrays as inputs of a model: those of a dict by name, others in order; in its types.
+
+    Raises:
+        Prune2OnnxError: there are not as many as the model has inputs, or others.
+    """
+    infos = opened.get_inputs()
+    names = [info.name for info in infos]
+    given = x if isinstance(x, dict) else dict(zip(names, leaves(x), strict=False))
+    if sorted(given) != sorted(names) or len(leaves(x)) != len(names):
+        raise Prune2OnnxError(
+            f"the model's inputs are {input_text(opened)}, and the data's examples are "
+            f"{described(x)}; give data with an array for each input, by its name"
+        )
+    return {info.name: _cast(given[info.name], info) for info in infos}
+
+
+def _cast(array: NDArray[Any], info: Any) -> NDArray[Any]:
+    """Integers that a data set holds as float32 for want of knowing better, as integers again."""
+    kind = element_type(info.type)
+    dtype = None if kind is None else helper.tensor_dtype_to_np_dtype(kind)
+    if dtype is None or dtype == array.dtype or dtype.kind not in "iu" or array.dtype.kind != "f":
+        return array
+    return array.astype(dtype) if not (array % 1).any() else array

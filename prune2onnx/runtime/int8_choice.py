@@ -26,6 +26,8 @@ from prune2onnx.runtime.compare import output_error
 from prune2onnx.runtime.inputs import Inputs, inputs_of
 from prune2onnx.runtime.int8 import Int8, quantize_int8
 from prune2onnx.runtime.session import session
+from prune2onnx.tasks.quantity import PERCENT
+from prune2onnx.tasks.task import CLASSIFICATION, Task
 
 _SECONDS = 1.0
 _FEW = 8  # examples for ranges where only the file's size matters
@@ -69,11 +71,13 @@ class Choice:
     notes: tuple[str, ...]
 
 
-def labelled(model: ModelProto, data: Data, options: Int8Options) -> Examples:
+def labelled(
+    model: ModelProto, data: Data, options: Int8Options, task: Task = CLASSIFICATION
+) -> Examples:
     """Ranges from a data set's training split, errors from its validation split.
 
-    The error is the percent of examples that a classifier gets wrong, or, with `max_rel_error`,
-    that of the outputs.
+    The error is the percent of examples that a classifier gets wrong, or the metric of another
+    task, or, with `max_rel_error`, that of the outputs.
 
     Raises:
         Prune2OnnxError: the model has several inputs.
@@ -82,7 +86,8 @@ def labelled(model: ModelProto, data: Data, options: Int8Options) -> Examples:
     calibration = batches_of(opened, data, data.train, options.examples)
     if options.max_rel_error is None:
         allowed = MAX_DROP if options.max_drop is None else options.max_drop
-        return Examples(calibration, error_on(data), allowed)
+        unit = "points" if task.metric.unit == PERCENT else f"of {task.metric.name}"
+        return Examples(calibration, error_on(data, task), allowed, unit)
     held = batches_of(opened, data, data.validation, options.examples)
     return _by_outputs(model, calibration, held, options)
 
@@ -178,10 +183,13 @@ def all_int8(model: ModelProto, data: Data) -> ModelProto:
     ).model
 
 
-def int8_error(model: ModelProto, data: Data) -> float:
-    """Percent of the validation split that a model gets wrong with all its layers in int8."""
+def int8_error(model: ModelProto, data: Data, task: Task = CLASSIFICATION) -> float:
+    """The metric of a model with all its layers in int8 on the validation split; less is better.
+
+    For a classifier, the percent of examples that it gets wrong.
+    """
     taken = batches_of(session(model), data, data.train, Int8Options.examples)
-    return error_on(data)(quantize_int8(model, taken).model)
+    return error_on(data, task)(quantize_int8(model, taken).model)
 
 
 def timed(before: ModelProto, after: ModelProto, inputs: InputOptions = RANDOM_INPUTS) -> Timing:

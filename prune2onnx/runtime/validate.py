@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib.metadata
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,13 @@ from prune2onnx.runtime.compare import (
     Batches,
     check_outputs,
     coarsest,
-    error_percent,
+    judged,
     paired,
     require_determined,
-    scores,
+    results,
 )
 from prune2onnx.runtime.folding import Folding, folding
-from prune2onnx.runtime.inputs import Inputs, has_labels, in_batches, inputs_of
+from prune2onnx.runtime.inputs import Inputs, fed, has_labels, in_batches, inputs_of
 from prune2onnx.runtime.latency import latencies, measured
 from prune2onnx.runtime.memory import require
 from prune2onnx.runtime.session import (
@@ -57,6 +58,9 @@ from prune2onnx.runtime.session import (
     run_once,
     session,
 )
+from prune2onnx.tasks.metrics import CLASS_ERROR
+from prune2onnx.tasks.structure import mapped
+from prune2onnx.tasks.task import CLASSIFICATION, Task
 
 _BATCH_NBYTES = 1 << 26
 """Bytes of weights that are decoded at a time; decoding makes 5 to 15 times as many meanwhile."""
@@ -113,10 +117,11 @@ def validate(
     *,
     batches: Batches | None = None,
     rows: Sequence[WeightRow] | None = None,
-    expected: NDArray[Any] | None = None,
+    expected: Any = None,
     density: float | None = None,
     seed: int = 0,
     inputs: InputOptions = RANDOM_INPUTS,
+    task: Task = CLASSIFICATION,
 ) -> Report:
     """Validates a packed file, and measures it against a reference.
 
@@ -127,16 +132,18 @@ def validate(
         file: the packed file; one that is not packed is its own unpacked file.
         reference: a dense file with the same inputs, measured with `file`; it may have other
             weights, so its outputs are not compared. Default: the unpacked `file`.
-        batches: test examples; without them no error is reported, and outputs are compared on
+        batches: test examples; without them no metric is reported, and outputs are compared on
             random inputs.
         rows: how the weights are stored; default: read from the file.
-        expected: [n, classes], the scores that `file` must give on `batches`, from another runtime
-            (torch); default: those of the unpacked file in onnxruntime.
+        expected: [n, ...], the outputs that `file` must give on `batches`, from another runtime
+            (torch), a list of several; default: those of the unpacked file in onnxruntime.
         density: nonzeros over elements of the pruned weights; default: of all weights with two
             axes or more.
         seed: written into the report.
         inputs: where there are no `batches`, the data set whose test examples take their place, or
             what outputs are compared on; default: random ones.
+        task: by whose metrics the files are judged; one without targets takes the reference's
+            outputs as such.
 
     Raises:
         MismatchError: a decoded weight differs from the numpy decoder's, or an output from
@@ -170,16 +177,25 @@ def validate(
             sessions = _sessions(file, dense_file)
             taken = None if batches is None else list(batches)
             if taken is None and has_labels(inputs.data, sessions[0]):
-                taken = list(batches_of(load_data(inputs.data).test))
+                taken = list(batches_of(load_data(inputs.data, task=task).test))
             given = _given(unpacked, sessions[1], taken, inputs)
         except UnrunnableError as error:
             skipped = str(error).removeprefix(f"{dense_file}: ")
             dense, compressed = (Measured(file_nbytes(path)) for path in (other_file, file))
         else:
-            ran = _run((file, dense_file, other_file), sessions, taken, expected, given, unpacked)
+            ran = _run(
+                (file, dense_file, other_file), sessions, taken, expected, given, unpacked, task
+            )
             difference, pairs = ran.difference, ran.pairs
             sessions.clear()  # memory, which loads in other processes need
-            dense, compressed = measured([other_file, file], ran.times, ran.errors)
+            dense, compressed = (
+                replace(one, metrics=metrics)
+                for one, metrics in zip(
+                    measured([other_file, file], ran.times, ran.errors(task)),
+                    ran.metrics,
+                    strict=True,
+                )
+            )
         left = Folding()
         notes: tuple[str, ...] = ()
         if is_packed(packed):  # in any other file there is nothing to fold
@@ -204,6 +220,8 @@ def validate(
         weights=rows,
         skipped=skipped,
         paired=pairs,
+        task=task.name,
+        metric=task.metric,
     )
 
 
@@ -222,7 +240,7 @@ def _memory_notes(load: Prediction, measured: Measured) -> tuple[str, ...]:
 def _given(
     model: onnx.ModelProto,
     opened: ort.InferenceSession,
-    batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
+    batches: Sequence[tuple[Any, Any]] | None,
     options: InputOptions,
 ) -> Inputs:
     """One inference's inputs, to compare and to measure with.
@@ -233,8 +251,8 @@ def _given(
     require_determined(model)
     if batches is None:
         return inputs_of(model, opened, options, count=1, examples=1)[0]
-    example, _ = next(in_batches(opened, batches[0][0][:1]))
-    return {opened.get_inputs()[0].name: example}
+    example, _ = next(in_batches(opened, mapped(lambda array: array[:1], batches[0][0])))
+    return fed(opened, example)
 
 
 def _sessions(file: Path, dense_file: Path) -> list[ort.InferenceSession]:
@@ -259,23 +277,29 @@ class _Ran:
     Attributes:
         difference: the largest one of an output.
         pairs: both files' right and wrong answers, counted in pairs.
-        errors: in percent, of the reference and of the file.
+        metrics: of the reference and of the file, by name; empty without data.
         times: milliseconds of the same, [rounds, 2].
     """
 
     difference: float
     pairs: Paired | None
-    errors: tuple[float | None, float | None]
+    metrics: Sequence[dict[str, float]]
     times: NDArray[np.float64]
+
+    def errors(self, task: Task) -> list[float | None]:
+        """In percent, of classifiers."""
+        classes = task is CLASSIFICATION
+        return [each.get(CLASS_ERROR.name) if classes else None for each in self.metrics]
 
 
 def _run(
     files: tuple[Path, Path, Path],
     sessions: Sequence[ort.InferenceSession],
-    batches: Sequence[tuple[NDArray[np.float32], NDArray[np.int64]]] | None,
-    expected: NDArray[Any] | None,
+    batches: Sequence[tuple[Any, Any]] | None,
+    expected: Any,
     inputs: Inputs,
     model: onnx.ModelProto,
+    task: Task,
 ) -> _Ran:
     """Outputs of a file against those of its unpacked one, and of a reference.
 
@@ -286,22 +310,26 @@ def _run(
         expected: as of `validate`.
         inputs: of one inference.
         model: the unpacked one.
+        task: whose metrics count, with `batches`.
     """
     file, dense_file, other_file = files
     opened, reference = sessions
     against = reference if other_file == dense_file else session(other_file)
-    error: float | None = None
-    reference_error: float | None = None
+    values: list[dict[str, float]] = [{}, {}]
     examples: Paired | None = None
     if batches is not None:
-        outputs, labels = scores(opened, batches)
-        error = error_percent(outputs, labels)
-        dense_outputs, _ = scores(against, batches)
-        reference_error = error_percent(dense_outputs, labels)
-        examples = paired(dense_outputs, outputs, labels)
+        outputs, targets = results(opened, batches)
+        dense_outputs, _ = results(against, batches)
+        if task.targets == "outputs":
+            targets = dense_outputs[0] if len(dense_outputs) == 1 else tuple(dense_outputs)
+        values = [judged(task, each, targets) for each in (dense_outputs, outputs)]
+        if task is CLASSIFICATION:
+            examples = paired(dense_outputs[0], outputs[0], targets)
         if expected is None:
-            expected = dense_outputs if other_file == dense_file else scores(reference, batches)[0]
-        difference = check_outputs(file.name, outputs, expected)
+            known = other_file == dense_file
+            expected = dense_outputs if known else results(reference, batches)[0]
+        wanted = expected if isinstance(expected, list) else [expected]
+        difference = max(map(partial(check_outputs, file.name), outputs, wanted))
     else:
         wanted = run_once(reference, inputs, dense_file)
         rounding = coarsest(model)
@@ -315,4 +343,4 @@ def _run(
         )
     run_once(against, inputs, other_file)
     times = latencies([other_file, file], [against, opened], inputs)
-    return _Ran(difference, examples, (reference_error, error), times)
+    return _Ran(difference, examples, values, times)

@@ -6,25 +6,34 @@ mirrored. Every epoch draws again, with its own seed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import numpy as np
 import torch
 from torch import Tensor
 
+from prune2onnx.data import Data
 from prune2onnx.errors import RecipeError
 from prune2onnx.runs.recipe import Augment
 
 
-def check_images(settings: Augment, shape: Sequence[int]) -> None:
-    """Checks that the examples to augment are images.
+def check_images(settings: Augment, data: Data) -> None:
+    """Checks that the examples to augment are images, whose targets stay true when they move.
 
     Raises:
-        RecipeError: examples have another shape than [channels, height, width].
+        RecipeError: inputs have another shape than [channels, height, width], or so do targets.
     """
-    if (settings.shift or settings.flip) and len(shape) != 3:
+    if not settings.shift and not settings.flip:
+        return
+    shape = data.input_shape
+    if data.input_dtype != "float32" or len(shape) != 3:
+        shown = list(shape) if isinstance(shape, tuple) else shape
         raise RecipeError(
             f"augment moves images [channels, height, width], not examples of shape "
-            f"{list(shape)}; leave augment.shift and augment.flip out"
+            f"{shown}; leave augment.shift and augment.flip out"
+        )
+    if np.ndim(targets := data.train[0][1]) > 1:
+        raise RecipeError(
+            f"augment moves images, but not their targets of shape {list(np.shape(targets))}; "
+            "leave augment.shift and augment.flip out, or augment in a Dataset of your own"
         )
 
 

@@ -5,22 +5,26 @@ When training measures it: see `size_budget`. Rewriting and coding: see `shrinki
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import onnx
 from torch import nn
 
 from prune2onnx.graph.normalize import normalize
+from prune2onnx.graph.protobuf import tensor_nbytes
 from prune2onnx.graph.rewritten import rewritten
+from prune2onnx.graph.tensors import array_of
 from prune2onnx.packing.pack import Packed, pack_normalized
 from prune2onnx.packing.quantized import on_steps
-from prune2onnx.runs.recipe import FileOptions
+from prune2onnx.packing.rows import WeightRow
+from prune2onnx.packing.sparse import to_sparse
+from prune2onnx.runs.defaults import FileOptions
 from prune2onnx.shrinking.costs import structure
 from prune2onnx.shrinking.shrink import propagate_constants, shrink
 from prune2onnx.shrinking.structure import Structure
 from prune2onnx.shrinking.unused_inputs import gather_inputs
-from prune2onnx.training.export import Template
+from prune2onnx.training.export import ExportOptions, Template
 
 Rewrite = Callable[[onnx.ModelProto], onnx.ModelProto]
 
@@ -34,28 +38,31 @@ class Deployment:
     Models are networks with plain parameters, BatchNorm folded.
 
     Args:
-        input_shape: of one example.
+        example_inputs: a batch, or the shape of one example, as for `export`.
         file: options of the file.
         template: the exported graph of the networks; default: exported when first needed.
         rewrite: applied to the graph between shrinking and packing when training measures it.
         prices: of layers, by weight name; default: their multiply-adds.
+        graph: further options of the exported graph, such as its open axes.
     """
 
     def __init__(
         self,
-        input_shape: Sequence[int],
+        example_inputs: Any,
         file: FileOptions | None = None,
         *,
         template: Template | None = None,
         rewrite: Rewrite | None = None,
         prices: Mapping[str, float] | None = None,
+        graph: ExportOptions | None = None,
     ) -> None:
-        self._shape, self._file = tuple(input_shape), file or FileOptions()
+        self._inputs, self._file = example_inputs, file or FileOptions()
         self._template, self._rewrite, self._prices = template, rewrite, prices
+        self._graph = graph or ExportOptions(self._file.opset)
 
     def _filled(self, model: nn.Module) -> onnx.ModelProto:
         if self._template is None:
-            self._template = Template(model, self._shape, opset=self._file.opset)
+            self._template = Template(model, self._inputs, options=self._graph)
         return self._template.filled(model)
 
     def propagate_constants(self, model: nn.Module) -> None:
@@ -72,6 +79,33 @@ class Deployment:
     def shrunk(self, model: nn.Module) -> onnx.ModelProto:
         """The graph without dead channels and branches, not packed."""
         return shrink(self._filled(model), multiple=self._file.multiple).model
+
+    def written(self, graph: onnx.ModelProto, steps: Steps, *, check: bool = True) -> Packed:
+        """A graph as it is written: packed, or in the form that the options of the file name.
+
+        Args:
+            graph: not packed.
+            steps: of its weights on levels; others are searched for.
+            check: whether its decoding is checked.
+        """
+        file = self._file
+        if file.form == "dense":
+            rows = tuple(
+                WeightRow.of(tensor.name, array_of(tensor), "dense", tensor_nbytes(tensor))
+                for tensor in graph.graph.initializer
+            )
+            return Packed(graph, rows)
+        normalized = normalize(graph)
+        if file.form == "sparse-initializer":
+            return Packed(*to_sparse(normalized.model), normalized.notes)
+        return pack_normalized(
+            normalized,
+            quantized=on_steps(normalized.model, self._by_initializer(steps, normalized.model)),
+            anonymize=file.anonymize,
+            portable=file.portable,
+            short_names=True,
+            check=check,
+        )
 
     def nbytes(self, model: nn.Module, steps: Steps | None = None) -> int:
         """Bytes of the file; only `pack` checks that it decodes."""
@@ -104,14 +138,20 @@ class Deployment:
         """The file with all inputs, and one without unused inputs, if any; after its graph."""
         shrunk = self.shrunk(model)
         gathered = rewritten(shrunk, gather_inputs).model
-        file = self._file
-        pack = partial(
-            pack_normalized,
-            anonymize=file.anonymize,
-            portable=file.portable,
-            short_names=True,
-            check=check,
-        )
         for graph in (shrunk,) if gathered == shrunk else (shrunk, gathered):
-            normalized = normalize(graph if rewrite is None else rewrite(graph))
-            yield graph, pack(normalized, quantized=on_steps(normalized.model, steps))
+            made = graph if rewrite is None else rewrite(graph)
+            yield graph, self.written(made, steps, check=check)
+
+    def _by_initializer(self, steps: Steps, graph: onnx.ModelProto) -> Steps:
+        """The steps by the names of the graph, where a weight may hold several parameters."""
+        assert self._template is not None  # the graph was made from it
+        found = dict(steps)
+        for tensor in graph.graph.initializer:
+            sources = self._template.sources(tensor.name) or (tensor.name,)
+            of_sources = {steps.get(name) for name in sources}
+            step = of_sources.pop() if len(of_sources) == 1 else None
+            if step is not None:
+                found[tensor.name] = step
+            else:  # one of several: each has its own, which are searched for
+                found.pop(tensor.name, None)
+        return found

@@ -1,17 +1,22 @@
-"""Distillation: a network learns the outputs of the dense one, not only the labels.
+"""Distillation: a network learns the outputs of the dense one, not only the targets.
 
 Hinton et al., "Distilling the knowledge in a neural network" (arXiv 1503.02531). The teacher is the
-network itself before it was pruned; with a weight of 1 labels are not used.
+network itself before it was pruned; with a weight of 1 targets are not used. How far outputs are
+from the teacher's is up to the task.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from prune2onnx.pruning import deep_copy
 from prune2onnx.runs.recipe import Recipe
+from prune2onnx.tasks.losses import value_distance
+from prune2onnx.tasks.task import Task
+from prune2onnx.training.model import outputs_of
 
 
 class Teacher:
@@ -20,34 +25,34 @@ class Teacher:
     Args:
         model: the dense network; copied.
         recipe: the weight of its outputs in the loss, and the temperature.
+        task: the loss, and the distance of outputs.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, task: Task) -> None:
         self.model = deep_copy(model).eval().requires_grad_(False)
-        self.weight, self.temperature = recipe.distill, recipe.temperature
+        self.task, self.temperature = task, recipe.temperature
+        # a task without targets has nothing else to learn from
+        self.weight = 1.0 if task.targets == "outputs" else recipe.distill
 
-    def loss(self, x: Tensor, y: Tensor, scores: Tensor) -> Tensor:
+    def loss(self, x: Any, y: Any, outputs: Any) -> Tensor:
         """Mean loss of a batch, a scalar.
 
-        (1 - weight) * cross entropy of the labels + weight * T^2 * KL(teacher || scores), both
-        distributions softened by the temperature T.
+        (1 - weight) * loss of the targets + weight * distance of the outputs from the teacher's. In
+        classification the distance is T^2 * KL(teacher || scores), both distributions softened by
+        the temperature T.
 
         Args:
-            x: inputs, [n, ...].
-            y: labels, int64 [n].
-            scores: the network's, [n, classes].
+            x: the model's inputs.
+            y: targets.
+            outputs: the network's.
         """
         if not self.weight:
-            return functional.cross_entropy(scores, y)
+            return self.task.loss(outputs, y)
         with torch.no_grad():
-            target = self.model(x)
-        soft = functional.kl_div(
-            functional.log_softmax(scores / self.temperature, 1),
-            functional.log_softmax(target.to(scores.dtype) / self.temperature, 1),
-            reduction="batchmean",
-            log_target=True,
-        )
-        loss = self.weight * self.temperature**2 * soft
+            target = outputs_of(self.model, x)
+        distance = self.task.distance or value_distance
+        factor = self.weight * self.temperature**2 if self.task.softened else self.weight
+        loss = factor * distance(outputs, target, self.temperature)
         if self.weight < 1:
-            loss = loss + (1 - self.weight) * functional.cross_entropy(scores, y)
+            loss = loss + (1 - self.weight) * self.task.loss(outputs, y)
         return loss

@@ -1,4 +1,4 @@
-"""`fit`: trains, prunes, tunes and quantizes a classifier, on CPU, GPU or in several processes.
+"""`fit`: trains, prunes, tunes and quantizes a network, on CPU, GPU or in several processes.
 
 dense (ordinary training) -> channels (channel pruning, on request) -> prune (weights and thresholds
 together, under a penalty that leads to a density or a size) -> tune (fixed masks) -> quantize (few
@@ -26,6 +26,7 @@ from prune2onnx.files import write_whole
 from prune2onnx.pruning import other_parameters, unwrapped
 from prune2onnx.runs.history import Callbacks, Epoch
 from prune2onnx.runs.recipe import PHASES, Recipe
+from prune2onnx.tasks.task import CLASSIFICATION, Task
 from prune2onnx.training.augment import check_images
 from prune2onnx.training.checkpoint import Checkpoints, plain_state
 from prune2onnx.training.denormals import denormals
@@ -33,7 +34,7 @@ from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.loop import Run
 from prune2onnx.training.model import check_parameters
 from prune2onnx.training.phases import train_phase
-from prune2onnx.training.scoring import check_output
+from prune2onnx.training.scoring import check_output, deviation
 
 # Where the recipe gives no epochs: the steps of a phase, and its fewest epochs.
 _DEFAULT_STEPS = {"dense": 1500, "channels": 2000, "prune": 4000, "tune": 1500, "quantize": 800}
@@ -49,9 +50,9 @@ class Fitted:
         dense: state_dict of the network before pruning.
         pruned: names of the pruned weights.
         history: every epoch, in order.
-        dense_error: percent of the validation split, of the network to compare with; NaN if only
-            the dense phase was run.
-        error: percent of the validation split, of `model`.
+        dense_error: the task's metric on the validation split (for classification, percent of
+            errors), of the network to compare with; NaN if only the dense phase was run.
+        error: the same, of `model`.
         steps: name of a weight on levels -> the step of which its values are multiples.
         others: elements of the parameters that are not among the pruned weights.
     """
@@ -146,14 +147,16 @@ def fit(
     start: str = "dense",
     stop: str = "quantize",
     teacher: nn.Module | None = None,
+    task: Task = CLASSIFICATION,
     deployment: Deployment | None = None,
     callbacks: Callbacks | None = None,
 ) -> Fitted:
-    """Trains, prunes, tunes and quantizes a classifier.
+    """Trains, prunes, tunes and quantizes a network.
 
     Args:
-        model: maps [n, *data.input_shape] to [n, data.classes] scores; trained in place up to the
-            point where folding replaces BatchNorm layers.
+        model: takes the data's inputs and returns what the task needs: scores [n, data.classes] in
+            classification; trained in place up to the point where folding replaces BatchNorm
+            layers.
         data: its training split is trained on, its validation split decides choices, its test
             split is not read.
         recipe: the settings; `with_epochs` fills in epochs that are None.
@@ -166,6 +169,7 @@ def fit(
         stop: the last phase.
         teacher: the dense network to learn from (`recipe.distill`) and to compare with; default:
             the model as it is before it is pruned.
+        task: loss and metrics.
         deployment: measures the file; needed for `recipe.target_size` and for channel pruning.
         callbacks: called during training.
 
@@ -193,15 +197,16 @@ def fit(
     recipe = with_epochs(recipe, len(data.train))
     model = unwrapped(model)
     model = model.to(accelerator.device)
-    check_images(recipe.augment, data.input_shape)
-    check_output(model, data, accelerator.device)
+    check_images(recipe.augment, data)
+    check_output(model, data, task, accelerator.device)
     check_parameters(model, recipe, prunes=stop != "dense")
-    _channels_last(model, data, accelerator.device)
+    _channels_last(model, data, task, accelerator.device)
     settings = f"{recipe.to_yaml()}{len(data.train)} training examples"
     kept = Checkpoints(checkpoints, accelerator, hashlib.sha256(settings.encode()).hexdigest())
     if not resume:
         kept.forget(PHASES)
-    run = Run(data, recipe, accelerator, kept, callbacks or Callbacks(), deployment)
+    task = task.normalized(deviation(data, task))
+    run = Run(data, recipe, accelerator, kept, callbacks or Callbacks(), deployment, task)
     first = "channels" if start == "prune" else start
     phases = PHASES[PHASES.index(first) : PHASES.index(stop) + 1]
     dense = plain_state(model)
@@ -217,27 +222,27 @@ def fit(
             if phase == "dense":
                 dense = plain_state(model)
     return Fitted(
-        error=run.error(model),
+        error=run.value(model),
         model=model.cpu().eval(),
         dense=dense,
         pruned=run.state.pruned,
         history=tuple(run.state.history),
-        dense_error=run.dense_error,
+        dense_error=run.dense_value,
         steps=run.state.steps,
         others=sum(other.size for other in other_parameters(model, run.state.pruned)),
     )
 
 
-def _channels_last(model: nn.Module, data: Data, device: torch.device) -> None:
+def _channels_last(model: nn.Module, data: Data, task: Task, device: torch.device) -> None:
     """Sets the memory format of convolutions to channels last, up to twice as fast.
 
     A model that needs the other format (`view` of a convolution's output) keeps it.
     """
-    if len(data.input_shape) != 3:
+    if data.input_dtype != "float32" or len(data.input_shape) != 3:
         return
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
-        check_output(model, data, device)
+        check_output(model, data, task, device)
     except Prune2OnnxError:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 

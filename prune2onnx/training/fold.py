@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from prune2onnx.pruning import with_plain_parameters
 from prune2onnx.pruning.wrappers import refuse_distributed, unwrapped
+from prune2onnx.tasks.structure import arguments
 from prune2onnx.training.export import cannot_trace
 
 # The operators that BatchNorm may follow. A layer's type must be one of `_LAYERS`, too: a
@@ -40,7 +41,7 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
-def fold_batch_norm(model: nn.Module, example: Tensor) -> dict[str, str]:
+def fold_batch_norm(model: nn.Module, example: Any) -> dict[str, str]:
     """Folds every BatchNorm whose only input is one Linear or convolution layer, in place.
 
     The model goes to evaluation mode, in which its output stays the same to rounding; zeros of a
@@ -49,7 +50,7 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> dict[str, str]:
 
     Args:
         model: a module with plain parameters that `torch.export` can trace.
-        example: [2, ...], a batch of the model's input on its device.
+        example: [2, ...], a batch of the model's input on its device; a tuple or dict of such.
 
     Returns:
         Name of each BatchNorm layer that became `Identity` -> name of the layer it went into.
@@ -63,7 +64,7 @@ def fold_batch_norm(model: nn.Module, example: Tensor) -> dict[str, str]:
     if not has_batch_norm(model):
         return {}
     try:
-        program = torch.export.export(with_plain_parameters(model), (example,))
+        program = torch.export.export(with_plain_parameters(model), *arguments(example))
     except Exception as error:  # the tracer raises what the model's code raises, and more
         raise cannot_trace(model, example, error) from error
     names = program.graph_signature.inputs_to_parameters

@@ -10,8 +10,8 @@ fixed clusters, and a file needs no codebook for it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.pruning.computed import parametrize_own, unparametrize_own
+from prune2onnx.pruning.learned import Learned
 from prune2onnx.pruning.rate import survivor_bits
 from prune2onnx.pruning.wrappers import refuse_distributed, unwrapped
 
@@ -49,22 +50,58 @@ class _Round(torch.autograd.Function):
         grad = grad * alive
         within = steps.abs() <= ctx.largest + 0.5
         moved = torch.where(within, levels - steps, levels)
-        balance = 1 / math.sqrt(max(1, int(alive.sum())) * ctx.largest)
+        # in float64, as on the host, for which a step would have to wait
+        counted = alive.sum().clamp_min(1).double() * ctx.largest
+        balance = counted.sqrt().reciprocal().to(grad.dtype)
         return grad * within, (moved * grad).sum() * balance, None, None
 
 
-class _Levels(nn.Module):
-    """The parametrization of one parameter: w -> levels * scale."""
+@dataclass(frozen=True, eq=False)
+class Norm:
+    """A BatchNorm that will be folded into the weight before it: a factor on each channel.
 
+    Attributes:
+        module: the layer, in evaluation mode from now on, so that the factor is the folded one.
+        axis: of the weight's output channels.
+    """
+
+    module: Any
+    axis: int
+
+    def factor(self, w: Tensor) -> Tensor:
+        """[1, ..., channels, ..., 1], what folding multiplies the weight with; never 0."""
+        norm = self.module
+        with torch.no_grad():
+            factor = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            factor = torch.where(factor.abs() > 1e-12, factor, torch.ones_like(factor))
+            shape = [1] * w.ndim
+            shape[self.axis] = -1
+            return factor.view(shape).to(w.dtype)
+
+
+class _Levels(Learned):
+    """The parametrization of one parameter: w -> levels * scale.
+
+    With a BatchNorm behind, the product of weight and factor is on levels: what a file will hold.
+    """
+
+    learned = "scale"
     alive: Tensor
 
     def __init__(
-        self, name: str, weight: Tensor, largest: int, scale: nn.Parameter | None = None
+        self,
+        name: str,
+        weight: Tensor,
+        largest: int,
+        scale: nn.Parameter | None = None,
+        norm: Norm | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.largest = name, largest
+        self.name, self.largest, self.norm = name, largest, norm
         if scale is None:
-            scale = nn.Parameter(_best_scale(weight.detach(), largest), weight.requires_grad)
+            w = weight.detach()
+            w = w if norm is None else w * norm.factor(w)
+            scale = nn.Parameter(_best_scale(w, largest), weight.requires_grad)
         self.scale = scale
         self.register_buffer("alive", weight.detach() != 0)
 
@@ -76,11 +113,20 @@ class _Levels(nn.Module):
         """The levels: whole numbers, float, of w's shape."""
         return _nearest_levels(w, self.step(), self.largest) * self.alive + 0.0  # no -0
 
+    def value(self, w: Tensor) -> Tensor:
+        """The weight on levels, rounded once, without gradient; before a BatchNorm is folded."""
+        if self.norm is None:
+            return self.levels(w) * self.step()
+        factor = self.norm.factor(w)
+        return self.levels(w * factor) * self.step() / factor
+
     def forward(self, w: Tensor) -> Tensor:
+        factor = None if self.norm is None else self.norm.factor(w)
+        folded = w if factor is None else w * factor
         result: Tensor = _Round.apply(  # type: ignore[no-untyped-call]
-            w, self.step(), self.alive, self.largest
+            folded, self.step(), self.alive, self.largest
         )
-        return result
+        return result if factor is None else result / factor
 
 
 def _best_scale(w: Tensor, largest: int) -> Tensor:
@@ -134,7 +180,11 @@ def _nearest_levels(w: Tensor, scale: Tensor, largest: int) -> Tensor:
 
 
 def put_on_levels(
-    model: nn.Module, largest: Mapping[str, int], *, common: bool = False
+    model: nn.Module,
+    largest: Mapping[str, int],
+    *,
+    common: bool = False,
+    norms: Mapping[str, Norm] | None = None,
 ) -> nn.Module:
     """Puts parameters on levels with learned scales, in place; zeros stay zeros.
 
@@ -145,6 +195,8 @@ def put_on_levels(
         largest: parameter name -> largest level k, 1 to 127: values are -k s, ..., k s.
         common: whether all parameters share one scale s, which saves one multiplication each in
             the file.
+        norms: name of a weight -> the BatchNorm that will be folded into it; its product with that
+            one's factor is on levels.
 
     Returns:
         The same model.
@@ -172,7 +224,8 @@ def put_on_levels(
         scale = nn.Parameter(_common_scale([model.get_parameter(n) for n in largest], largest))
     for name, count in largest.items():
         parameter = model.get_parameter(name)
-        grid = _Levels(name, parameter, count, scale).to(parameter.device)
+        norm = (norms or {}).get(name)
+        grid = _Levels(name, parameter, count, scale, norm).to(parameter.device)
         holders = [
             (module, attribute)
             for module in model.modules()
@@ -215,7 +268,7 @@ def bake_levels(model: nn.Module) -> dict[str, Tensor]:
     grids = list(_grids(model))
     for grid, original, holders in grids:
         with torch.no_grad():
-            original.copy_(grid.levels(original) * grid.step())
+            original.copy_(grid.value(original))
         for module, attribute in holders:
             unparametrize_own(module, attribute)
     return {grid.name: grid.step().detach().clone() for grid, _, _ in grids}

@@ -1,4 +1,4 @@
-"""The training loop of one fit, and the state that its phases have in common.
+"""The training loop of one fit.
 
 Everything random in an epoch comes from (seed, phase, epoch), and learning rates are functions of
 the step. So a checkpoint holds only weights, optimizer state and the pressure's state, and a
@@ -25,51 +25,29 @@ from prune2onnx.pruning import (
     add_gradients,
     channel_thresholds_of,
     deep_copy,
-    density,
-    penalty,
-    survivors,
     thresholds_of,
-    weigh_by_bits,
 )
 from prune2onnx.runs.history import Callbacks, Epoch, Step
 from prune2onnx.runs.recipe import Recipe
+from prune2onnx.tasks.metrics import CLASS_ERROR
+from prune2onnx.tasks.structure import described
+from prune2onnx.tasks.task import CLASSIFICATION, Task
 from prune2onnx.training.augment import augment
 from prune2onnx.training.checkpoint import Checkpoints
+from prune2onnx.training.course import Course, State, one_cycle, steady, step_with_clamp
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.distill import Teacher
 from prune2onnx.training.levels import scales_of
-from prune2onnx.training.pressure import Pressure
-from prune2onnx.training.scoring import Order, evaluate, loader
+from prune2onnx.training.model import on_device, outputs_of
+from prune2onnx.training.scoring import Order, evaluated, example_inputs, loader
 
 _STREAMS = {"dense": 0, "channels": 4, "prune": 1, "tune": 2, "quantize": 3}  # of random numbers
 
-_WEIGH_EVERY = 100  # steps between updates of the bytes that survivors take
-_WARM_UP = 0.1  # fraction of a phase over which the learning rate rises
+_SENSITIVITY_BATCHES = 64
 _LOOK_EVERY = 16  # steps between reads of density and losses, each of which waits for the GPU
 
 AfterEpoch = Callable[[nn.Module, float], None]
 """Called between two epochs with the model and the fraction of the phase that is over, 0-1."""
-
-
-@dataclass
-class State:
-    """What phases pass on, and what a checkpoint keeps besides tensors.
-
-    Attributes:
-        goal: density of the pruned weights to reach, 0-1, where no size is asked for.
-        pruned: names of the pruned weights.
-        size: number of their elements.
-        frozen: scales and biases of pruned branches, frozen at zero.
-        steps: weight on levels -> the step of which its values are multiples.
-        history: every epoch so far.
-    """
-
-    goal: float
-    pruned: tuple[str, ...] = ()
-    size: int = 0
-    frozen: tuple[str, ...] = ()
-    steps: dict[str, float] = field(default_factory=dict)
-    history: list[Epoch] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -83,10 +61,10 @@ class Run:
         checkpoints: saves and loads them.
         callbacks: called during training.
         deployment: measures the file; None if there is none.
-        state: what phases pass on.
+        course: what phases work with, and pass on.
         teacher: the dense network to learn from and to compare with, after the dense phase.
-        dense_error: of that network, percent of the validation split.
-        pressure: of the current phase; None where it prunes nothing.
+        task: loss and metrics.
+        dense_value: the task's metric of that network, on the validation split.
     """
 
     data: Data
@@ -95,28 +73,51 @@ class Run:
     checkpoints: Checkpoints
     callbacks: Callbacks
     deployment: Deployment | None
-    state: State = field(init=False)
+    course: Course = field(init=False)
+    task: Task = CLASSIFICATION
     teacher: Teacher | None = None
-    dense_error: float = math.nan
-    pressure: Pressure | None = None
+    dense_value: float = math.nan
 
     def __post_init__(self) -> None:
-        self.state = State(self.recipe.wanted_density)
+        self.course = Course(
+            self.recipe,
+            self.deployment,
+            self.accelerator.device,
+            steps_of=lambda phase: self._epochs(phase) * len(self.order(phase, 0)),
+            example=self.example,
+            error=self.error,
+            slack=lambda: self.recipe.quantize.slack * self.task.metric.point(self.dense_value),
+            sensitivity=self.sensitivity,
+            copied=self.copied,
+        )
+
+    @property
+    def state(self) -> State:
+        """What phases pass on."""
+        return self.course.state
+
+    def _epochs(self, phase: str) -> int:
+        settings: Any = self.recipe.phase(phase)
+        return int(settings.epochs)
 
     # -- for phases -----------------------------------------------------------------------------
 
     def set_teacher(self, dense: nn.Module) -> None:
         """Sets the dense network to learn from and to compare with."""
-        self.teacher = Teacher(dense, self.recipe)
-        self.dense_error = self.error(self.teacher.model)
+        self.teacher = Teacher(dense, self.recipe, self.task)
+        self.dense_value = self.value(self.teacher.model)
 
     def error(self, model: nn.Module) -> float:
-        """Classification error, percent of the validation split."""
-        return self._evaluate(model)[0]
+        """The task's metric on the validation split, with the sign that makes less of it better."""
+        return self.task.metric.badness(self.value(model))
 
-    def example(self) -> Tensor:
-        """A batch of two inputs, zeros."""
-        return torch.zeros(2, *self.data.input_shape, device=self.accelerator.device)
+    def value(self, model: nn.Module) -> float:
+        """The task's metric on the validation split: for classification, percent of errors."""
+        return next(iter(self._evaluate(model)[0].values()))
+
+    def example(self) -> Any:
+        """The inputs of a batch of two."""
+        return on_device(example_inputs(self.data), self.accelerator.device)
 
     def order(self, phase: str, epoch: int) -> Order:
         """The batches of an epoch, for this process."""
@@ -131,15 +132,31 @@ class Run:
         order.seed = int(drawn >> np.uint64(1))
         return order
 
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Mean loss of a batch, by its labels and by the dense network's outputs."""
+    def loss(self, model: nn.Module, x: Any, y: Any) -> Tensor:
+        """Mean loss of a batch, by its targets and by the dense network's outputs."""
         device = self.accelerator.device
-        x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-        scores = model(x)
+        x, y = on_device(x, device), on_device(y, device)
+        outputs = outputs_of(model, x)
         if self.teacher is None:
-            return nn.functional.cross_entropy(scores, y)
+            return self.task.loss(outputs, y)
         with self.accelerator.autocast():  # the model has its own, the teacher does not
-            return self.teacher.loss(x, y, scores)
+            return self.teacher.loss(x, y, outputs)
+
+    def sensitivity(self, model: nn.Module) -> dict[str, Tensor]:
+        """Mean squared gradients over some batches: the empirical Fisher information's diagonal."""
+        found = {name: torch.zeros_like(model.get_parameter(name)) for name in self.state.pruned}
+        for batches, (x, y) in enumerate(loader(self.data.train, self.order("quantize", 0))):
+            if batches == _SENSITIVITY_BATCHES:
+                break
+            model.zero_grad()
+            self.loss(model, x, y).backward()  # type: ignore[no-untyped-call]
+            for name, summed in found.items():
+                gradient = model.get_parameter(name).grad
+                if gradient is not None:
+                    summed += gradient.square()
+        if self.accelerator.num_processes > 1:
+            found = self.accelerator.reduce(found, "sum")
+        return found
 
     def copied(self, model: nn.Module) -> nn.Module:
         """A copy without mixed precision, whose parametrizations may be removed."""
@@ -148,11 +165,12 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """The state, for a checkpoint."""
-        return asdict(self.state) | {"pressure": self.pressure and self.pressure.state()}
+        pressure = self.course.pressure
+        return asdict(self.state) | {"pressure": pressure and pressure.state()}
 
     def restore(self, facts: dict[str, Any]) -> None:
         """Restores the state from a checkpoint."""
-        self.state = State(
+        self.course.state = State(
             facts["goal"],
             tuple(facts["pruned"]),
             facts["size"],
@@ -160,8 +178,8 @@ class Run:
             dict(facts["steps"]),
             [Epoch(**epoch) for epoch in facts["history"]],
         )
-        if self.pressure and facts["pressure"]:
-            self.pressure.restore(facts["pressure"])
+        if self.course.pressure and facts["pressure"]:
+            self.course.pressure.restore(facts["pressure"])
 
     # -- the loop -------------------------------------------------------------------------------
 
@@ -180,16 +198,17 @@ class Run:
             loss = self._epoch(phase, epoch, epochs, wrapped, model, optimizer)
             self._sync_buffers(model)
             after_epoch(model, epoch / epochs)
-            error, validation_loss = self._evaluate(model)
+            metrics, validation_loss = self._evaluate(model)
             if not math.isfinite(validation_loss):
                 raise Prune2OnnxError(
                     f"the validation loss became {validation_loss} after phase {phase}, epoch "
                     f"{epoch}; start again with a lower --{phase}-lr"
                 )
-            left, layers = self._density(model), self._layers(model)
+            left, layers = self.course.density(model), self.course.layers(model)
             seconds = time.perf_counter() - began
+            error = metrics.get(CLASS_ERROR.name) if self.task is CLASSIFICATION else None
             record = Epoch(
-                phase, epoch, epochs, loss, left, error, validation_loss, seconds, *layers
+                phase, epoch, epochs, loss, left, error, validation_loss, seconds, *layers, metrics
             )
             self.state.history.append(record)
             self.checkpoints.save_running(phase, epoch, model, optimizer, self.facts())
@@ -220,28 +239,28 @@ class Run:
         steps = len(order)
         losses: list[Tensor] = []
         total = 0.0
-        left = self._density(model)
+        left = self.course.density(model)
         wrapped.train()
         if phase != "dense":  # a pruned network overfits less
             disable_dropout(model)
         for step, (x, y) in enumerate(loader(self.data.train, order), 1):
             progress = (epoch - 1 + (step - 1) / steps) / epochs
             for group in optimizer.param_groups:
-                falls = not group.get("steady") or progress < _WARM_UP
-                group["lr"] = group["peak"] * (one_cycle(progress) if falls else 1.0)
+                rate = steady if group.get("steady") else one_cycle
+                group["lr"] = group["peak"] * rate(progress)
             x = augment(x, self.recipe.augment, drawing)
             try:
                 loss = self.loss(wrapped, x, y)
             except (RuntimeError, ValueError) as error:  # out of memory, BatchNorm of one example
                 raise Prune2OnnxError(
                     f"the model fails in phase {phase}, epoch {epoch}, step {step}, on a batch of "
-                    f"shape {list(x.shape)}: {one_line(error)[:300]}"
+                    f"{described(x)}: {one_line(error)[:300]}"
                 ) from error
             losses.append(self._step(model, optimizer, loss, progress, step))
             if step % _LOOK_EVERY == 0 or step == steps:
                 total += _sum(losses, phase, epoch, step)
-                if self.pressure:
-                    left = self._density(model)
+                if self.course.pressure:
+                    left = self.course.density(model)
                 if self.accelerator.is_main_process:
                     shown = total / step
                     self.callbacks.on_step(Step(phase, epoch, epochs, step, steps, shown, left))
@@ -252,53 +271,34 @@ class Run:
         self, model: nn.Module, optimizer: Any, loss: Tensor, progress: float, step: int
     ) -> Tensor:
         """One step on the loss and the penalty; returns their sum."""
-        pressure = self.pressure
-        if pressure:
-            if pressure.settings.weigh == "bytes" and (step - 1) % _WEIGH_EVERY == 0:
-                weigh_by_bits(model)
-            channels = channel_thresholds_of(model)
-            alive = channels.left() if channels else survivors(model)
-            above = pressure.above(alive, progress)
-            added = channels.penalty() if channels else penalty(model)
-            added = pressure.factor(above) * added
+        course = self.course
+        if course.pressure:
+            course.weigh(model, step - 1)
+            above = course.excess(model, progress)
+            added = course.pressure.factor(above) * course.regulariser(model)
         optimizer.zero_grad()
         self.accelerator.backward(loss)
-        if pressure:
+        if course.pressure:
             scaler = self.accelerator.scaler
             add_gradients(added if scaler is None else scaler.scale(added), model)
             loss = loss.detach() + added
-            step_with_clamp(optimizer, above)
+            thresholds = [p for group in optimizer.param_groups[1:] for p in group["params"]]
+            step_with_clamp(optimizer, thresholds, above)
         else:
             optimizer.step()
         return loss.detach()
 
-    def _evaluate(self, model: nn.Module) -> tuple[float, float]:
-        # without gradients twice the batch takes less memory than a training step
-        batch_size = 2 * self.recipe.batch_size
-        return evaluate(model, self.data.validation, self.accelerator, batch_size=batch_size)
-
-    def _density(self, model: nn.Module) -> float:
-        """Survivors over elements of the pruned weights; 1 before there are any.
-
-        While channels are pruned: the fraction of their cost that is left.
-        """
-        if (channels := channel_thresholds_of(model)) is not None:
-            return float(channels.left())
-        if self.pressure is not None:
-            return density(model).total
-        if not self.state.pruned:
-            return 1.0
-        layers = density(model).layers
-        nnz = sum(layer.nnz for layer in layers if layer.name in self.state.pruned)
-        return nnz / self.state.size
-
-    def _layers(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float]]:
-        """Density of each pruned weight, and its threshold where it has a learned one."""
-        if (channels := channel_thresholds_of(model)) is not None:
-            return channels.densities(), channels.thresholds()
-        layers = [layer for layer in density(model).layers if layer.name in self.state.pruned]
-        densities = {layer.name: layer.density for layer in layers}
-        return densities, {x.name: x.threshold for x in layers if x.threshold is not None}
+    def _evaluate(self, model: nn.Module) -> tuple[dict[str, float], float]:
+        """The task's metrics, by name, and its loss, on the validation split."""
+        return evaluated(
+            model,
+            self.data.validation,
+            self.task,
+            self.accelerator,
+            # without gradients twice the batch takes less memory than a training step
+            batch_size=2 * self.recipe.batch_size,
+            dense=None if self.teacher is None else self.teacher.model,
+        )
 
     def _sync_buffers(self, model: nn.Module) -> None:
         """Copies the main process's buffers to all others, whose BatchNorm statistics differ."""
@@ -317,7 +317,6 @@ def _optimizer(model: nn.Module, settings: Any) -> Any:
     decay = getattr(settings, "weight_decay", 0.0)
     groups = [{"params": others, "peak": settings.lr, "weight_decay": decay}]
     if thresholds:
-        # at the peak to the end, as the goal may require large changes late
         groups.append({"params": thresholds, "peak": settings.threshold_lr, "steady": True})
     if scales:
         groups.append({"params": scales, "peak": settings.scale_lr})
@@ -337,28 +336,8 @@ def _sum(losses: list[Tensor], phase: str, epoch: int, step: int) -> float:
     return float(values.sum())
 
 
-def step_with_clamp(optimizer: Any, above: Tensor) -> None:
-    """An optimizer step that raises no threshold once the wanted density is reached.
-
-    Without the clamp the optimizer's momentum would go on raising thresholds for some steps.
-    """
-    thresholds = [p for group in optimizer.param_groups[1:] for p in group["params"]]
-    before = [threshold.detach().clone() for threshold in thresholds]
-    optimizer.step()
-    with torch.no_grad():
-        for threshold, old in zip(thresholds, before, strict=True):
-            threshold.copy_(torch.where(above > 0, threshold, torch.minimum(threshold, old)))
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Sets Dropout layers, and no others, to evaluation mode."""
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
-
-
-def one_cycle(progress: float) -> float:
-    """Learning rate over its peak at a fraction of a phase: linear warm-up, then half a cosine."""
-    if progress < _WARM_UP:
-        return (progress + 0.01) / (_WARM_UP + 0.01)
-    return 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))

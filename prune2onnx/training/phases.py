@@ -28,6 +28,7 @@ from prune2onnx.pruning import (
     channel_thresholds_of,
     density,
     hold_zeros,
+    prunable_weights,
     prune,
     prune_channels,
     scale_thresholds,
@@ -35,8 +36,9 @@ from prune2onnx.pruning import (
 )
 from prune2onnx.runs.recipe import MACS
 from prune2onnx.runs.recipe import PHASES as ORDER
+from prune2onnx.training.course import Course
 from prune2onnx.training.fold import fold_batch_norm
-from prune2onnx.training.levels import bake_levels, coarsen
+from prune2onnx.training.levels import Norm, bake_levels, coarsen, put_on_levels
 from prune2onnx.training.loop import Run
 from prune2onnx.training.pressure import Pressure
 from prune2onnx.training.size_budget import (
@@ -81,8 +83,8 @@ class Phase:
         after_epoch: called between two epochs, with the fraction of the phase that is over.
     """
 
-    begin: Callable[[Run, nn.Module], Finish]
-    after_epoch: Callable[[Run, nn.Module, float], None] = _nothing
+    begin: Callable[[Course, nn.Module], Finish]
+    after_epoch: Callable[[Course, nn.Module, float], None] = _nothing
 
 
 def train_phase(run: Run, name: str, model: nn.Module) -> None:
@@ -94,107 +96,107 @@ def train_phase(run: Run, name: str, model: nn.Module) -> None:
     if finished is not None:
         run.restore(finished)
         return
-    finish = phase.begin(run, model)
-    run.train(name, model, lambda one, progress: phase.after_epoch(run, one, progress))
+    finish = phase.begin(run.course, model)
+    run.train(name, model, lambda one, progress: phase.after_epoch(run.course, one, progress))
     finish()
     run.checkpoints.save_finished(name, model, run.facts())
 
 
-def _dense(run: Run, model: nn.Module) -> Finish:
+def _dense(course: Course, model: nn.Module) -> Finish:
     return _nothing
 
 
 # -- channels -----------------------------------------------------------------------------------
 
 
-def _channels(run: Run, model: nn.Module) -> Finish:
-    _put_thresholds(run, run.copied(model))  # fails now if a weight cannot be pruned
-    channels = _put_channel_thresholds(run, model)
-    goal = _channel_goal(run)
-    _set_pressure(run, "channels", 1, goal)
+def _channels(course: Course, model: nn.Module) -> Finish:
+    _put_thresholds(course, course.copied(model))  # fails now if a weight cannot be pruned
+    channels = _put_channel_thresholds(course, model)
+    goal = _channel_goal(course)
+    _set_pressure(course, "channels", 1, goal)
 
     def finish() -> None:
-        _meet_goal(run, "channels", model, lambda one: _exceeds_channel_goal(run, one, goal))
+        _meet_goal(course, "channels", model, lambda one: _exceeds_channel_goal(course, one, goal))
         frozen = {id(parameter) for parameter in channels.bake()}
-        run.state.frozen = tuple(n for n, p in model.named_parameters() if id(p) in frozen)
-        plain = deployed(run, model, levels=False)
+        course.state.frozen = tuple(n for n, p in model.named_parameters() if id(p) in frozen)
+        plain = deployed(course, model, levels=False)
         with torch.no_grad():  # weights for channels that are pruned
-            for name in run.state.pruned:
+            for name in course.state.pruned:
                 model.get_parameter(name).mul_(plain.get_parameter(name) != 0)
 
     return finish
 
 
-def _put_channel_thresholds(run: Run, model: nn.Module) -> ChannelThresholds:
+def _put_channel_thresholds(course: Course, model: nn.Module) -> ChannelThresholds:
     """Puts thresholds on the channel groups of the graph."""
-    if run.deployment is None:
+    if course.deployment is None:
         raise Prune2OnnxError(
             "channels.epochs asks for channel pruning, but without a deployment the channel groups "
             "are not known; give fit a deployment, or no channels.epochs"
         )
-    recipe = run.recipe
-    plain = run.copied(model)
-    norms = fold_batch_norm(plain, run.example())
+    recipe = course.recipe
+    plain = course.copied(model)
+    norms = fold_batch_norm(plain, course.example())
     settings: Any = recipe.phase("channels")
     return prune_channels(
         model,
-        run.deployment.structure(plain.cpu()),
+        course.deployment.structure(plain.cpu()),
         norms,
         # a budget of multiply-adds alone, without speed as a goal, counts nothing else
         speed=_SPEED_COUNTS[recipe.goal] or float(recipe.prunes_channels),
         by_macs=recipe.target_macs is not None,
         multiple=recipe.file.multiple,
-        chosen=run.state.pruned,
+        chosen=course.state.pruned,
         function=settings.function,
         beta=settings.beta,
         start=settings.start,
     )
 
 
-def _exceeds_channel_goal(run: Run, model: nn.Module, goal: float) -> bool:
+def _exceeds_channel_goal(course: Course, model: nn.Module, goal: float) -> bool:
     """Whether more of the channels' cost is left than wanted."""
     channels = channel_thresholds_of(model)
     assert channels is not None  # the caller scales them
-    target = run.recipe.target_macs
+    target = course.recipe.target_macs
     if target is not None and float(channels.macs_left()) > target:
         return True
     return float(channels.left()) > goal
 
 
-def _channel_goal(run: Run) -> float:
+def _channel_goal(course: Course) -> float:
     """Fraction of the channels' cost that is to be left."""
-    recipe = run.recipe
+    recipe = course.recipe
     if recipe.goal == "size" and recipe.target_macs is None:
-        return min(1.0, recipe.channels.margin * first_goal(run))
+        return min(1.0, recipe.channels.margin * first_goal(course))
     return recipe.target_macs or MACS
 
 
 # -- prune --------------------------------------------------------------------------------------
 
 
-def _prune(run: Run, model: nn.Module) -> Finish:
+def _prune(course: Course, model: nn.Module) -> Finish:
     release: Finish = _nothing
     start = 1.0
-    if run.recipe.channels.epochs:
-        release = _hold(run, model)
-        start = survivors_left(run, model) / run.state.size
-        if run.recipe.goal != "size" and not run.recipe.target_density:
-            run.state.goal = _KEPT[run.recipe.goal] * start
-    _put_thresholds(run, model)
+    if course.recipe.channels.epochs:
+        release = _hold(course, model)
+        start = survivors_left(course, model) / course.state.size
+        if course.recipe.goal != "size" and not course.recipe.target_density:
+            course.state.goal = _KEPT[course.recipe.goal] * start
+    _put_thresholds(course, model)
     _set_pressure(
-        run, "prune", run.state.size, min(start, MARGIN["prune"] * first_goal(run)), start
+        course, "prune", course.state.size, min(start, MARGIN["prune"] * first_goal(course)), start
     )
 
     def finish() -> None:
-        _meet_goal(run, "prune", model, lambda one: is_over(run, one, MARGIN["prune"]))
+        _meet_goal(course, "prune", model, lambda one: is_over(course, one, MARGIN["prune"]))
         bake(model)
         release()
 
     return finish
 
 
-def _put_thresholds(run: Run, model: nn.Module) -> None:
-    chosen = run.recipe.prune
+def _put_thresholds(course: Course, model: nn.Module) -> None:
+    chosen = course.recipe.prune
     prune(
         model,
         function=chosen.function,
@@ -208,31 +210,32 @@ def _put_thresholds(run: Run, model: nn.Module) -> None:
         importance=chosen.importance,
     )
     layers = density(model).layers
-    run.state.pruned = tuple(layer.name for layer in layers)
-    run.state.size = sum(layer.size for layer in layers)
+    course.state.pruned = tuple(layer.name for layer in layers)
+    course.state.size = sum(layer.size for layer in layers)
 
 
-def _set_pressure(run: Run, phase: str, size: int, goal: float, start: float = 1.0) -> None:
+def _set_pressure(course: Course, phase: str, size: int, goal: float, start: float = 1.0) -> None:
     if not start:
         raise Prune2OnnxError(
             "no weight is left in the channels that remain; raise --channels-margin or "
             "--channels-epochs, or ask for less"
         )
-    chosen: Any = run.recipe.phase(phase)
-    steps = chosen.epochs * len(run.order(phase, 0))
-    run.pressure = Pressure(chosen, size, steps, goal, run.accelerator.device, start=start)
+    chosen: Any = course.recipe.phase(phase)
+    steps = course.steps_of(phase)
+    course.pressure = Pressure(chosen, size, steps, goal, course.device, start=start)
 
 
-def _meet_goal(run: Run, phase: str, model: nn.Module, over: Callable[[nn.Module], bool]) -> None:
+def _meet_goal(
+    course: Course, phase: str, model: nn.Module, over: Callable[[nn.Module], bool]
+) -> None:
     """Ends the pressure; scales all thresholds by one factor, so that not too much is left."""
-    run.pressure = None
-    if not run.recipe.prune.pressure:
+    course.pressure = None
+    if not course.recipe.prune.pressure:
         return
     low, high = 1 / _REACH[phase], _REACH[phase]
-    trial = run.copied(model)
     for _ in range(_HALVINGS):
         middle = math.sqrt(low * high)
-        trial.load_state_dict(model.state_dict())
+        trial = course.copied(model)
         _scale(trial, middle)
         low, high = (middle, high) if over(trial) else (low, middle)
     _scale(model, high)
@@ -246,78 +249,114 @@ def _scale(model: nn.Module, factor: float) -> None:
         scale_thresholds(model, factor)
 
 
-def _aim(run: Run, model: nn.Module, progress: float) -> None:
-    if progress > _MEASURE_FROM * run.recipe.prune.ramp:
-        aim(run, model)
+def _aim(course: Course, model: nn.Module, progress: float) -> None:
+    if progress > _MEASURE_FROM * course.recipe.prune.ramp:
+        aim(course, model)
 
 
 # -- tune ---------------------------------------------------------------------------------------
 
 
-def _tune(run: Run, model: nn.Module) -> Finish:
-    if not run.state.pruned:
-        _take_masks(run, model)
-    meet_budget(run, model, MARGIN["tune"])
-    return _hold(run, model)
+def _tune(course: Course, model: nn.Module) -> Finish:
+    if not course.state.pruned:
+        _take_masks(course, model)
+    meet_budget(course, model, MARGIN["tune"])
+    return _hold(course, model)
 
 
-def _hold(run: Run, model: nn.Module) -> Callable[[], None]:
-    """Freezes zeros of pruned weights and branches; returns a function that ends this."""
-    names = (*run.state.pruned, *run.state.frozen)
+def _hold(course: Course, model: nn.Module) -> Callable[[], None]:
+    """Freezes zeros of pruned weights and branches; returns a function that ends this.
+
+    Where the optimizer is not made anew, it has momentum: `compression` zeroes them after steps.
+    """
+    if course.in_place:
+        return _nothing
+    names = (*course.state.pruned, *course.state.frozen)
     weights = {name: model.get_parameter(name).detach() for name in names}
     return hold_zeros(model, {name: w != 0 for name, w in weights.items()})
 
 
-def _take_masks(run: Run, model: nn.Module) -> None:
+def _take_masks(course: Course, model: nn.Module) -> None:
     """Uses the zeros of the given model as its masks."""
-    chosen = selected_weights(model, run.recipe.prune.include, run.recipe.prune.exclude)
+    chosen = selected_weights(model, course.recipe.prune.include, course.recipe.prune.exclude)
     layers = [layer for layer in density(model).layers if layer.name in chosen]
     if all(layer.nnz == layer.size for layer in layers):
         raise Prune2OnnxError(
-            "start is 'tune', but no Linear or convolution weight has a zero; "
+            "start is 'tune', but no weight that can be pruned has a zero; "
             "start with 'prune', or give pruned weights"
         )
-    run.state.pruned = tuple(layer.name for layer in layers)
-    run.state.size = sum(layer.size for layer in layers)
-    run.state.goal = run.recipe.target_density or 1.0  # else as sparse as it is
+    course.state.pruned = tuple(layer.name for layer in layers)
+    course.state.size = sum(layer.size for layer in layers)
+    course.state.goal = course.recipe.target_density or 1.0  # else as sparse as it is
 
 
 # -- quantize -----------------------------------------------------------------------------------
 
 
-def _quantize(run: Run, model: nn.Module) -> Finish:
-    settings = run.recipe.quantize
+def _quantize(course: Course, model: nn.Module) -> Finish:
+    settings = course.recipe.quantize
 
     def error() -> float:
-        return run.error(model)
+        return course.error(model)
 
-    propagate_constants(run, model, {})
+    propagate_constants(course, model, {})
     small, halves = coarsen(
         model,
-        small_parameters(run, model),
+        small_parameters(course, model),
         settings.small_levels,
         error,
-        allowed=error() + settings.slack,
+        allowed=error() + course.slack(),
     )
-    put_on_recipe_levels(run, model, (*run.state.pruned, *small))
-    others = small_parameters(run, model)
+    put_on_recipe_levels(course, model, (*course.state.pruned, *small))
+    others = small_parameters(course, model)
     zeros = [name for name in others if not model.get_parameter(name).any()]
     for name in (*halves, *zeros):  # rounded already: not trained any more
         model.get_parameter(name).requires_grad_(False)
-    meet_budget(run, model, MARGIN["quantize"])
+    meet_budget(course, model, MARGIN["quantize"])
 
     def finish() -> None:
-        meet_budget(run, model, 1.0)
+        meet_budget(course, model, 1.0)
         scales = bake_levels(model)
-        propagate_constants(run, model, scales)
-        run.state.steps = as_numbers(scales)
+        propagate_constants(course, model, scales)
+        course.state.steps = as_numbers(scales)
 
     return finish
 
 
-def _keep_budget(run: Run, model: nn.Module, progress: float) -> None:
+def _quantize_in_place(course: Course, model: nn.Module) -> Finish:
+    """The same where layers have to stay: BatchNorm is folded in the file alone.
+
+    Until then it is in evaluation mode, so that what is on levels is what the file will hold.
+    """
+    folded = fold_batch_norm(course.copied(model), course.example())
+    norms: dict[str, Norm] = {}
+    chosen = dict.fromkeys(course.state.pruned, course.recipe.quantize.levels)
+    places = prunable_weights(model)
+    for norm_name, layer in folded.items():
+        place = places[f"{layer}.weight"][0]
+        if place.axis == 1 and getattr(place.module, "groups", 1) > 1:
+            chosen.pop(f"{layer}.weight", None)  # its channels are along two axes
+            continue
+        norm: Any = model.get_submodule(norm_name)
+        norms[f"{layer}.weight"] = Norm(norm, place.axis)
+    hooks = [one.module.register_forward_pre_hook(_evaluates) for one in norms.values()]
+    put_on_levels(model, chosen, norms=norms)
+    meet_budget(course, model, MARGIN["quantize"])
+
+    def finish() -> None:
+        for hook in hooks:
+            hook.remove()
+
+    return finish
+
+
+def _evaluates(layer: nn.Module, _: object) -> None:
+    layer.eval()
+
+
+def _keep_budget(course: Course, model: nn.Module, progress: float) -> None:
     if _KEEP_FROM <= progress < 1:
-        meet_budget(run, model, 1.0)
+        meet_budget(course, model, 1.0)
 
 
 PHASES: Mapping[str, Phase] = {
@@ -328,5 +367,8 @@ PHASES: Mapping[str, Phase] = {
     "quantize": Phase(_quantize, _keep_budget),
 }
 """Name -> phase, in the order of the recipe."""
+
+IN_PLACE: Mapping[str, Phase] = {**PHASES, "quantize": Phase(_quantize_in_place, _keep_budget)}
+"""The same for a network whose layers have to stay, as its optimizer holds their parameters."""
 
 assert tuple(PHASES) == ORDER

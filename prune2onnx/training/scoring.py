@@ -1,6 +1,6 @@
-"""Runs a network on examples: batches in a seeded order, its error on a split, a first check.
+"""Runs a network on examples: batches in a seeded order, its metrics on a split, a first check.
 
-Knows models and datasets, but not pruning, nor the training loop, which is in `loop`.
+Knows models, datasets and tasks, but not pruning, nor the training loop, which is in `loop`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from prune2onnx.data import Data, MapDataset, batches, collate
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.tasks.metrics import batch_sums, final
+from prune2onnx.tasks.structure import described, mapped, stacked
+from prune2onnx.tasks.task import CLASSIFICATION, Task, misfit
+from prune2onnx.training.model import on_device, outputs_of
+
+_MOST_TARGETS = 4096
 
 
 class Order(Sampler[list[int]]):
@@ -49,72 +55,190 @@ def evaluate(
     data: MapDataset,
     accelerator: Accelerator | None = None,
     *,
+    task: Task = CLASSIFICATION,
     batch_size: int = 256,
 ) -> tuple[float, float]:
-    """Classification error and cross entropy of a model in evaluation mode.
+    """The metric and the loss of a model in evaluation mode: of a classifier, error in percent.
 
     Args:
-        model: maps [n, ...] inputs to [n, classes] scores.
+        model: takes the data's inputs.
         data: a split of `Data`.
         accelerator: splits the work among its processes; None: only this process.
+        task: says how the model is judged.
         batch_size: examples at a time.
 
     Returns:
-        (error in percent, mean cross entropy).
+        (the task's first metric, mean loss): for classification, error in percent and cross
+        entropy.
+    """
+    metrics, loss = evaluated(model, data, task, accelerator, batch_size=batch_size)
+    return next(iter(metrics.values())), loss
+
+
+def evaluated(
+    model: nn.Module,
+    data: MapDataset,
+    task: Task,
+    accelerator: Accelerator | None = None,
+    *,
+    batch_size: int = 256,
+    dense: nn.Module | None = None,
+) -> tuple[dict[str, float], float]:
+    """All metrics of a model, by name, and its mean loss.
+
+    Args:
+        model: as for `evaluate`, like the other arguments.
+        data: a split.
+        task: says how the model is judged.
+        accelerator: splits the work.
+        batch_size: examples at a time.
+        dense: the network whose outputs are the targets, in a task that has no others.
+
+    Raises:
+        Prune2OnnxError: a metric fails or is not finite, or a task without targets has no `dense`.
     """
     processes = accelerator.num_processes if accelerator else 1
     rank = accelerator.process_index if accelerator else 0
     device = accelerator.device if accelerator else next(model.parameters()).device
-    size = len(data)
-    mine = range(rank, size, processes)
-    batches = [list(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-    totals = torch.zeros(2, dtype=torch.float64)
+    mine = range(rank, len(data), processes)
+    parts = [list(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
+    loss = 0.0
+    sums: list[NDArray[np.float64]] = []
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for x, y in loader(data, batches):
-            scores = model(x.to(device)).float().cpu()
-            totals[0] += (scores.argmax(1) != y).sum()
-            totals[1] += nn.functional.cross_entropy(scores, y, reduction="sum")
+        for part, (x, y) in zip(parts, loader(data, parts), strict=True):
+            x = on_device(x, device)
+            outputs = mapped(_on_cpu, outputs_of(model, x))
+            if task.targets == "outputs":
+                y = mapped(_on_cpu, outputs_of(_required(dense, task), x))
+            loss += float(task.loss(outputs, y)) * len(part)
+            given = mapped(Tensor.numpy, outputs), mapped(Tensor.numpy, y)
+            batch = [batch_sums(metric, *given) for metric in task.metrics]
+            sums = [a + b for a, b in zip(sums, batch, strict=True)] if sums else batch
     model.train(was_training)
+    totals = [torch.tensor([loss], dtype=torch.float64), *map(torch.from_numpy, sums)]
     if accelerator and processes > 1:
-        totals = accelerator.reduce(totals.to(device), "sum").cpu()
-    return 100 * float(totals[0]) / size, float(totals[1]) / size
+        totals = [accelerator.reduce(total.to(device), "sum").cpu() for total in totals]
+    names = [metric.name for metric in task.metrics]
+    values = (
+        final(metric, total.numpy(), "the validation split")
+        for metric, total in zip(task.metrics, totals[1:], strict=True)
+    )
+    return dict(zip(names, values, strict=True)), float(totals[0]) / len(data)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return (tensor.float() if tensor.is_floating_point() else tensor).cpu()
+
+
+def _required(dense: nn.Module | None, task: Task) -> nn.Module:
+    if dense is None:
+        raise Prune2OnnxError(
+            f"task {task.name} has no targets but the outputs of a trained network, expected one; "
+            "give --weights, and no --start dense"
+        )
+    return dense
+
+
+def example_inputs(data: Data) -> Any:
+    """The inputs of a batch of two: zeros, or the first examples where those may not be valid."""
+    if isinstance(data.input_shape, tuple) and data.input_dtype == "float32":
+        return torch.zeros(2, *data.input_shape)
+    return next(iter(loader(data.train, [[0, min(1, len(data.train) - 1)]])))[0]
+
+
+def deviation(data: Data, task: Task) -> float:
+    """The standard deviation of the training targets, where a task's loss depends on it; else 0.
+
+    Of each column of targets [n, ...], then their root mean square; of a large split, of a part.
+    """
+    if not task.power:
+        return 0.0
+    count = min(len(data.train), _MOST_TARGETS)
+    chosen = np.linspace(0, len(data.train) - 1, count).round().astype(int).tolist()
+    parts = [chosen[at : at + 64] for at in range(0, count, 64)]
+    targets = np.concatenate(
+        [y.double().reshape(len(y), -1).numpy() for _, y in loader(data.train, parts)]
+    )
+    return float(np.sqrt(targets.var(0).mean()))
 
 
 def check_output(
     model: nn.Module,
     data: Data,
+    task: Task = CLASSIFICATION,
     device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> None:
-    """Runs one small batch, so that a model that does not fit the data fails at once.
+    """Runs one small batch, so that a model that does not fit the data or the task fails at once.
 
     Raises:
-        Prune2OnnxError: the model fails, or does not return a score for each class.
+        Prune2OnnxError: the model fails, or its output is not what the task needs, such as a score
+            for each class.
     """
-    x = torch.zeros(2, *data.input_shape, device=device)
+    x = on_device(example_inputs(data), device)
     was_training = model.training
     try:
         with torch.no_grad():
-            scores = model.eval()(x)
+            outputs = outputs_of(model.eval(), x)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else ""
         raise Prune2OnnxError(
-            f"the model fails on an input of shape {list(x.shape)} from {data.name}: "
+            f"the model fails on an input of {_shown(x)} from {data.name}: "
             f"{type(error).__name__}: {reason}"
         ) from error
     finally:
         model.train(was_training)
-    shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-    if not isinstance(scores, Tensor) or scores.ndim != 2 or scores.shape[1] < data.classes:
+    first = outputs[0] if isinstance(outputs, tuple) and outputs else outputs
+    if not isinstance(first, Tensor):
         raise Prune2OnnxError(
-            f"the model returns {shape} for an input of shape {list(x.shape)}, expected scores "
-            f"[2, {data.classes}]: one for each class of {data.name}"
+            f"the model returns no tensor for an input of {_shown(x)}, expected one; return the "
+            "tensors that the loss needs"
+        )
+    if task.targets == "outputs":
+        return
+    y = next(iter(loader(data.train, [[0, min(1, len(data.train) - 1)]])))[1]
+    if task.targets == "any":
+        _check_own(task, outputs, on_device(y, device))
+        return
+    made, wanted = tuple(first.shape), tuple(y.shape)
+    if (expected := misfit(task.targets, made, wanted, data.classes)) is not None:
+        raise Prune2OnnxError(
+            f"the model returns {list(made)} for an input of {_shown(x)}, expected {expected} of "
+            f"{data.name}"
         )
 
 
-def scores_of(model: nn.Module, data: MapDataset, size: int) -> NDArray[np.float32]:
-    """Outputs of a model for all examples of a split, [n, classes], `size` at a time."""
+def _check_own(task: Task, outputs: Any, targets: Any) -> None:
+    """Tries a user's loss and metrics on a small batch."""
+    try:
+        loss = task.loss(outputs, targets)
+    except Exception as error:  # whatever the user's function raises
+        raise Prune2OnnxError(
+            f"task {task.name}: its loss fails on outputs {described(outputs)} and targets "
+            f"{described(targets)}: {type(error).__name__}: {one_line(error)[:300]}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.ndim:
+        shape = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise Prune2OnnxError(
+            f"task {task.name}: its loss returns {shape}, expected a scalar tensor: the mean over "
+            "the batch"
+        )
+    given = (mapped(lambda t: _on_cpu(t).numpy(), value) for value in (outputs, targets))
+    made, wanted = given
+    for metric in task.metrics:
+        batch_sums(metric, made, wanted)
+
+
+def _shown(x: Any) -> str:
+    return f"shape {list(x.shape)}" if isinstance(x, Tensor) else described(x)
+
+
+def outputs_on(model: nn.Module, data: MapDataset, size: int) -> Any:
+    """Outputs of a model for all examples of a split, `size` at a time: [n, ...], or a tuple."""
+    parts = []
     with torch.no_grad():
-        parts = [model(torch.from_numpy(x)).float().numpy() for x, _ in batches(data, size)]
-    return np.concatenate(parts)
+        for x, _ in batches(data, size):
+            outputs = outputs_of(model, mapped(torch.from_numpy, x))
+            parts.append(mapped(lambda t: _on_cpu(t).numpy(), outputs))
+    return stacked(parts, np.concatenate)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prune2onnx.pruning import bake, density, density_of_bits, prunable_weights, thresholds_of
+from prune2onnx.training.course import Course
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.fold import fold_batch_norm
 from prune2onnx.training.levels import (
@@ -23,8 +24,6 @@ from prune2onnx.training.levels import (
     saliency,
     scales_of,
 )
-from prune2onnx.training.loop import Run
-from prune2onnx.training.scoring import loader
 
 MARGIN = {"prune": 1.25, "tune": 1.1, "quantize": 1.03}
 """Size or density after pruning, and at the start of the phases after it, in multiples of the goal.
@@ -35,109 +34,123 @@ _BITS = 10.0
 """Approximate bits of a survivor where few are left, to guess a density from a size."""
 
 _MOST_REMOVED = 0.9  # fraction of the survivors that may be removed to meet a size
-_SALIENCY_BATCHES = 64
 
 
-def target_size(run: Run) -> int | None:
+def target_size(course: Course) -> int | None:
     """The wanted bytes of the file; None where none are given, or none can be measured."""
-    return run.recipe.target_size if run.deployment is not None else None
+    return course.recipe.target_size if course.deployment is not None else None
 
 
-def first_goal(run: Run) -> float:
+def first_goal(course: Course) -> float:
     """The density to reach, before any file is measured."""
-    target = target_size(run)
+    target = target_size(course)
     if target is None:
-        return run.state.goal
-    most = run.recipe.target_density or 1.0
-    each = 8 * target / run.state.size  # bits per element
+        return course.state.goal
+    most = course.recipe.target_density or 1.0
+    each = 8 * target / course.state.size  # bits per element
     # where few are left, they are close together and take less than at random positions
     return min(most, max(each / _BITS, density_of_bits(each)))
 
 
-def survivors_left(run: Run, model: nn.Module) -> int:
+def survivors_left(course: Course, model: nn.Module) -> int:
     """Nonzeros of the pruned weights."""
-    names = run.state.pruned
+    names = course.state.pruned
     return sum(int(torch.count_nonzero(model.get_parameter(name))) for name in names)
 
 
-def deployed(run: Run, model: nn.Module, *, levels: bool = True) -> nn.Module:
+def deployed(course: Course, model: nn.Module, *, levels: bool = True) -> nn.Module:
     """The model as it would be if training ended now: plain parameters on few levels."""
-    return _deployed(run, model, levels=levels)[0]
+    return deployed_with_scales(course, model, levels=levels)[0]
 
 
-def _deployed(
-    run: Run, model: nn.Module, *, levels: bool = True
+def deployed_with_scales(
+    course: Course, model: nn.Module, *, levels: bool = True
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model as it would be if training ended now, and its scales."""
-    model = run.copied(model).eval()
+    model = course.copied(model).eval()
     if thresholds_of(model):
         bake(model)
+    scales: dict[str, Tensor] = {}
+    if course.in_place and scales_of(model):  # BatchNorm is still there
+        scales = bake_levels(model)
+        fold_batch_norm(model, course.example())
+        for name, scale in scales.items():
+            round_to_levels(model, name, scale)
     if not scales_of(model):
-        fold_batch_norm(model, run.example())
-        names = (*run.state.pruned, *small_parameters(run, model)) if levels else ()
-        put_on_recipe_levels(run, model, [n for n in names if model.get_parameter(n).any()])
-    scales = bake_levels(model)
-    propagate_constants(run, model, scales)
+        fold_batch_norm(model, course.example())
+        names = (*course.state.pruned, *small_parameters(course, model)) if levels else ()
+        left = [n for n in names if n not in scales and model.get_parameter(n).any()]
+        put_on_recipe_levels(course, model, left)
+    scales |= bake_levels(model)
+    propagate_constants(course, model, scales)
     return model, scales
 
 
-def put_on_recipe_levels(run: Run, model: nn.Module, names: Iterable[str]) -> None:
+def put_on_recipe_levels(course: Course, model: nn.Module, names: Iterable[str]) -> None:
     """Puts parameters on the recipe's numbers of levels: weights on few, biases on more."""
-    settings = run.recipe.quantize
+    settings = course.recipe.quantize
     largest = {
-        name: settings.levels if name in run.state.pruned else settings.small_levels
+        name: settings.levels if name in course.state.pruned else settings.small_levels
         for name in names
     }
-    put_on_levels(model, largest, common=settings.step == "network")
+    if settings.step == "network":
+        put_on_levels(model, largest, common=True)
+        return
+    for name, count in largest.items():  # both directions of a recurrent layer are one in a file
+        other = f"{name}_reverse"
+        if other in largest:
+            put_on_levels(model, {name: count, other: largest[other]}, common=True)
+        elif name.removesuffix("_reverse") not in largest or not name.endswith("_reverse"):
+            put_on_levels(model, {name: count})
 
 
-def small_parameters(run: Run, model: nn.Module) -> list[str]:
+def small_parameters(course: Course, model: nn.Module) -> list[str]:
     """Names of parameters that are not prunable weights, whether those are pruned or not."""
-    kept = {*run.state.pruned, *prunable_weights(model)}
+    kept = {*course.state.pruned, *prunable_weights(model)}
     return [name for name, _ in model.named_parameters() if name not in kept]
 
 
-def propagate_constants(run: Run, model: nn.Module, scales: Mapping[str, Tensor]) -> None:
+def propagate_constants(course: Course, model: nn.Module, scales: Mapping[str, Tensor]) -> None:
     """Zeroes dead parts and moves their constants to biases, which are kept on levels."""
-    if run.deployment is None:
+    if course.deployment is None:
         return
     before = {name: model.get_parameter(name).detach().clone() for name in scales}
     with denormals(flushed=False):
-        run.deployment.propagate_constants(model)
+        course.deployment.propagate_constants(model)
     for name, old in before.items():
         if not torch.equal(old, model.get_parameter(name)):
             round_to_levels(model, name, scales[name])
 
 
-def is_over(run: Run, model: nn.Module, margin: float) -> bool:
+def is_over(course: Course, model: nn.Module, margin: float) -> bool:
     """Whether the file would be larger, or hold more weights, than `margin` times the goal."""
-    model, scales = _deployed(run, model)
-    left, size = survivors_left(run, model), run.state.size
-    target = target_size(run)
+    model, scales = deployed_with_scales(course, model)
+    left, size = survivors_left(course, model), course.state.size
+    target = target_size(course)
     if target is None:
-        return left > margin * run.state.goal * size
-    if left > margin * (run.recipe.target_density or 1) * size:
+        return left > margin * course.state.goal * size
+    if left > margin * (course.recipe.target_density or 1) * size:
         return True
-    return _nbytes(run, model, scales) > margin * target
+    return _nbytes(course, model, scales) > margin * target
 
 
-def aim(run: Run, model: nn.Module) -> None:
+def aim(course: Course, model: nn.Module) -> None:
     """Updates the density that the pressure aims at, by the current size of the file."""
-    target = target_size(run)
-    if run.pressure is None or target is None:
+    target = target_size(course)
+    if course.pressure is None or target is None:
         return
-    nbytes = _nbytes(run, *_deployed(run, model))
-    run.pressure.aim(density(model).total, nbytes, round(MARGIN["prune"] * target))
-    if run.recipe.target_density:
-        limit = MARGIN["prune"] * run.recipe.target_density
-        run.pressure.goal = min(run.pressure.goal, limit)
+    nbytes = _nbytes(course, *deployed_with_scales(course, model))
+    course.pressure.aim(density(model).total, nbytes, round(MARGIN["prune"] * target))
+    if course.recipe.target_density:
+        limit = MARGIN["prune"] * course.recipe.target_density
+        course.pressure.goal = min(course.pressure.goal, limit)
 
 
-def _nbytes(run: Run, model: nn.Module, scales: Mapping[str, Tensor]) -> int:
+def _nbytes(course: Course, model: nn.Module, scales: Mapping[str, Tensor]) -> int:
     """Bytes of the file of a deployed model."""
-    assert run.deployment is not None  # else there is no target size
+    assert course.deployment is not None  # else there is no target size
     with denormals(flushed=False):
-        return run.deployment.nbytes(model.cpu(), as_numbers(scales))
+        return course.deployment.nbytes(model.cpu(), as_numbers(scales))
 
 
 def as_numbers(scales: Mapping[str, Tensor]) -> dict[str, float]:
@@ -145,38 +158,21 @@ def as_numbers(scales: Mapping[str, Tensor]) -> dict[str, float]:
     return {name: float(scale) for name, scale in scales.items()}
 
 
-def meet_budget(run: Run, model: nn.Module, margin: float) -> None:
+def meet_budget(course: Course, model: nn.Module, margin: float) -> None:
     """Removes the survivors of least saliency per bit until few enough are left."""
-    if not run.recipe.prune.pressure or not is_over(run, model, margin):
+    if not course.meets or not course.recipe.prune.pressure or not is_over(course, model, margin):
         return
-    plain = run.copied(model).eval()
+    plain = course.copied(model).eval()
     bake_levels(plain)  # as clamped weights on levels get no gradient
-    weights = {name: plain.get_parameter(name).detach() for name in run.state.pruned}
-    saliencies = saliency(weights, _sensitivity(run, plain))
+    weights = {name: plain.get_parameter(name).detach() for name in course.state.pruned}
+    saliencies = saliency(weights, course.sensitivity(plain))
     ranked = torch.cat([s[torch.isfinite(s)] for s in saliencies.values()]).sort().values
     if not len(ranked):
         return
     low, high = 0, int(_MOST_REMOVED * len(ranked))
     while high - low > max(1, len(ranked) // 1000):
         middle = (low + high) // 2
-        trial = run.copied(model)
+        trial = course.copied(model)
         remove_below(trial, saliencies, float(ranked[middle]))
-        low, high = (middle, high) if is_over(run, trial, margin) else (low, middle)
+        low, high = (middle, high) if is_over(course, trial, margin) else (low, middle)
     remove_below(model, saliencies, float(ranked[high]))
-
-
-def _sensitivity(run: Run, model: nn.Module) -> dict[str, Tensor]:
-    """Mean squared gradients over some batches: the empirical Fisher information's diagonal."""
-    found = {name: torch.zeros_like(model.get_parameter(name)) for name in run.state.pruned}
-    for batches, (x, y) in enumerate(loader(run.data.train, run.order("quantize", 0))):
-        if batches == _SALIENCY_BATCHES:
-            break
-        model.zero_grad()
-        run.loss(model, x, y).backward()  # type: ignore[no-untyped-call]
-        for name, summed in found.items():
-            gradient = model.get_parameter(name).grad
-            if gradient is not None:
-                summed += gradient.square()
-    if run.accelerator.num_processes > 1:
-        found = run.accelerator.reduce(found, "sum")
-    return found

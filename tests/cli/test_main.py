@@ -495,11 +495,12 @@ def test_a_network_that_is_mostly_left_alone_is_pointed_out_once(monkeypatch, ca
     @click.command()
     def many_trials():
         for _ in range(3):
-            prune(nn.Sequential(nn.Embedding(50, 4), nn.Linear(4, 2)))
+            prune(nn.Sequential(nn.Embedding(50, 4, max_norm=1.0), nn.Linear(4, 2)))
 
     monkeypatch.setitem(main.commands, "many-trials", many_trials)
     said = run("many-trials").stderr
     assert said == (
-        "prune2onnx: Sequential: 200 of 210 parameters are left alone, as only Linear and "
-        "convolution weights are pruned: 0.weight (Embedding, 200)\n"
+        "prune2onnx: Sequential: 200 of 210 parameters are left alone, as only weights of Linear, "
+        "convolution, recurrent, attention, Embedding and Bilinear layers are pruned: 0.weight "
+        "(Embedding, 200)\n"
     )

@@ -233,7 +233,7 @@ def test_plain_parameters_are_shared_as_the_computed_ones_were():
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.rnn, self.attend = nn.LSTM(8, 64), nn.MultiheadAttention(64, 4)
+        self.rnn, self.places = nn.LSTM(8, 64), nn.Parameter(torch.ones(500, 64))
         self.norm, self.scale, self.out = nn.LayerNorm(64), nn.Parameter(torch.ones(64)), None
         self.out = nn.Linear(64, 2)
 
@@ -241,12 +241,14 @@ class Recurrent(nn.Module):
 def test_pruning_says_what_it_leaves_alone():
     model = Recurrent()
     every = sum(p.numel() for p in model.parameters())
-    with pytest.warns(Warning, match=r"of 35,906 parameters.*rnn\.weight_hh_l0 \(LSTM, 16,384\)"):
+    with pytest.warns(
+        Warning, match=r"32,000 of 51,266 parameters.*: places \(Recurrent, 32,000\)$"
+    ):
         prune(model)
     found = density(model)
-    assert found.size == 64 * 64 + 64 * 2 and found.size + found.others_size == every
+    assert found.size == 4 * 64 * (8 + 64) + 64 * 2 and found.size + found.others_size == every
     kinds = {other.name: other.layer for other in found.others}
-    assert kinds["attend.in_proj_weight"] == "MultiheadAttention"
+    assert kinds["rnn.bias_hh_l0"] == "LSTM"
     assert (kinds["scale"], kinds["norm.weight"], kinds["out.bias"]) == (
         "Recurrent",
         "LayerNorm",

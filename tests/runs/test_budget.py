@@ -2,9 +2,11 @@
 
 import pytest
 
+from prune2onnx.errors import RecipeError
 from prune2onnx.runs.budget import Search, Trial, goals
-from prune2onnx.runs.recipe import Recipe
+from prune2onnx.runs.recipe import Recipe, resolve
 from prune2onnx.runs.report import Goal
+from prune2onnx.tasks.quantity import Quantity
 
 
 def run(search: Search, drop_of) -> list[float]:
@@ -45,7 +47,8 @@ def test_a_budget_says_what_was_asked_and_by_how_much_it_was_missed():
     recipe = Recipe(
         model="m", target_size=12_000, target_density=0.02, target_macs=0.5, max_drop=0.3
     )
-    size, density, macs, drop = goals(recipe, nbytes=11_980, density=0.02001, macs=0.6, drop=0.42)
+    figures = {"nbytes": 11_980, "density": 0.02001, "macs": 0.6, "dense": 2.0, "value": 2.42}
+    size, density, macs, drop = goals(recipe, **figures)
     assert (size.met, density.met, macs.met, drop.met) == (True, True, False, False)
     assert str(macs) == "multiply-adds 60 % of 50 % (missed by 10 %)"
     assert str(size) == "size 11,980 bytes of 12,000 bytes (met)"
@@ -60,9 +63,24 @@ def test_a_budget_says_what_was_asked_and_by_how_much_it_was_missed():
         "error 2 points higher than dense, 1 point allowed (missed by 1 point)"
     )
     assert str(Goal("size", 1, 2)) == "size 2 bytes of 1 byte (missed by 1 byte)"
-    assert goals(Recipe(model="m"), nbytes=1, density=1, macs=1, drop=9) == ()
+    assert goals(Recipe(model="m"), nbytes=1, density=1, macs=1, dense=0, value=9) == ()
     none = Recipe(model="m", max_drop=0)
-    assert [goals(none, nbytes=1, density=1, macs=1, drop=d)[0].met for d in (0, 0.1)] == [
-        True,
-        False,
-    ]
+    even = {"nbytes": 1, "density": 1, "macs": 1, "dense": 0}
+    assert [goals(none, **even, value=d)[0].met for d in (0, 0.1)] == [True, False]
+
+
+def test_a_drop_is_in_the_metrics_unit_and_direction_and_may_be_relative():
+    figures = {"nbytes": 1, "density": 1.0, "macs": 1.0}
+    miou, rmse = Quantity("mIoU", "%", True), Quantity("RMSE", "kg")
+    (drop,) = goals(Recipe(model="m", max_drop=2), **figures, dense=90, value=87, metric=miou)
+    assert str(drop) == ("mIoU 3 points lower than dense, 2 points allowed (missed by 1 point)")
+    (drop,) = goals(Recipe(model="m", max_drop="5%"), **figures, dense=40, value=41, metric=rmse)
+    assert str(drop) == "RMSE 1 kg higher than dense, 2 kg allowed (met)"
+    (drop,) = goals(Recipe(model="m", max_drop="5%"), **figures, dense=40, value=38, metric=rmse)
+    assert drop.met and str(drop).startswith("RMSE 2 kg lower")
+
+
+@pytest.mark.parametrize("value", ["-1", "5 kg", "nan", "-5%", "%"])
+def test_a_drop_that_is_no_amount_is_an_error(value):
+    with pytest.raises(RecipeError, match=r"max_drop is .* expected a number such as 0.5, or 5%"):
+        resolve({"model": "m", "max_drop": value})

@@ -13,6 +13,7 @@ from prune2onnx.cli.tables import report_table, weights_table
 from prune2onnx.errors import MismatchError
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.report import Measured, Report
+from prune2onnx.tasks.quantity import Quantity
 
 ROWS = (
     WeightRow("fc1.weight", (10, 20), "float32", 20, "gap-codebook", 40),
@@ -101,7 +102,7 @@ def test_a_network_that_was_not_run_says_so_and_why():
     assert content["skipped"] == "no such operator" and content["max_abs_diff"] is None
     assert content["dense"] == {
         "nbytes": 1000, "error": None, "load_ms": None, "peak_rss_bytes": None, "latency_ms": None,
-        "macs": None, "load_cpu_ms": None,
+        "macs": None, "load_cpu_ms": None, "metrics": {},
     }  # fmt: skip
     text = shown(report_table(made))
     assert "10.0x smaller" in text and "folded on load" in text
@@ -124,3 +125,23 @@ def test_other_forms_stand_beside_where_they_are_known():
         assert part in text
     assert row.to_dict()["entropy_nbytes"] == 33.3 and row.to_dict()["zipped_nbytes"] == 71
     assert "entropy_nbytes" not in ROWS[0].to_dict()
+
+
+def test_a_report_shows_the_tasks_metric_in_its_unit_and_direction():
+    made = report(
+        dense=Measured(1000, metrics={"mIoU": 90.0, "pixel accuracy": 97.0}),
+        compressed=Measured(100, metrics={"mIoU": 88.5, "pixel accuracy": 96.5}),
+        task="segmentation",
+        metric=Quantity("mIoU", "%", True),
+        validation={"dense": 91.0, "compressed": 89.0},
+        paired=None,
+    )
+    assert made.drop == pytest.approx(1.5) and made.others == ("pixel accuracy",)
+    text = " ".join(shown(report_table(made)).split())
+    for part in ("test mIoU", "90.00 %", "88.50 %", "-1.50", "test pixel accuracy", "89.00 %"):
+        assert part in text
+    assert "error" not in text
+    content = json.loads(made.to_json())
+    assert content["metric"] == {"name": "mIoU", "unit": "%", "higher_is_better": True}
+    assert content["compressed"]["error"] is None
+    assert content["compressed"]["metrics"]["mIoU"] == 88.5

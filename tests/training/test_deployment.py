@@ -10,7 +10,7 @@ from torch import nn
 
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.unpack import unpack
-from prune2onnx.runs.recipe import FileOptions
+from prune2onnx.runs.defaults import FileOptions
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.export import Template, export
 

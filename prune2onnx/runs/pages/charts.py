@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from prune2onnx.runs.front import Front
 from prune2onnx.runs.history import Epoch
+from prune2onnx.tasks.quantity import ERROR, Quantity
 
 COLOURS = 6
 """Colours of lines; --c0 ... --c5 in the page's style."""
@@ -162,8 +164,8 @@ def draw_stages(name: str, steps: Sequence[Stage], shown: Callable[[float], str]
     return _svg(name, alt, (_WIDTH, 0.3 * len(steps) + 0.15), draw)
 
 
-def draw_curves(history: Sequence[Epoch]) -> dict[str, str]:
-    """Charts of loss, error, density and, if any were learned, thresholds by epoch."""
+def draw_curves(history: Sequence[Epoch], metric: Quantity = ERROR) -> dict[str, str]:
+    """Charts of loss, metric, density and, if any were learned, thresholds by epoch."""
     x = np.arange(1, len(history) + 1)
     names = weights_of(history)
 
@@ -173,10 +175,11 @@ def draw_curves(history: Sequence[Epoch]) -> dict[str, str]:
         _log(axes, [value for e in history for value in (e.loss, e.validation_loss)])
 
     def error(axes: Any) -> None:
-        axes.plot(x, [e.validation_error for e in history], color=_LINES[0])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-        low = [e.validation_error for e in history]
-        axes.set_ylim(0, _roof(low))
+        values = [e.value for e in history]
+        axes.plot(x, values, color=_LINES[0])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g} {metric.unit}".rstrip())
+        if min(values) >= 0 and not metric.higher_is_better:
+            axes.set_ylim(0, _roof(values))
 
     def density(axes: Any) -> None:
         for i, name in enumerate(names):
@@ -198,7 +201,7 @@ def draw_curves(history: Sequence[Epoch]) -> dict[str, str]:
     pruned = any(e.phase == "prune" and e.thresholds for e in history)
     drawn = {
         "loss": (loss, "Loss by epoch"),
-        "error": (error, "Validation error by epoch"),
+        "error": (error, f"Validation {escape(metric.name)} by epoch"),
         "density": (density, "Density by epoch, of each pruned weight and of all together"),
         "threshold": (threshold, "Learned threshold of each weight by epoch"),
     }
@@ -345,13 +348,13 @@ def _numbers(array: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def draw_front(name: str, front: Front, marked: str = "") -> str:
-    """Test error against file size for a sweep's runs, for a page; `marked` gets a ring."""
-    alt = "Test error against file size for each run of the sweep"
+    """The test metric against file size for a sweep's runs, for a page; `marked` gets a ring."""
+    alt = f"Test {escape(front.metric.name)} against file size for each run of the sweep"
     return _svg(name, alt, (_WIDTH, 3.0), lambda figure: _fill_front(front, figure, marked))
 
 
 def front_picture(front: Front) -> bytes:
-    """Test error against file size (log axis), as an SVG file: equal bytes for equal fronts."""
+    """The test metric against file size (log axis), as an SVG file: always the same bytes."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     import matplotlib
     from matplotlib.figure import Figure
@@ -374,7 +377,7 @@ def front_picture(front: Front) -> bytes:
 
 
 def _fill_front(front: Front, figure: Any, marked: str = "") -> None:
-    """Draws test error against file size (log axis); the run with the name `marked` gets a ring."""
+    """Draws the test metric against file size (log axis); the run named `marked` gets a ring."""
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -397,7 +400,8 @@ def _fill_front(front: Front, figure: Any, marked: str = "") -> None:
     axes.xaxis.set_major_formatter(lambda nbytes, _: f"{nbytes / 1000:g}")
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("file (kB, log scale)")
-    axes.set_ylabel("test error (%)")
+    unit = f" ({front.metric.unit})" if front.metric.unit else ""
+    axes.set_ylabel(f"test {front.metric.name}{unit}", parse_math=False)
     axes.grid(True)
     axes.set_axisbelow(True)
     dot: dict[str, Any] = {"linestyle": "none", "marker": "o"}
@@ -408,7 +412,7 @@ def _fill_front(front: Front, figure: Any, marked: str = "") -> None:
     if front.missed:
         label = "budget missed"
         shown += [Line2D([], [], color=_GREY, markerfacecolor="none", label=label, **dot)]
-    shown += [Line2D([], [], color=_GREY, label="Pareto front by validation error")]
+    shown += [Line2D([], [], color=_GREY, label=f"Pareto front by validation {front.metric.name}")]
     if front.dense:
         nbytes = max(dense.nbytes for dense in front.dense)
         label = f"dense, {nbytes / 1000:,.1f} kB"

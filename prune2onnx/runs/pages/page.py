@@ -47,6 +47,7 @@ from prune2onnx.runs.pages.charts import (
 )
 from prune2onnx.runs.recipe import DENSITY, MACS
 from prune2onnx.runs.report import Goal, Paired, Report, bytes_text
+from prune2onnx.tasks.quantity import ERROR, PERCENT, Quantity
 
 _MOST_HISTOGRAMS = 40  # about 7 kB each: a page should open at once
 _MINUS = "\N{MINUS SIGN}"
@@ -191,7 +192,8 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "stages_svg": draw_stages("stages", steps, bytes_text),
         "parts": _parts(report),
         "phases": _phases(run.history),
-        "curves": draw_curves(run.history) if run.history else {},
+        "curves": draw_curves(run.history, report.metric) if run.history else {},
+        "test": _test_tile(report),
         "lines_of": [
             (name, f"c{i % COLOURS}", i // COLOURS % 3)
             for i, name in enumerate(weights_of(run.history))
@@ -248,11 +250,25 @@ def _goal(recipe: dict[str, Any]) -> str:
 
 
 def _verdict(report: Report) -> str:
-    a, b = report.dense, report.compressed
     smaller = f"{report.ratio:.1f} times smaller"
-    if a.error is None or b.error is None or report.drop is None:
+    metric = report.metric
+    before, after = report.value(report.dense), report.value(report.compressed)
+    if before is None or after is None:
         return f"{smaller}; the error was not measured"
-    return f"{smaller}, at {_signed(report.drop)} points of test error"
+    if metric == ERROR:
+        return f"{smaller}, at {_signed(after - before)} points of test error"
+    return (
+        f"{smaller}, at a test {metric.name} of {metric.text(after)}, dense {metric.text(before)}"
+    )
+
+
+def _test_tile(report: Report) -> tuple[str, str, str] | None:
+    """The metric's name on the test set, and its value of the result and of the dense network."""
+    before, after = report.value(report.dense), report.value(report.compressed)
+    if before is None or after is None:
+        return None
+    metric = report.metric
+    return f"Test {metric.name}", metric.text(after), metric.text(before)
 
 
 def _paired_text(paired: Paired) -> str:
@@ -274,6 +290,8 @@ def _paired_text(paired: Paired) -> str:
 def _budget(goal: Goal) -> _Budget:
     reached = goal.text(goal.reached).replace("-", _MINUS)
     what = _BUDGETS.get(goal.what, goal.what)
+    if goal.what == "drop" and goal.metric != ERROR:
+        what = f"how much worse the validation {goal.metric.name} is"
     return _Budget(what, goal.text(goal.limit), reached, goal.verdict, goal.met)
 
 
@@ -287,16 +305,22 @@ def _lines(report: Report) -> list[_Line]:
             f"{report.ratio:.1f} times smaller",
         )
     ]
-    if report.drop is not None:
-        change = f"{_signed(report.drop)} points"
+    metric = report.metric
+    before, after = report.value(a), report.value(b)
+    if before is not None and after is not None:
+        change = _change(metric, before, after)
         if report.paired is not None:
             low, high = report.paired.interval
             change += f" (95 %: {_signed(low)} to {_signed(high)})"
-        lines += [_Line("Test error", f"{a.error:.2f} %", f"{b.error:.2f} %", change)]
-    if report.validation is not None:
-        c, d = report.validation["dense_error"], report.validation["error"]
-        change = f"{_signed(d - c)} points; all choices were made on this"
-        lines += [_Line("Validation error", f"{c:.2f} %", f"{d:.2f} %", change)]
+        lines += [_Line(f"Test {metric.name}", metric.text(before), metric.text(after), change)]
+    lines += [
+        _Line(f"Test {name}", f"{a.metrics[name]:.4g}", f"{b.metrics[name]:.4g}")
+        for name in report.others
+    ]
+    if report.on_validation is not None:
+        c, d = report.on_validation
+        change = f"{_change(metric, c, d)}; all choices were made on this"
+        lines += [_Line(f"Validation {metric.name}", metric.text(c), metric.text(d), change)]
     density = f"{100 * report.density:.2f} %"
     lines += [_Line("Density of the pruned weights", "100 %", density, report.counted)]
     if a.macs and b.macs:
@@ -321,6 +345,12 @@ def _lines(report: Report) -> list[_Line]:
         change = f"{sign}{bytes_text(abs(y - x))}{part}; both hold the runtime"
         lines += [_Line("Peak memory of a load", bytes_text(x), bytes_text(y), change)]
     return lines
+
+
+def _change(metric: Quantity, before: float, after: float) -> str:
+    """A difference in words: '+0.31 points'."""
+    unit = "points" if metric.unit == PERCENT else metric.unit
+    return f"{metric.change(before, after)} {unit}".rstrip().replace("-", _MINUS)
 
 
 def _stages(run: Run) -> list[Stage]:

@@ -1,0 +1,1 @@
+"""Tasks: what a network is trained for, and by which metric it is judged."""

@@ -1,0 +1,188 @@
+"""The callbacks with the real libraries, on tiny networks."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.runtime.session import session
+
+pytestmark = [
+    # what the libraries themselves do
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+STEPS, SIZE = 120, 15_000
+
+
+def sentences(count: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of which more are above 20 than below, or not."""
+    tokens = torch.randint(3, 40, (count, 12), generator=torch.Generator().manual_seed(0))
+    return tokens, ((tokens > 20).float().mean(1) > 0.5).long()
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def trainer_of(model, callbacks, folder, **options):
+    transformers = pytest.importorskip("transformers")
+    tokens, labels = sentences()
+    data = [
+        {"input_ids": t, "attention_mask": torch.ones_like(t), "labels": y}
+        for t, y in zip(tokens, labels, strict=True)
+    ]
+    chosen = {
+        "max_steps": STEPS,
+        "learning_rate": 2e-3,
+        "per_device_train_batch_size": 32,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 40,
+        "use_cpu": True,
+        "seed": 1,
+    }
+    arguments = transformers.TrainingArguments(output_dir=str(folder), **(chosen | options))
+    return transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    tokens, _ = sentences(2)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def test_a_bert_in_transformers_trainer_fits_its_size(tmp_path):
+    pytest.importorskip("transformers")
+    from prune2onnx import TransformersCallback
+
+    callback = TransformersCallback(inputs(), target_size=SIZE)
+    with pytest.raises(Prune2OnnxError, match="nothing to finish"):
+        callback.finish()
+    model = bert()
+    trainer = trainer_of(model, [callback], tmp_path, gradient_accumulation_steps=2)
+    trainer.train()
+    small, packed = callback.finish()
+    assert SIZE * 0.98 <= packed.model.ByteSize() <= SIZE
+    assert any("penalty" in line for line in trainer.state.log_history)
+    assert {row.name for row in packed.rows} >= {"bert.embeddings.word_embeddings.weight"}
+    assert not any("parametrizations" in name for name in model.state_dict())
+    tokens, _ = sentences(8)
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    with torch.no_grad():
+        expected = small(**given).logits.numpy()
+    (got,) = session(packed.model).run(None, {k: v.numpy() for k, v in given.items()})
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+
+
+def test_a_resumed_trainer_ends_in_the_same_weights(tmp_path):
+    pytest.importorskip("transformers")
+    from prune2onnx import TransformersCallback
+
+    def run(resume, stop=None):
+        callback = TransformersCallback(inputs(), target_density=0.2)
+        options = {"save_strategy": "steps", "save_steps": 30, "max_steps": 60}
+        trainer = trainer_of(bert(), [callback], tmp_path, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return callback.finish()[1].model
+
+    whole = run(None)
+    resumed = run(str(tmp_path / "checkpoint-30"))
+    assert whole.SerializeToString() == resumed.SerializeToString()
+    (tmp_path / "checkpoint-30" / "compression.pt").unlink()
+    with pytest.raises(Prune2OnnxError, match=r"compression\.pt: missing"):
+        run(str(tmp_path / "checkpoint-30"))
+
+
+def lightning_module():
+    lightning = pytest.importorskip("lightning")
+
+    class Digits(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Conv2d(1, 8, 3, padding=1),
+                nn.BatchNorm2d(8),
+                nn.ReLU(),
+                nn.Conv2d(8, 16, 3, stride=2, padding=1),
+                nn.BatchNorm2d(16),
+                nn.ReLU(),
+                nn.Flatten(),
+                nn.Linear(256, 10),
+            )
+            self.example_input_array = torch.zeros(2, 1, 8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x)
+
+        def training_step(self, batch, _):
+            loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 2e-3)
+
+    torch.manual_seed(0)
+    return Digits()
+
+
+def images():
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    data = torch.utils.data.TensorDataset(
+        torch.tensor(x[:512], dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y[:512])
+    )
+    return torch.utils.data.DataLoader(data, batch_size=32)
+
+
+@pytest.mark.parametrize("network", [None, "net"])
+def test_a_network_in_lightnings_trainer_fits_its_size_and_resumes(tmp_path, network):
+    lightning = pytest.importorskip("lightning")
+    from prune2onnx import LightningCallback
+
+    def run(resume=None):
+        example = None if network is None else torch.zeros(2, 1, 8, 8)
+        callback = LightningCallback(example, network=network, target_size=4_000)
+        trainer = lightning.Trainer(
+            max_epochs=6,
+            callbacks=[
+                callback,
+                lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1),
+            ],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            accelerator="cpu",
+            gradient_clip_val=1.0,
+        )
+        trainer.fit(lightning_module(), images(), ckpt_path=resume)
+        return *callback.finish(), callback
+
+    small, packed, callback = run()
+    assert 3_920 <= packed.model.ByteSize() <= 4_000
+    assert [line.phase for line in callback.progress][-1] == "quantize"
+    x = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        expected = small(x).numpy()
+    (got,) = session(packed.model).run(None, {"input": x.numpy()})
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    _, again, _ = run(str(tmp_path / "epoch=2.ckpt"))
+    assert again.model.SerializeToString() == packed.model.SerializeToString()

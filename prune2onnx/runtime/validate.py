@@ -48,7 +48,7 @@ from prune2onnx.runtime.compare import (
 from prune2onnx.runtime.folding import Folding, folding
 from prune2onnx.runtime.inputs import Inputs, fed, has_labels, in_batches, inputs_of
 from prune2onnx.runtime.latency import latencies, measured
-from prune2onnx.runtime.memory import require
+from prune2onnx.runtime.memory import BASE_NBYTES, require
 from prune2onnx.runtime.session import (
     UnrunnableError,
     environment,
@@ -157,7 +157,7 @@ def validate(
         load = load_of(packed, known.extents, known.work)
         require(
             f"opening {file.name}, and beside it what it unpacks to,",
-            max(load.packed.peak_nbytes, _OPENED * load.dense.peak_nbytes),
+            BASE_NBYTES + max(load.packed.peak_nbytes, _OPENED * load.dense.peak_nbytes),
             "inspect and unpack take less, or use a machine with more",
         )
         check_weights(packed, known)

@@ -27,6 +27,7 @@ from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.calibration.calibrate import Calibration
 from prune2onnx.runtime.compare import output_error, run_all
+from prune2onnx.runtime.inputs import in_batches
 from prune2onnx.runtime.session import session
 
 EXAMPLES, SETTINGS = 64, 20
@@ -47,12 +48,16 @@ def curve(name: str) -> list[tuple[int, float]]:
     """Bytes and held-out error of each setting, from the smallest file to the largest."""
     given, x = subject(name)
     model = strip(normalize(given).model).model
-    fed = session(given).get_inputs()[0].name
-    order = np.random.default_rng(0).permutation(len(x))
-    batches = [{fed: x[one : one + 1]} for one in order[:EXAMPLES]]
-    error = output_error(model, [{fed: x[one : one + 1]} for one in order[EXAMPLES:]])
+    opened = session(given)
+    fed = opened.get_inputs()[0].name
+    shuffled = x[np.random.default_rng(0).permutation(len(x))]
+    batches, held = (
+        [{fed: part} for part, _ in in_batches(opened, some)]
+        for some in np.split(shuffled, [EXAMPLES])
+    )
+    error = output_error(model, held)
     calibration = Calibration(model, batches, run_all)
-    calibration.measure(output_error(model, batches[:8]))
+    calibration.measure(output_error(model, batches[:1]))
     ends = [calibration.slope(bits) for bits in (FINEST, COARSEST)]
     found = []
     for slope in np.geomspace(*ends, SETTINGS):

@@ -6,12 +6,13 @@ A model is one of the trained ResNets with images of the CIFAR-10 copy, or a fil
 of words ("text") or enlarged images ("photos") of a size, as in tools/calibrated.py. 64 examples
 calibrate, 64 others are held out. Slopes are spaced evenly between those of about 7 bits and 1.5
 bits for each weight. Each row is a file: its bytes, and the relative error of the outputs on
-held-out examples. The last column shows where a larger file has more error than a smaller one, and
-by how much of it.
+held-out examples. The last line of a table says how many files have more error than a smaller one,
+and by how much of it at most.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -27,6 +28,7 @@ from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.strip import strip
 from prune2onnx.packing.calibration.calibrate import Calibration
 from prune2onnx.runtime.compare import output_error, run_all
+from prune2onnx.runtime.inputs import in_batches
 from prune2onnx.runtime.session import session
 
 EXAMPLES, SETTINGS = 64, 20
@@ -43,23 +45,25 @@ def subject(name: str) -> tuple[ModelProto, NDArray[np.float32]]:
     return load(Path(file)), made[: 2 * EXAMPLES]
 
 
-def curve(name: str) -> list[tuple[int, float]]:
-    """Bytes and held-out error of each setting, from the smallest file to the largest."""
+def curve(name: str) -> Iterator[tuple[int, float]]:
+    """Bytes and held-out error of each setting, from the finest to the coarsest."""
     given, x = subject(name)
     model = strip(normalize(given).model).model
-    fed = session(given).get_inputs()[0].name
-    order = np.random.default_rng(0).permutation(len(x))
-    batches = [{fed: x[one : one + 1]} for one in order[:EXAMPLES]]
-    error = output_error(model, [{fed: x[one : one + 1]} for one in order[EXAMPLES:]])
+    opened = session(given)
+    fed = opened.get_inputs()[0].name
+    shuffled = x[np.random.default_rng(0).permutation(len(x))]
+    batches, held = (
+        [{fed: part} for part, _ in in_batches(opened, some)]
+        for some in np.split(shuffled, [EXAMPLES])
+    )
+    error = output_error(model, held)
     calibration = Calibration(model, batches, run_all)
-    calibration.measure(output_error(model, batches[:8]))
+    calibration.measure(output_error(model, batches[:1]))
     ends = [calibration.slope(bits) for bits in (FINEST, COARSEST)]
-    found = []
     for slope in np.geomspace(*ends, SETTINGS):
         made = calibration.at(float(slope))
         packed = pack(made.model, quantized=made.quantized, short_names=True)
-        found.append((packed.model.ByteSize(), error(made.model)))
-    return sorted(found)
+        yield packed.model.ByteSize(), error(made.model)
 
 
 @click.command()
@@ -68,14 +72,16 @@ def main(models: tuple[str, ...]) -> None:
     """Prints a table for each model, and how many steps go the wrong way."""
     for name in models:
         title = Path(name.rsplit(":", 2)[0]).name
-        print(f"**{title}**\n\n| bytes | error | |\n{'| --- ' * 3}|", flush=True)
-        least, wrong = np.inf, []
+        print(f"**{title}**\n\n| bytes | error |\n{'| --- ' * 2}|", flush=True)
+        found = []
         for nbytes, error in curve(name):
-            excess = error / least - 1
+            found.append((nbytes, error))
+            print(f"| {nbytes:,} | {error:.3%} |", flush=True)
+        least, wrong = np.inf, []
+        for _, error in sorted(found):
+            if error > least:
+                wrong.append(error / least - 1)
             least = min(least, error)
-            if excess > 0:
-                wrong.append(excess)
-            print(f"| {nbytes:,} | {error:.3%} | {f'+{excess:.1%}' if excess > 0 else ''} |")
         worst = f", the largest by {max(wrong):.1%}" if wrong else ""
         print(f"\n{len(wrong)} of {SETTINGS} settings the wrong way{worst}\n", flush=True)
 

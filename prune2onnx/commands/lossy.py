@@ -316,7 +316,7 @@ class _Calibrated:
         made = self._measured(Pattern(channels=fraction)).at(None)
         shrunk = shrink(made.model, multiple=BLOCK)
         self.model = shrunk.model
-        part = 1 - _size(self.model) / before
+        part = 1 - _size(self.model) / max(before, 1)
         note = f"{shrunk.removed:,} channels and neurons are gone, with {part:.0%} of the weights"
         if part < 0.95 * fraction:
             note += f", not {fraction:.0%}: the others must stay, or cannot be followed"

@@ -343,6 +343,8 @@ def test_a_curve_shows_other_sizes(tmp_path):
         ({"max_error": 0.1}, "--max-error needs examples"),
         ({"max_drop": 0.1}, "--max-drop needs examples"),
         ({"pattern": (2, 4)}, "--prune 2:4 needs examples"),
+        ({"channels": 0.3}, "--prune channels:0.3 needs examples"),
+        ({"channels": 1.3, "data": "inputs"}, "expected 0 <= D < 1"),
         ({"max_drop": 0.1, "data": "inputs"}, "limit the error of the outputs by --max-error"),
         ({"bits": 3, "target_size": 9, "data": "inputs"}, "give one of them"),
         ({"bits": 9, "data": "inputs"}, "expected 1 to 8"),
@@ -358,6 +360,22 @@ def test_what_cannot_be_kept_is_refused(options, message, tmp_path):
     with pytest.raises(RecipeError, match=re.escape(message)):
         pack_file(source, tmp_path / "out.onnx", PackOptions(**options))
     assert not (tmp_path / "out.onnx").exists()
+
+
+def test_whole_neurons_go_on_the_command_line(tmp_path):
+    source, labelled, _ = with_examples(tmp_path)
+    target = tmp_path / "out.onnx"
+    arguments = ["--prune", "channels:30%", "--data", labelled, "--json"]
+    found = CliRunner().invoke(main, ["pack", str(source), str(target), *arguments])
+    assert found.exit_code == 0, found.output
+    assert any("neurons are gone" in note for note in json.loads(found.stdout)["notes"])
+    left, before = (
+        sum(array_of(tensor).size for tensor in one.graph.initializer)
+        for one in (unpack(load(target)), load(source))
+    )
+    assert left < 0.75 * before
+    wrong = CliRunner().invoke(main, ["pack", "a", "b", "--prune", "channels:2"])
+    assert wrong.exit_code == 2 and "expected 0 < F < 1, such as channels:0.5" in wrong.output
 
 
 def test_one_example_is_too_few(tmp_path):

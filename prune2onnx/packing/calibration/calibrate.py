@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -163,9 +162,14 @@ class Calibration:
             Walk(subject.model, current, self._batches, self._run) as now,
             Walk(subject.model, tensors, self._batches, self._run) as original,
         ):
-            known = {layer.name: self._restored(layer, slope) for layer in self._layers}
-            for layer, found in self._visited(now, original, known):
-                before = known.pop(layer.name)
+            known: dict[str, tuple[Made, NDArray[np.float64] | None]] = {}
+
+            def is_known(layer: Layer) -> bool:
+                known.update(self._restored(layer, slope))
+                return layer.name in known
+
+            for layer, found in self._visited(now, original, is_known):
+                before = known.pop(layer.name, None)
                 if before is not None:
                     made, bias = before
                 else:
@@ -195,9 +199,10 @@ class Calibration:
 
     def _restored(
         self, layer: Layer, slope: float | None
-    ) -> tuple[Made, NDArray[np.float64] | None] | None:
+    ) -> dict[str, tuple[Made, NDArray[np.float64] | None]]:
+        """A layer as an interrupted run has made it, by its name; empty where it has not."""
         found = self._journal.get("layer", self._pattern, slope, layer.name)
-        return None if found is None else (Made.of(found), found.get("shift"))
+        return {} if found is None else {layer.name: (Made.of(found), found.get("shift"))}
 
     # Layers
 
@@ -218,7 +223,7 @@ class Calibration:
         return found
 
     def _visited(
-        self, now: Walk, original: Walk, known: Mapping[str, object] = MappingProxyType({})
+        self, now: Walk, original: Walk, is_known: Callable[[Layer], bool] = lambda layer: False
     ) -> Iterator[tuple[Layer, Moments | None]]:
         """Each layer when its inputs are there, with their moments.
 
@@ -230,7 +235,7 @@ class Calibration:
             original.advance(at)
             shared: dict[Hashable, Moments | None] = {}
             for layer in layers:
-                if known.get(layer.name) is not None:
+                if is_known(layer):
                     yield layer, None
                     continue
                 if layer.view not in shared:
@@ -248,12 +253,7 @@ class Calibration:
     @cached_property
     def _ahead(self) -> dict[tuple[str, int], Sums | None]:
         """What the later readers of each weight see in the original network."""
-        later = [
-            (use, layer)
-            for layer in self._layers
-            for use in layer.uses
-            if use.at > layer.uses[0].at
-        ]
+        later = [(use, layer) for layer in self._layers for use in layer.uses[1:]]
         found: dict[tuple[str, int], Sums | None] = {}
         tensors = {tensor.name: tensor for tensor in self._subject.model.graph.initializer}
         with Walk(self._subject.model, tensors, self._batches, self._run) as walk:
@@ -387,7 +387,8 @@ class Calibration:
         if self._pattern.makes_zeros or layer.stored.only_grids:
             return made
         importance = self._subject.importance[layer.name]
-        others = [one for one in layer.stored.candidates if one.how not in (*_GRIDS, "codebook")]
+        *others, exact = layer.stored.candidates
+        others = [one for one in others if one.how not in (*_GRIDS, "codebook")] + [exact]
         best = min(others, key=lambda one: importance * one.error + slope * one.bits)
         cost = importance * (made.error or 0.0) + slope * made.written.bits
         if importance * best.error + slope * best.bits < cost:
@@ -397,7 +398,7 @@ class Calibration:
     def _as_floats(self, layer: Layer, values: Sequence[NDArray[np.float32]], error: float) -> Made:
         rows = layer.as_rows(np.stack(values))
         array = layer.restored(layer.weight.unfolded(rows).astype(layer.weight.array.dtype))
-        return Made(replace(self._kept(layer), array=array), "pruned", error)
+        return Made(replace(self._kept(layer), array=array, quantized=None), "pruned", error)
 
     def _looked_up(
         self,

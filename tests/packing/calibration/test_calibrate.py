@@ -44,6 +44,22 @@ def test_what_is_made_is_deterministic_and_has_codes():
     assert set(made.quantized) == {"a.w", "b.w", "c.w", "d.w"}
 
 
+@pytest.mark.parametrize("pattern", [None, Pattern(0.5), Pattern(channels=0.3)])
+def test_weights_that_are_on_a_grid_already(pattern):
+    """Their exact form is a grid, too, and takes few bits."""
+    model = convnet()
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith(".w"):
+            array = np.frombuffer(tensor.raw_data, np.float32)
+            tensor.raw_data = (np.rint(array * 16) / 16).astype(np.float32).tobytes()
+    for slope in (None, 1e-9, 1e-5):
+        made = calibrated(model, pattern, slope)
+        stored = {tensor.name: tensor for tensor in made.model.graph.initializer}
+        for name, known in made.quantized.items():
+            assert stored[name].raw_data == known.dense().tobytes()
+        assert made.bits < 5 or slope is None
+
+
 def test_an_outlier_makes_its_own_output_coarser_and_no_other():
     model = convnet()
     error = output_error(model, HELD)

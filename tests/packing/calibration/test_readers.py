@@ -128,6 +128,21 @@ def test_weights_in_the_branches_of_an_if():
     assert zeros["t1"] > 0.2 and zeros["e2"] == 0
 
 
+def test_a_weight_that_a_body_reads_twice():
+    """Its first input is there early, when another layer is calibrated; its second one is not."""
+    body = [
+        helper.make_node("MatMul", ["x", "w"], ["a"]),
+        helper.make_node("MatMul", ["a", "w"], ["b"]),
+        helper.make_node("MatMul", ["h", "w"], ["d"]),
+        helper.make_node("Sum", ["b", "d"], ["out"]),
+    ]
+    other = [helper.make_node("Identity", ["x"], ["same"])]
+    nodes = [helper.make_node("MatMul", ["x", "v"], ["h"]), *branches(body, other)]
+    weights = {"v": normal(16, 16), "w": normal(16, 16), "limit": np.float32(1000)}
+    model = networks.model(nodes, weights, {"x": ["N", 16]}, {"y": ["N", 16]})
+    better(model, mixed(4, 1, 64, 16), mixed(2, 2, 64, 16), names=["v", "w"], than=0.95)
+
+
 def test_weights_in_a_loop_see_all_of_its_steps():
     body = helper.make_graph(
         [

@@ -168,7 +168,7 @@ def test_a_report_has_the_promised_schema(dense, packed, tmp_path):
     report = validate(paths[1], paths[0], batches=batches(blobs(90, 3)))
     content = json.loads(report.to_json())
     assert " ".join(content) == (
-        "schema version seed environment dense compressed ratio drop paired density parameters "
+        "schema task metric version seed environment dense compressed ratio drop paired density parameters "
         "folded unfolded max_abs_diff skipped budget validation notes weights"
     )
     assert (

@@ -49,9 +49,7 @@ class Autoencoder(nn.Module):
         self.encode = nn.Sequential(
             nn.Flatten(), nn.Linear(pixels, width), nn.ReLU(), nn.Linear(width, code)
         )
-        self.decode = nn.Sequential(
-            nn.Linear(code, width), nn.ReLU(), nn.Linear(width, pixels), nn.Sigmoid()
-        )
+        self.decode = nn.Sequential(nn.Linear(code, width), nn.ReLU(), nn.Linear(width, pixels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[batch, *shape]` to the same shape."""

@@ -2,7 +2,7 @@
 
 1. Floats become float32. uint8 counts as pixels, 0 ... 1, where it is no token; integers in a tuple
    or a dict, and tokens, become int64; a single array of integers becomes float32, as in
-   classification, and the model decides whether it is given integers (`Data.with_integers`).
+   classification, and the model decides whether it is given integers (`with_integers`).
 2. Targets become what the task says (`tasks.task.Targets`); those that it makes itself, from the
    inputs or by its own `batch`, are made here, so that training and validation have the same.
 """
@@ -101,8 +101,8 @@ def shaped(x: Any, y: Any, task: Task, where: str, scale: float = PIXEL) -> Arra
             raise _without_targets(task, where)
         return arrays(x, y, where, scale)
     x, y = _as_arrays(x, f"{where}: inputs"), _as_arrays(y, f"{where}: targets")
-    tokens = task.targets in TOKENS
     single = not isinstance(x, tuple | dict)
+    tokens = single and task.targets in TOKENS
     integers = single and x.dtype.kind in "iu" and x.dtype != np.uint8 and not tokens
     x = mapped(lambda array: _input(array, where, tokens or not single, tokens), x)
     if single and x.dtype == np.uint8 and x.ndim == 3:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from prune2onnx.pruning import deep_copy
 from prune2onnx.runs.recipe import Recipe
 from prune2onnx.tasks.losses import value_distance
-from prune2onnx.tasks.task import Task
+from prune2onnx.tasks.task import CLASSIFICATION, Task
 from prune2onnx.training.model import outputs_of
 
 
@@ -28,7 +28,7 @@ class Teacher:
         task: the loss, and the distance of outputs.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, task: Task) -> None:
+    def __init__(self, model: nn.Module, recipe: Recipe, task: Task = CLASSIFICATION) -> None:
         self.model = deep_copy(model).eval().requires_grad_(False)
         self.task, self.temperature = task, recipe.temperature
         # a task without targets has nothing else to learn from

@@ -156,6 +156,11 @@ def test_data_that_do_not_fit_the_task_are_one_clear_error(task, body, says):
         own(body, task)
 
 
+def test_tokens_may_come_with_other_inputs():
+    data = own("({'ids': tokens, 'mask': np.ones((n, 5))}, tokens)", "token-classification")
+    assert data.input_dtype == {"ids": "int64", "mask": "float32"} and data.tokens == 7
+
+
 def test_an_ignored_class_is_no_class():
     data = own("(tokens, np.where(tokens > 4, -100, tokens))", "token-classification")
     assert data.classes == 5 and IGNORED in data.train.y

@@ -169,12 +169,12 @@ def test_a_report_has_the_promised_schema(dense, packed, tmp_path):
     report = validate(paths[1], paths[0], batches=batches(blobs(90, 3)))
     content = json.loads(report.to_json())
     assert " ".join(content) == (
-        "schema version seed environment dense compressed ratio drop paired density parameters "
-        "folded unfolded max_abs_diff skipped budget validation notes weights"
+        "schema task metric version seed environment dense compressed ratio drop paired density "
+        "parameters folded unfolded max_abs_diff skipped budget validation notes weights"
     )
     assert (
         " ".join(content["dense"])
-        == "nbytes error load_ms peak_rss_bytes latency_ms macs load_cpu_ms"
+        == "nbytes error load_ms peak_rss_bytes latency_ms macs load_cpu_ms metrics"
     )
     assert list(content["compressed"]) == list(content["dense"])
     assert " ".join(content["weights"][0]) == (

@@ -1,8 +1,10 @@
 """Augmentation: images are moved by whole pixels and mirrored, and not changed otherwise."""
 
+import numpy as np
 import pytest
 import torch
 
+from prune2onnx.data import Arrays, Data
 from prune2onnx.errors import RecipeError
 from prune2onnx.runs.recipe import Augment
 from prune2onnx.training.augment import augment, check_images
@@ -50,7 +52,13 @@ def test_a_seed_is_reproducible():
 
 
 def test_examples_that_are_not_images_are_refused():
+    def data(shape: tuple[int, ...], y: np.ndarray) -> Data:
+        x = Arrays(np.zeros((4, *shape), np.float32), y)
+        return Data("made", x, x, x, shape, 2)
+
     with pytest.raises(RecipeError, match=r"not examples of shape \[7\]"):
-        check_images(Augment(shift=1), (7,))
-    check_images(Augment(), (7,))
-    check_images(Augment(flip=True), (1, 7, 7))
+        check_images(Augment(shift=1), data((7,), np.arange(4)))
+    check_images(Augment(), data((7,), np.arange(4)))
+    check_images(Augment(flip=True), data((1, 7, 7), np.arange(4)))
+    with pytest.raises(RecipeError, match=r"but not their targets of shape \[7, 7\]"):
+        check_images(Augment(flip=True), data((1, 7, 7), np.zeros((4, 7, 7), np.int64)))

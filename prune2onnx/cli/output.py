@@ -132,21 +132,23 @@ def progress(metric: Quantity = ERROR) -> Iterator[Callbacks]:
             errors[phase] = ""
         return bars[phase]
 
-    def facts(phase: str, loss: float, density: float) -> str:
-        return f"loss {loss:.4f}  density {100 * density:6.2f} %{errors[phase]}"
+    def facts(now: Step | Epoch) -> str:
+        added = f" + penalty {now.penalty:.4g}" if now.penalty else ""
+        density = f"density {100 * now.density:6.2f} %{errors[now.phase]}"
+        return f"loss {now.loss:.4f}{added}  {density}"
 
     def on_step(step: Step) -> None:
         shown.update(
             bar(step.phase, step.epochs),
             completed=step.epoch - 1 + step.step / step.steps,
             epoch=step.epoch,
-            facts=facts(step.phase, step.loss, step.density),
+            facts=facts(step),
         )
 
     def on_epoch(epoch: Epoch) -> None:
         task = bar(epoch.phase, epoch.epochs)
         errors[epoch.phase] = f"  validation {metric.name} {metric.text(epoch.value)}"
-        text = facts(epoch.phase, epoch.loss, epoch.density)
+        text = facts(epoch)
         shown.update(task, completed=epoch.epoch, epoch=epoch.epoch, facts=text)
         if not console.is_terminal and epoch.epoch in _milestones(epoch.epochs):
             say(f"{trial}{epoch.phase:<8} epoch {epoch.epoch}/{epoch.epochs}  {text}")

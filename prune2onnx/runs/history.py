@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Step:
-    """The progress of training, for a progress bar; losses are up to 16 steps old."""
+    """The progress of training, for a progress bar; up to 16 steps old.
+
+    `penalty` is what pruning adds to the loss; `loss` is without it.
+    """
 
     phase: str
     epoch: int
@@ -20,6 +23,7 @@ class Step:
     steps: int
     loss: float
     density: float
+    penalty: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Epoch:
             "share" (now "quantize").
         epoch: 1 to `epochs`.
         epochs: of this phase.
-        loss: mean training loss, penalty included.
+        loss: mean training loss, without the penalty; in files of version 0.1 with it.
         density: survivors over elements of the pruned weights, 0-1; while channels are pruned, the
             remaining fraction of their cost.
         validation_error: of a classifier, percent of the validation split; None in other tasks.
@@ -42,6 +46,7 @@ class Epoch:
         thresholds: learned ones, by the weight's name, mean over channels; in the weight's units,
             and while channels are pruned in those of `ChannelThresholds.measure`.
         metrics: of the task, on the validation split, by name; {} in older files.
+        penalty: mean of what pruning added to the training loss.
     """
 
     phase: str
@@ -55,6 +60,7 @@ class Epoch:
     densities: dict[str, float]
     thresholds: dict[str, float]
     metrics: dict[str, float] = field(default_factory=dict)
+    penalty: float = 0.0
 
     @property
     def value(self) -> float:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -282,6 +283,10 @@ class Compression:
             packed = self._deployment.pack(plain, as_numbers(scales))
         self._release()
         return plain, packed
+
+    def shrunk(self, network: nn.Module) -> onnx.ModelProto:
+        """The graph of a finished network without what is dead in it, not packed."""
+        return self._deployment.shrunk(network)
 
     @property
     def phase(self) -> str:

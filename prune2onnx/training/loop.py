@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prune2onnx.data import Data
@@ -195,7 +196,7 @@ class Run:
         wrapped, optimizer = accelerator.prepare(model, optimizer)
         for epoch in range(first, epochs + 1):
             began = time.perf_counter()
-            loss = self._epoch(phase, epoch, epochs, wrapped, model, optimizer)
+            loss, added = self._epoch(phase, epoch, epochs, wrapped, model, optimizer)
             self._sync_buffers(model)
             after_epoch(model, epoch / epochs)
             metrics, validation_loss = self._evaluate(model)
@@ -208,7 +209,17 @@ class Run:
             seconds = time.perf_counter() - began
             error = metrics.get(CLASS_ERROR.name) if self.task is CLASSIFICATION else None
             record = Epoch(
-                phase, epoch, epochs, loss, left, error, validation_loss, seconds, *layers, metrics
+                phase,
+                epoch,
+                epochs,
+                loss,
+                left,
+                error,
+                validation_loss,
+                seconds,
+                *layers,
+                metrics,
+                penalty=added,
             )
             self.state.history.append(record)
             self.checkpoints.save_running(phase, epoch, model, optimizer, self.facts())
@@ -227,8 +238,8 @@ class Run:
         wrapped: nn.Module,
         model: nn.Module,
         optimizer: Any,
-    ) -> float:
-        """Trains for an epoch; returns the mean loss of its steps."""
+    ) -> tuple[float, float]:
+        """Trains for an epoch; returns the mean loss of its steps, and the mean penalty."""
         order = self.order(phase, epoch)
         # each process has other examples, and draws for them other masks and crops
         own = order.seed + self.accelerator.process_index
@@ -238,7 +249,7 @@ class Run:
         drawing = torch.Generator().manual_seed(own)
         steps = len(order)
         losses: list[Tensor] = []
-        total = 0.0
+        total = np.zeros(2)  # of losses, and of penalties
         left = self.course.density(model)
         wrapped.train()
         if phase != "dense":  # a pruned network overfits less
@@ -262,16 +273,19 @@ class Run:
                 if self.course.pressure:
                     left = self.course.density(model)
                 if self.accelerator.is_main_process:
-                    shown = total / step
-                    self.callbacks.on_step(Step(phase, epoch, epochs, step, steps, shown, left))
+                    loss_now, added = (total / step).tolist()
+                    now = Step(phase, epoch, epochs, step, steps, loss_now, left, added)
+                    self.callbacks.on_step(now)
                 losses.clear()
-        return total / steps
+        mean_loss, mean_penalty = (total / steps).tolist()
+        return mean_loss, mean_penalty
 
     def _step(
         self, model: nn.Module, optimizer: Any, loss: Tensor, progress: float, step: int
     ) -> Tensor:
-        """One step on the loss and the penalty; returns their sum."""
+        """One step on the loss and the penalty; returns [2], the two."""
         course = self.course
+        added = torch.zeros_like(loss)
         if course.pressure:
             course.weigh(model, step - 1)
             above = course.excess(model, progress)
@@ -281,12 +295,12 @@ class Run:
         if course.pressure:
             scaler = self.accelerator.scaler
             add_gradients(added if scaler is None else scaler.scale(added), model)
-            loss = loss.detach() + added
-            thresholds = [p for group in optimizer.param_groups[1:] for p in group["params"]]
+            steadily = [group for group in optimizer.param_groups if group.get("steady")]
+            thresholds = [p for group in steadily for p in group["params"]]
             step_with_clamp(optimizer, thresholds, above)
         else:
             optimizer.step()
-        return loss.detach()
+        return torch.stack([loss.detach(), added.detach().to(loss.dtype)])
 
     def _evaluate(self, model: nn.Module) -> tuple[dict[str, float], float]:
         """The task's metrics, by name, and its loss, on the validation split."""
@@ -315,7 +329,14 @@ def _optimizer(model: nn.Module, settings: Any) -> Any:
     known = {id(p) for p in (*thresholds, *scales)}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     decay = getattr(settings, "weight_decay", 0.0)
-    groups = [{"params": others, "peak": settings.lr, "weight_decay": decay}]
+    # decay is for what multiplies: on a bias, or the scale of a norm, it only moves outputs
+    matrices = [p for p in others if p.ndim > 1 or not decay]
+    vectors = [p for p in others if p.ndim < 2 and decay]
+    groups: list[dict[str, Any]] = [
+        {"params": params, "peak": settings.lr, "weight_decay": rate}
+        for params, rate in ((matrices, decay), (vectors, 0.0))
+        if params
+    ]
     if thresholds:
         groups.append({"params": thresholds, "peak": settings.threshold_lr, "steady": True})
     if scales:
@@ -323,17 +344,18 @@ def _optimizer(model: nn.Module, settings: Any) -> Any:
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=0.0, fused=True)
 
 
-def _sum(losses: list[Tensor], phase: str, epoch: int, step: int) -> float:
-    """Sum of the latest losses; waits for the device once instead of once per step."""
+def _sum(losses: list[Tensor], phase: str, epoch: int, step: int) -> NDArray[np.float64]:
+    """Sums of the latest losses, each [2]; waits for the device once instead of once per step."""
     values = torch.stack(losses).cpu().double()
-    bad = (~torch.isfinite(values)).nonzero()
+    bad = (~torch.isfinite(values)).any(1).nonzero()
     if len(bad):
         where = step - len(losses) + 1 + int(bad[0])
+        value = float(values[bad[0, 0]].sum())
         raise Prune2OnnxError(
-            f"the loss became {float(values[bad[0]])} in phase {phase}, epoch {epoch}, "
+            f"the loss became {value} in phase {phase}, epoch {epoch}, "
             f"step {where}; lower --{phase}-lr, or check the data for extreme values"
         )
-    return float(values.sum())
+    return values.sum(0).numpy()
 
 
 def disable_dropout(model: nn.Module) -> None:

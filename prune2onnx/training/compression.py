@@ -33,7 +33,14 @@ from prune2onnx.training.export import DynamicShapes, ExportOptions
 from prune2onnx.training.model import on_device
 from prune2onnx.training.phases import IN_PLACE
 from prune2onnx.training.plain_names import use_plain_names
-from prune2onnx.training.size_budget import as_numbers, deployed_with_scales, meet_budget
+from prune2onnx.training.pressure import too_short
+from prune2onnx.training.size_budget import (
+    MARGIN,
+    as_numbers,
+    deployed_with_scales,
+    first_goal,
+    meet_budget,
+)
 
 _FRACTIONS = {"prune": 0.6, "tune": 0.2, "quantize": 0.2}
 _FRACTIONS_WITH_CHANNELS = {"channels": 0.3, "prune": 0.3, "tune": 0.2, "quantize": 0.2}
@@ -103,6 +110,9 @@ class Compression:
     Raises:
         RecipeError: no budget, or a setting that does not fit.
         Prune2OnnxError: a network that cannot be pruned or exported.
+
+    Warns:
+        PruningWarning: the prune phase is too short for its goal.
     """
 
     def __init__(
@@ -165,6 +175,7 @@ class Compression:
             sensitivity=self._sensitivity,
             in_place=True,
         )
+        self._warn_if_short()
         self._release = use_plain_names(self.model)
         self._at = 0  # index of the phase
         self._step = 0  # within it
@@ -178,6 +189,7 @@ class Compression:
         self._dense_error = math.nan
         if self._evaluate is not None:
             self._dense_error = self._error()
+        self._finish: Callable[[], object] = lambda: None
         self._begin()
 
     # -- what a loop calls ---------------------------------------------------------------------
@@ -257,7 +269,7 @@ class Compression:
             in evaluation mode; and what `pack` returns, with the file as `.model`.
 
         Warns:
-            PruningWarning: fewer steps were made than planned.
+            PruningWarning: fewer steps were made than planned, or the budget is missed.
         """
         left = sum(self._plan.values()) - self._done
         if left > 0:
@@ -282,7 +294,23 @@ class Compression:
         with denormals(flushed=False):
             packed = self._deployment.pack(plain, as_numbers(scales))
         self._release()
+        self._warn_if_missed(plain, packed)
         return plain, packed
+
+    def _warn_if_missed(self, plain: nn.Module, packed: Packed) -> None:
+        wanted, got = self.course.recipe.target_size, packed.model.ByteSize()
+        text = ""
+        if wanted is not None and got > wanted:
+            text = f"the file has {got:,} bytes, more than the {wanted:,} asked for"
+        elif self._evaluate is not None:
+            drop = float(self._evaluate(plain.to(self.course.device))) - self._dense_error
+            plain.cpu()
+            if drop > self._max_drop:
+                text = (
+                    f"the error is larger by {drop:.4g}, more than the {self._max_drop:.4g} allowed"
+                )
+        if text:
+            warnings.warn(f"{text}; train longer, or allow more", PruningWarning, stacklevel=3)
 
     def shrunk(self, network: nn.Module) -> onnx.ModelProto:
         """The graph of a finished network without what is dead in it, not packed."""
@@ -373,9 +401,24 @@ class Compression:
         pruned = (*self.course.state.pruned, *self.course.state.frozen)
         return pruned if self._at else ()
 
+    def _warn_if_short(self) -> None:
+        """Says before the training what its phases are too short for."""
+        course, steps = self.course, self._plan.get("prune")
+        if steps is None or "channels" in self._plan or self._max_drop:
+            return
+        course.state.size = sum(
+            places[0].value.numel()
+            for places in checked_weights(
+                self.model, course.recipe.prune.include, course.recipe.prune.exclude
+            ).values()
+        )
+        if text := too_short(course.recipe.prune, steps, MARGIN["prune"] * first_goal(course)):
+            warnings.warn(text, PruningWarning, stacklevel=3)
+
     def _end(self) -> None:
         """Ends a phase; the last one stays on levels, until the file is made from a copy."""
-        self._finish()
+        finish, self._finish = self._finish, lambda: None
+        finish()
         self.course.pressure = None
 
     def _next(self) -> None:

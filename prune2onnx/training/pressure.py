@@ -10,6 +10,7 @@ penalty itself is in `pruning`.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -31,6 +32,33 @@ Slopes = tuple[float, float, float]
 
 SIZE_SLOPES: Slopes = (0.3, 0.9, 1.2)
 """Slopes for bytes; near 1 where the file is nearly all weights."""
+
+
+def too_short(settings: Prune, steps: int, goal: float) -> str | None:
+    """What is wrong with a phase whose thresholds cannot reach a density in time; None if nothing.
+
+    Adam moves what is behind a threshold by the learning rate a step. The threshold wanted is that
+    of normally distributed weights.
+
+    >>> from prune2onnx.runs.recipe import Prune
+    >>> too_short(Prune(), 1000, 0.1) is None
+    True
+    """
+    if not 0 < goal < 1:
+        return None
+    wanted = NormalDist().inv_cdf(1 - goal / 2)
+    if wanted <= settings.start:
+        return None
+    way = math.log(math.expm1(wanted)) - math.log(math.expm1(settings.start))
+    needed = math.ceil(way / settings.threshold_lr)
+    rising = round(steps * settings.ramp)
+    if rising >= needed:
+        return None
+    return (
+        f"in the prune phase thresholds rise for {rising:,} of {steps:,} steps, but need about "
+        f"{needed:,} to a density of {100 * goal:.2g} %; the rest would be removed at once at its "
+        "end: give it more steps, or a larger prune.threshold_lr"
+    )
 
 
 class Pressure:

@@ -12,7 +12,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from prune2onnx.pruning import bake, density, density_of_bits, prunable_weights, thresholds_of
+from prune2onnx.pruning import (
+    bake,
+    channel_thresholds_of,
+    density,
+    density_of_bits,
+    prunable_weights,
+    thresholds_of,
+)
 from prune2onnx.training.course import Course
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.fold import fold_batch_norm
@@ -68,6 +75,8 @@ def deployed_with_scales(
 ) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model as it would be if training ended now, and its scales."""
     model = course.copied(model).eval()
+    if (channels := channel_thresholds_of(model)) is not None:
+        channels.bake()
     if thresholds_of(model):
         bake(model)
     scales: dict[str, Tensor] = {}

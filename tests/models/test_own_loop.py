@@ -3,6 +3,7 @@
 import sys
 
 import numpy as np
+import onnx
 import torch
 from places import ROOT
 
@@ -18,7 +19,8 @@ def loop(name: str, monkeypatch):
 def check(small: torch.nn.Module, file: bytes, images: torch.Tensor) -> None:
     with torch.no_grad():
         expected = small(images[:8]).numpy()
-    (got,) = session(file).run(None, {"input": images[:8].numpy()})
+    opened = session(onnx.load_model_from_string(file))
+    (got,) = opened.run(None, {"input": images[:8].numpy()})
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
 
 

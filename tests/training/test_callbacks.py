@@ -16,7 +16,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
-STEPS, SIZE = 120, 15_000
+QUICK = {"prune.threshold_lr": 0.1}  # for as few steps
+STEPS, SIZE = 120, 8_000
 
 
 def sentences(count: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,7 +73,7 @@ def test_a_bert_in_transformers_trainer_fits_its_size(tmp_path):
     pytest.importorskip("transformers")
     from prune2onnx import TransformersCallback
 
-    callback = TransformersCallback(inputs(), target_size=SIZE)
+    callback = TransformersCallback(inputs(), target_size=SIZE, settings=QUICK)
     with pytest.raises(Prune2OnnxError, match="nothing to finish"):
         callback.finish()
     model = bert()
@@ -96,7 +97,7 @@ def test_a_resumed_trainer_ends_in_the_same_weights(tmp_path):
     from prune2onnx import TransformersCallback
 
     def run(resume, stop=None):
-        callback = TransformersCallback(inputs(), target_density=0.2)
+        callback = TransformersCallback(inputs(), target_density=0.2, settings=QUICK)
         options = {"save_strategy": "steps", "save_steps": 30, "max_steps": 60}
         trainer = trainer_of(bert(), [callback], tmp_path, **options)
         trainer.train(resume_from_checkpoint=resume)
@@ -160,7 +161,7 @@ def test_a_network_in_lightnings_trainer_fits_its_size_and_resumes(tmp_path, net
 
     def run(resume=None):
         example = None if network is None else torch.zeros(2, 1, 8, 8)
-        callback = LightningCallback(example, network=network, target_size=4_000)
+        callback = LightningCallback(example, network=network, target_size=4_000, settings=QUICK)
         trainer = lightning.Trainer(
             max_epochs=6,
             callbacks=[

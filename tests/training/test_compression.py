@@ -38,7 +38,9 @@ class Loop:
         self.model = network()
         self.net = wrap(self.model)
         self.optimizer = torch.optim.Adam(self.model.parameters(), 1e-2)
-        self.compression = Compression(self.net, X[:2], **({"steps": STEPS} | options))
+        # as few steps as these need quick thresholds
+        chosen = {"steps": STEPS, "settings": {"prune.threshold_lr": 0.2}}
+        self.compression = Compression(self.net, X[:2], **(chosen | options))
         self.drawing = torch.Generator().manual_seed(1)
 
     def batch(self) -> torch.Tensor:
@@ -112,12 +114,18 @@ def test_an_accuracy_loss_is_kept_by_the_density():
 
     loop = Loop(max_drop=1.0, evaluate=error, steps=200).run(200)
     assert loop.model.training and 0.4 < loop.compression.epoch_end().density < 0.9
+    with pytest.warns(PruningWarning, match="the error is larger by 100"):
+        calls[:] = [0.5]
+        loop.compression.finish()
     with pytest.raises(RecipeError, match="max_drop needs evaluate"):
         Loop(max_drop=1.0)
 
 
-@pytest.mark.parametrize("at", [10, 40, 52], ids=["prune", "tune", "quantize"])
-@pytest.mark.parametrize("first", ["network", "compression"])
+@pytest.mark.parametrize(
+    ("at", "first"),
+    [(10, "network"), (40, "compression"), (52, "network")],
+    ids=["prune", "tune", "quantize"],
+)
 def test_a_loop_that_goes_on_from_a_file_ends_in_the_same_bytes(at, first):
     loop = Loop(target_density=0.2).run(at)
     file = io.BytesIO()
@@ -214,6 +222,11 @@ def test_mistakes_are_said():
         )
     with pytest.warns(PruningWarning, match="50 of 60 steps left"):
         loop.compression.finish()
+
+
+def test_a_phase_that_is_too_short_is_said_before():
+    with pytest.warns(PruningWarning, match=r"rise for 27 of 36 steps, but need about 4\d\d"):
+        Loop(target_density=0.1, settings={})
 
 
 def test_plain_names_in_their_order():

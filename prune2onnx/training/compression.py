@@ -176,7 +176,7 @@ class Compression:
             in_place=True,
         )
         self._warn_if_short()
-        self._release = use_plain_names(self.model)
+        use_plain_names(self.model)  # from now on, also after `finish`
         self._at = 0  # index of the phase
         self._step = 0  # within it
         self._done = 0
@@ -293,7 +293,6 @@ class Compression:
         plain = plain.cpu().eval()
         with denormals(flushed=False):
             packed = self._deployment.pack(plain, as_numbers(scales))
-        self._release()
         self._warn_if_missed(plain, packed)
         return plain, packed
 

@@ -112,7 +112,9 @@ def test_an_accuracy_loss_is_kept_by_the_density():
         calls.append(density(model).total if calls else 1.0)
         return 100.0 if calls[-1] < 0.6 else 0.0  # whatever the network is
 
-    loop = Loop(max_drop=1.0, evaluate=error, steps=200).run(200)
+    # thresholds that move slowly enough to be corrected
+    slow = {"prune.threshold_lr": 0.02}
+    loop = Loop(max_drop=1.0, evaluate=error, steps=400, settings=slow).run(400)
     assert loop.model.training and 0.4 < loop.compression.epoch_end().density < 0.9
     with pytest.warns(PruningWarning, match="the error is larger by 100"):
         calls[:] = [0.5]
@@ -234,13 +236,14 @@ def test_plain_names_in_their_order():
 
     model = network()
     expected = list(model.state_dict())
-    end = use_plain_names(model)
+    use_plain_names(model)
     prune(model)
     assert list(model.state_dict()) == expected
-    model.load_state_dict(network().state_dict())
+    other = {name: torch.full_like(value, 3) for name, value in network().state_dict().items()}
+    model.load_state_dict(other)
+    assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
     nn.Sequential(model).load_state_dict(nn.Sequential(network()).state_dict())
-    end()
-    assert list(model.state_dict()) != expected
+    assert torch.equal(model.state_dict()["0.weight"], network()[0].weight)
 
 
 _RANKS = """

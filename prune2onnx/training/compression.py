@@ -266,7 +266,8 @@ class Compression:
 
         Returns:
             A copy of the network with plain parameters on levels and BatchNorm folded, on the CPU,
-            in evaluation mode; and what `pack` returns, with the file as `.model`.
+            in evaluation mode; and what `pack` returns, with the file as `.model`. The same in
+            all processes, each of which has to call it.
 
         Warns:
             PruningWarning: fewer steps were made than planned, or the budget is missed.
@@ -281,6 +282,7 @@ class Compression:
             )
         while self._at + 1 < len(self._plan):
             self._next()
+        self._share_buffers()
         before = None
         if weights is not None:
             before = {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -421,12 +423,14 @@ class Compression:
         self.course.pressure = None
 
     def _next(self) -> None:
+        self._share_buffers()
         self._end()
         self._at, self._step = self._at + 1, 0
         self._begin()
 
     def _measure(self) -> None:
         """Corrects the course by the size of the file, or by the accuracy loss."""
+        self._share_buffers()
         pressure = self.course.pressure
         if self._evaluate is not None and pressure is not None:
             drop = self._error() - self._dense_error
@@ -436,6 +440,15 @@ class Compression:
             self.course.state.goal = pressure.goal = min(1.0, goal)
             return
         IN_PLACE[self.phase].after_epoch(self.course, self.model, self._progress())
+
+    def _share_buffers(self) -> None:
+        """Takes the first process's buffers: BatchNorm's statistics are of other examples in each.
+
+        Decisions depend on them, and have to be the same everywhere.
+        """
+        if _processes() > 1:
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
     def _error(self) -> float:
         """The error, in evaluation mode; that of the first process in all of them."""

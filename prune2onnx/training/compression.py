@@ -40,6 +40,7 @@ from prune2onnx.training.size_budget import (
     deployed_with_scales,
     first_goal,
     meet_budget,
+    use_budget,
 )
 
 _FRACTIONS = {"prune": 0.6, "tune": 0.2, "quantize": 0.2}
@@ -289,6 +290,7 @@ class Compression:
             self.model.load_state_dict(weights)
         self._end()
         meet_budget(self.course, self.model, 1.0)
+        use_budget(self.course, self.model)
         plain, scales = deployed_with_scales(self.course, self.model)
         if before is not None:
             self.model.load_state_dict(before)

@@ -68,7 +68,7 @@ def check(small: nn.Module, packed) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(module, nn.BatchNorm1d) for module in small.modules())
     for name in ("0.weight", "3.weight"):
-        assert len(small.get_parameter(name).unique()) <= 15
+        assert len(small.get_parameter(name).unique()) <= 37  # 7 levels, up to 2.5 times as fine
 
 
 def test_a_size_is_met_and_the_optimizer_stays():
@@ -80,7 +80,7 @@ def test_a_size_is_met_and_the_optimizer_stays():
     progress = loop.compression.epoch_end()
     assert (progress.phase, progress.step, progress.steps) == ("quantize", STEPS, STEPS)
     small, packed = loop.compression.finish()
-    assert packed.model.ByteSize() <= 1_400
+    assert 1_350 <= packed.model.ByteSize() <= 1_400
     check(small, packed)
 
 

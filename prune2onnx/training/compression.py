@@ -101,7 +101,8 @@ class Compression:
         target_size: budget: bytes of the file.
         target_density: budget: fraction of the pruned weights, 0-1.
         target_macs: budget: fraction of the multiply-adds, 0-1; whole channels are pruned.
-        max_drop: budget: how much larger `evaluate` may get.
+        max_drop: budget: how much larger `evaluate` may get. The density follows it in the prune
+            phase; in the end it is measured once more.
         evaluate: gives the error of a network on validation data; less is better. For `max_drop`.
         phases: phase -> its steps, or fractions of `steps`; "dense", "channels", "prune", "tune"
             and "quantize" are known. Default: 60 % prune, 20 % tune, 20 % quantize.
@@ -132,7 +133,7 @@ class Compression:
         dynamic_shapes: DynamicShapes | None = None,
     ) -> None:
         budgets = (target_size, target_density, target_macs, max_drop)
-        if not any(budgets):
+        if all(budget is None for budget in budgets):
             raise RecipeError(
                 "no budget; give target_size, target_density, target_macs or max_drop"
             )
@@ -153,13 +154,12 @@ class Compression:
         }
         recipe = resolve(
             {"model": "a loop of your own"},
-            {name: value for name, value in known.items() if value} | dict(settings or {}),
+            {n: value for n, value in known.items() if value is not None} | dict(settings or {}),
             "settings",
         )
         checked_weights(self.model, recipe.prune.include, recipe.prune.exclude)
         self._evaluate = evaluate if max_drop is not None else None
         self._max_drop = max_drop or 0.0
-        # of all that needs a file: exported once, now, so that what cannot be is said at once
         self._deployment = Deployment(
             example_inputs,
             FileOptions(recipe.opset, recipe.anonymize, recipe.portable, recipe.file.multiple),
@@ -176,6 +176,7 @@ class Compression:
             sensitivity=self._sensitivity,
             in_place=True,
         )
+        deployed_with_scales(self.course, self.model)  # what cannot be exported is said now
         self._warn_if_short()
         use_plain_names(self.model)  # from now on, also after `finish`
         self._at = 0  # index of the phase
@@ -407,7 +408,7 @@ class Compression:
     def _warn_if_short(self) -> None:
         """Says before the training what its phases are too short for."""
         course, steps = self.course, self._plan.get("prune")
-        if steps is None or "channels" in self._plan or self._max_drop:
+        if steps is None or "channels" in self._plan or self._evaluate is not None:
             return
         course.state.size = sum(
             places[0].value.numel()

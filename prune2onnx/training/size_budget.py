@@ -21,7 +21,7 @@ from prune2onnx.pruning import (
     prunable_weights,
     thresholds_of,
 )
-from prune2onnx.training.course import Course
+from prune2onnx.training.compression.course import Course
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.fold import fold_batch_norm
 from prune2onnx.training.levels import (

@@ -14,8 +14,8 @@ from torch import nn
 from prune2onnx.errors import Prune2OnnxError, PruningWarning, RecipeError
 from prune2onnx.pruning import density
 from prune2onnx.runtime.session import session
-from prune2onnx.training.compression import Compression
-from prune2onnx.training.plain_names import use_plain_names
+from prune2onnx.training.compression.compression import Compression
+from prune2onnx.training.compression.plain_names import use_plain_names
 
 X = torch.randn(256, 20, generator=torch.Generator().manual_seed(3))
 Y = (X[:, 0] > 0).long() + 2 * (X[:, 1] > 0).long()

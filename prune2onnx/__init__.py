@@ -28,28 +28,28 @@ if TYPE_CHECKING:
     from prune2onnx.runtime.validate import validate
     from prune2onnx.tasks.metrics import Metric
     from prune2onnx.tasks.task import Task, load_task
-    from prune2onnx.training.compression import Compression
+    from prune2onnx.training.compression.compression import Compression
+    from prune2onnx.training.compression.lightning_callback import LightningCallback
+    from prune2onnx.training.compression.transformers_callback import TransformersCallback
     from prune2onnx.training.export import export
     from prune2onnx.training.fit import fit
     from prune2onnx.training.fold import fold_batch_norm
     from prune2onnx.training.levels import bake_levels, put_on_levels
-    from prune2onnx.training.lightning_callback import LightningCallback
     from prune2onnx.training.scoring import evaluate
-    from prune2onnx.training.transformers_callback import TransformersCallback
 
     __version__: str
 
 _HOME = {
     "BudgetError": "errors",
-    "Compression": "training.compression",
-    "LightningCallback": "training.lightning_callback",
+    "Compression": "training.compression.compression",
+    "LightningCallback": "training.compression.lightning_callback",
     "Metric": "tasks.metrics",
     "MismatchError": "errors",
     "Prune2OnnxError": "errors",
     "Recipe": "runs.recipe",
     "RecipeError": "errors",
     "Task": "tasks.task",
-    "TransformersCallback": "training.transformers_callback",
+    "TransformersCallback": "training.compression.transformers_callback",
     "bake": "pruning",
     "bake_levels": "training.levels",
     "benchmark": "runtime.benchmark",

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from prune2onnx.data import Data, collate
 from prune2onnx.runs.recipe import Recipe
 from prune2onnx.training.augment import augment
-from prune2onnx.training.course import one_cycle
+from prune2onnx.training.compression.course import one_cycle
 from prune2onnx.training.distill import Teacher
 from prune2onnx.training.loop import disable_dropout
 from prune2onnx.training.model import make_model

@@ -21,7 +21,7 @@ from torch import nn
 from prune2onnx import density, penalty, prune
 from prune2onnx.callables import load_callable
 from prune2onnx.pruning import survivors, thresholds_of
-from prune2onnx.training.course import step_with_clamp
+from prune2onnx.training.compression.course import step_with_clamp
 
 PRESSURE, DENSITY = 5.0, 0.015
 STEPS_PER_EPOCH = 100

@@ -1,6 +1,7 @@
 """Removes what running a model does not need; in a small network that is most of the file.
 
-1. Notes: doc strings, metadata, the producer, names of nodes, inferred types of inner values.
+1. Notes: doc strings, metadata, the producer, names of nodes, inferred types of inner values; but
+   not those of residuals, without which onnxruntime does not fuse SkipLayerNormalization.
 2. Attributes that repeat a default, and weights that nothing uses.
 3. Shapes stored for a Reshape that only flattens: it becomes a Flatten.
 4. Long names of inner values and of constants of int64, such as shapes and axes, which are also
@@ -24,6 +25,7 @@ from onnx import (
     ModelProto,
     NodeProto,
     TensorProto,
+    ValueInfoProto,
     helper,
     numpy_helper,
 )
@@ -81,11 +83,36 @@ def drop_notes(model: ModelProto, changes: Changes) -> None:
     for field in _MODEL_NOTES:
         model.ClearField(field)
     keep(model.metadata_props, lambda entry: entry.key.split(".")[0] == DOMAIN)
+    residuals = _residuals(model.graph)
+    stated = [_stated(value) for value in model.graph.value_info if value.name in residuals]
     last = next((node for node in reversed(_decoder(model)) if not node.domain), None)
     _notes(model.graph)
+    model.graph.value_info.extend(stated)
     model.graph.name = "g"
     if last is not None:
         last.name = OP
+
+
+def _residuals(graph: GraphProto) -> set[str]:
+    """What is added before a LayerNormalization.
+
+    onnxruntime fuses the two where it knows that both have equal shapes, which it does not infer
+    through shapes that are computed, as torch's exporter has them.
+    """
+    normalized = {node.input[0] for node in graph.node if node.op_type == "LayerNormalization"}
+    return {
+        name
+        for node in graph.node
+        if node.op_type == "Add" and not normalized.isdisjoint(node.output)
+        for name in node.input
+    }
+
+
+def _stated(value: ValueInfoProto) -> ValueInfoProto:
+    """Name and shape alone."""
+    made = ValueInfoProto(name=value.name)
+    made.type.CopyFrom(value.type)
+    return made
 
 
 def _decoder(model: ModelProto) -> list[NodeProto]:
@@ -207,4 +234,8 @@ def shorten_names(model: ModelProto, changes: Changes) -> None:
         if len(name) > len(short) and name not in fixed and names.defined_once(name):
             renamed[name] = tensor.name = short
             short = names.shortest()
+    stated = [_stated(value) for value in graph.value_info if value.name in renamed]
     rename(graph, renamed)
+    for value in stated:
+        value.name = renamed[value.name]
+    graph.value_info.extend(stated)

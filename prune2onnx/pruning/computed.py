@@ -49,9 +49,20 @@ def remedy(module: nn.Module, name: str) -> str | None:
 
 
 def parametrize_own(module: nn.Module, name: str, parametrization: nn.Module) -> None:
-    """Registers a parametrization on this module alone, not on those that it is a copy of."""
+    """Registers a parametrization on this module alone, not on those that it is a copy of.
+
+    The parameter keeps its hooks: torch sets it to what it is by `set_`, with which those of
+    DistributedDataParallel would be lost, and with them its gradients.
+    """
     _own_class(module)
-    parametrize.register_parametrization(module, name, parametrization)
+    parameter: Any = module._parameters.get(name)
+    if parameter is not None:
+        parameter.set_ = lambda _: parameter
+    try:
+        parametrize.register_parametrization(module, name, parametrization)
+    finally:
+        if parameter is not None:
+            del parameter.set_
     if isinstance(module, nn.RNNBase):
         _compute_flat_weights(module)
 

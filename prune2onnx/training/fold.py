@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from prune2onnx.pruning import with_plain_parameters
 from prune2onnx.pruning.wrappers import refuse_distributed, unwrapped
 from prune2onnx.tasks.structure import arguments
-from prune2onnx.training.export import cannot_trace
+from prune2onnx.training.exporting.refusals import cannot_trace
 
 # The operators that BatchNorm may follow. A layer's type must be one of `_LAYERS`, too: a
 # subclass may use its weight and bias in another way.

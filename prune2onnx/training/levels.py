@@ -10,6 +10,7 @@ fixed clusters, and a file needs no codebook for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -253,6 +254,18 @@ def _grids(model: nn.Module) -> Iterator[tuple[_Levels, nn.Parameter, list[tuple
 def scales_of(model: nn.Module) -> list[nn.Parameter]:
     """The learned scales, each once, for an optimizer group of their own."""
     return list({id(grid.scale): grid.scale for grid, _, _ in _grids(model)}.values())
+
+
+def refine(model: nn.Module, factor: float) -> None:
+    """Multiplies each scale by a factor up to 1, with as many more levels, in place.
+
+    Values keep their range, and fewer of them are rounded to zero.
+    """
+    with torch.no_grad():
+        for scale in scales_of(model):
+            scale.mul_(factor)
+        for grid, _, _ in _grids(model):
+            grid.largest = min(MOST_LEVELS, math.ceil(grid.largest / factor))
 
 
 def bake_levels(model: nn.Module) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from prune2onnx.tasks.structure import described
 from prune2onnx.tasks.task import CLASSIFICATION, Task
 from prune2onnx.training.augment import augment
 from prune2onnx.training.checkpoint import Checkpoints
-from prune2onnx.training.course import Course, State, one_cycle, steady, step_with_clamp
+from prune2onnx.training.compression.course import Course, State, one_cycle, steady, step_with_clamp
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.distill import Teacher
 from prune2onnx.training.levels import scales_of

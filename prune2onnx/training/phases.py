@@ -36,7 +36,7 @@ from prune2onnx.pruning import (
 )
 from prune2onnx.runs.recipe import MACS
 from prune2onnx.runs.recipe import PHASES as ORDER
-from prune2onnx.training.course import Course
+from prune2onnx.training.compression.course import Course
 from prune2onnx.training.fold import fold_batch_norm
 from prune2onnx.training.levels import Norm, bake_levels, coarsen, put_on_levels
 from prune2onnx.training.loop import Run

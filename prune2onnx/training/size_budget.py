@@ -7,6 +7,7 @@ up to `phases`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -20,12 +21,13 @@ from prune2onnx.pruning import (
     prunable_weights,
     thresholds_of,
 )
-from prune2onnx.training.course import Course
+from prune2onnx.training.compression.course import Course
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.fold import fold_batch_norm
 from prune2onnx.training.levels import (
     bake_levels,
     put_on_levels,
+    refine,
     remove_below,
     round_to_levels,
     saliency,
@@ -40,6 +42,7 @@ between the steps the other weights adapt."""
 _BITS = 10.0
 """Approximate bits of a survivor where few are left, to guess a density from a size."""
 
+_FINEST, _REFINEMENTS = 0.4, 7
 _MOST_REMOVED = 0.9  # fraction of the survivors that may be removed to meet a size
 
 
@@ -185,3 +188,20 @@ def meet_budget(course: Course, model: nn.Module, margin: float) -> None:
         remove_below(trial, saliencies, float(ranked[middle]))
         low, high = (middle, high) if is_over(course, trial, margin) else (low, middle)
     remove_below(model, saliencies, float(ranked[high]))
+
+
+def use_budget(course: Course, model: nn.Module) -> None:
+    """Makes levels finer while the file stays within its size: where rounding made more zeros.
+
+    Training on levels rounds to zero what no budget asks for. What is left of the budget is better
+    spent on the precision of the weights.
+    """
+    if target_size(course) is None or not scales_of(model) or is_over(course, model, 1.0):
+        return
+    low, high = _FINEST, 1.0
+    for _ in range(_REFINEMENTS):
+        middle = math.sqrt(low * high)
+        trial = course.copied(model)
+        refine(trial, middle)
+        low, high = (middle, high) if is_over(course, trial, 1.0) else (low, middle)
+    refine(model, high)

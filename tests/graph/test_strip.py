@@ -3,7 +3,18 @@
 import numpy as np
 import onnx
 import pytest
-from networks import MODELS, branches, convnet, mlp, model, operators, optimised, run, weights
+from networks import (
+    MODELS,
+    branches,
+    convnet,
+    mlp,
+    model,
+    operators,
+    optimised,
+    run,
+    value,
+    weights,
+)
 from onnx import ModelProto, TensorProto, helper, numpy_helper, parser
 
 from prune2onnx.graph.domain import MARK
@@ -278,3 +289,29 @@ def test_anonymous_weights_are_the_same_weights(build):
         assert one.name == renamed.get(other.name, other.name)
         assert one.raw_data == other.raw_data
     assert_equal(made, dense)
+
+
+def test_shapes_of_what_is_added_before_a_layer_normalization_stay():
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["long_name_of_a_product"]),
+        helper.make_node("Add", ["x", "long_name_of_a_product"], ["long_name_of_a_sum"]),
+        helper.make_node("LayerNormalization", ["long_name_of_a_sum", "s"], ["n"]),
+        helper.make_node("Add", ["n", "x"], ["y"]),
+    ]
+    rng = np.random.default_rng(0)
+    weights = {"w": rng.normal(size=(8, 8)).astype(np.float32), "s": np.ones(8, np.float32)}
+    made = model(nodes, weights, {"x": ["a", "b", 8]}, {"y": ["a", "b", 8]})
+    made.graph.value_info.extend(
+        value(name, ["a", "b", 8]) for name in ("long_name_of_a_product", "long_name_of_a_sum", "n")
+    )
+    made.graph.value_info[0].doc_string = "a note"
+    stripped = strip(made).model
+    (stated,) = stripped.graph.value_info
+    assert stated.name == stripped.graph.node[0].output[0] and len(stated.name) == 1
+    assert [axis.dim_param or axis.dim_value for axis in stated.type.tensor_type.shape.dim] == [
+        "a",
+        "b",
+        8,
+    ]
+    assert not stated.doc_string
+    assert strip(stripped).model == stripped

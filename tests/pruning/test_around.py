@@ -276,3 +276,18 @@ def test_each_parameter_counts_once_whatever_computes_the_weight():
 
 def test_biases_and_norms_alone_are_no_reason_to_warn():
     prune(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 2)))
+
+
+def test_hooks_on_a_weights_gradient_stay():
+    model, called = network(), []
+    weight = model[0].weight
+    accumulates = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    accumulates.register_hook(lambda *_: called.append(1))  # as DistributedDataParallel does
+    prune(model)
+    model(X).sum().backward()
+    bake(model)
+    put_on_levels(model, {"0.weight": 7})
+    model(X).sum().backward()
+    bake_levels(model)
+    model(X).sum().backward()
+    assert len(called) == 3 and model[0].weight is weight

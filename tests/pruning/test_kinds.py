@@ -10,8 +10,8 @@ from torch import nn
 
 from prune2onnx.pruning import bake, deep_copy, density, hold_zeros, penalty, prune
 from prune2onnx.runtime.session import session
-from prune2onnx.training.arrangement import rearranged
 from prune2onnx.training.export import Template, export
+from prune2onnx.training.exporting.arrangement import rearranged
 from prune2onnx.training.levels import bake_levels, put_on_levels
 
 

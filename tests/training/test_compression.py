@@ -14,8 +14,8 @@ from torch import nn
 from prune2onnx.errors import Prune2OnnxError, PruningWarning, RecipeError
 from prune2onnx.pruning import density
 from prune2onnx.runtime.session import session
-from prune2onnx.training.compression import Compression
-from prune2onnx.training.plain_names import use_plain_names
+from prune2onnx.training.compression.compression import Compression
+from prune2onnx.training.compression.plain_names import use_plain_names
 
 X = torch.randn(256, 20, generator=torch.Generator().manual_seed(3))
 Y = (X[:, 0] > 0).long() + 2 * (X[:, 1] > 0).long()
@@ -68,7 +68,7 @@ def check(small: nn.Module, packed) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     assert not any(isinstance(module, nn.BatchNorm1d) for module in small.modules())
     for name in ("0.weight", "3.weight"):
-        assert len(small.get_parameter(name).unique()) <= 15
+        assert len(small.get_parameter(name).unique()) <= 37  # 7 levels, up to 2.5 times as fine
 
 
 def test_a_size_is_met_and_the_optimizer_stays():
@@ -80,7 +80,7 @@ def test_a_size_is_met_and_the_optimizer_stays():
     progress = loop.compression.epoch_end()
     assert (progress.phase, progress.step, progress.steps) == ("quantize", STEPS, STEPS)
     small, packed = loop.compression.finish()
-    assert packed.model.ByteSize() <= 1_400
+    assert 1_350 <= packed.model.ByteSize() <= 1_400
     check(small, packed)
 
 
@@ -112,7 +112,9 @@ def test_an_accuracy_loss_is_kept_by_the_density():
         calls.append(density(model).total if calls else 1.0)
         return 100.0 if calls[-1] < 0.6 else 0.0  # whatever the network is
 
-    loop = Loop(max_drop=1.0, evaluate=error, steps=200).run(200)
+    # thresholds that move slowly enough to be corrected
+    slow = {"prune.threshold_lr": 0.02}
+    loop = Loop(max_drop=1.0, evaluate=error, steps=400, settings=slow).run(400)
     assert loop.model.training and 0.4 < loop.compression.epoch_end().density < 0.9
     with pytest.warns(PruningWarning, match="the error is larger by 100"):
         calls[:] = [0.5]
@@ -234,13 +236,14 @@ def test_plain_names_in_their_order():
 
     model = network()
     expected = list(model.state_dict())
-    end = use_plain_names(model)
+    use_plain_names(model)
     prune(model)
     assert list(model.state_dict()) == expected
-    model.load_state_dict(network().state_dict())
+    other = {name: torch.full_like(value, 3) for name, value in network().state_dict().items()}
+    model.load_state_dict(other)
+    assert all(torch.equal(value, other[name]) for name, value in model.state_dict().items())
     nn.Sequential(model).load_state_dict(nn.Sequential(network()).state_dict())
-    end()
-    assert list(model.state_dict()) != expected
+    assert torch.equal(model.state_dict()["0.weight"], network()[0].weight)
 
 
 _RANKS = """

@@ -11,28 +11,34 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from prune2onnx.errors import Prune2OnnxError, PruningWarning, RecipeError
 from prune2onnx.packing.pack import Packed
 from prune2onnx.pruning import Learned, add_gradients, checked_weights, unwrapped
 from prune2onnx.pruning.channel_groups import original
-from prune2onnx.pruning.computed import unparametrize_own
 from prune2onnx.runs.defaults import FileOptions
-from prune2onnx.runs.recipe import PHASES, resolve
-from prune2onnx.training.course import Course, State, one_cycle, steady, step_with_clamp
+from prune2onnx.runs.recipe import resolve
+from prune2onnx.training.compression.course import Course, State, one_cycle, steady, step_with_clamp
+from prune2onnx.training.compression.plain_names import use_plain_names
+from prune2onnx.training.compression.plan import Progress, planned
+from prune2onnx.training.compression.processes import (
+    average,
+    of_first_process,
+    refuse_sharded,
+    share_buffers,
+)
+from prune2onnx.training.compression.saved import learned_state, load_learned, unparametrize
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.export import DynamicShapes, ExportOptions
 from prune2onnx.training.model import on_device
 from prune2onnx.training.phases import IN_PLACE
-from prune2onnx.training.plain_names import use_plain_names
 from prune2onnx.training.pressure import too_short
 from prune2onnx.training.size_budget import (
     MARGIN,
@@ -40,10 +46,8 @@ from prune2onnx.training.size_budget import (
     deployed_with_scales,
     first_goal,
     meet_budget,
+    use_budget,
 )
-
-_FRACTIONS = {"prune": 0.6, "tune": 0.2, "quantize": 0.2}
-_FRACTIONS_WITH_CHANNELS = {"channels": 0.3, "prune": 0.3, "tune": 0.2, "quantize": 0.2}
 
 _MEASURES = 20
 """Times in a phase that the file is measured, or the network evaluated, to correct the course."""
@@ -51,28 +55,6 @@ _MEASURES = 20
 _MEMORY = 0.98  # of the squared gradients: about the last 50 steps
 _FALL, _RISE = 0.8, 1.15  # of the density, while the accuracy loss is within its limit, or over it
 _SMALL_LEVELS = 127  # of biases: no data are seen here that would say how coarse they may be
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a compression is.
-
-    Attributes:
-        phase: "dense", "channels", "prune", "tune", "quantize".
-        step: optimizer steps so far.
-        steps: of all phases.
-        density: survivors over elements of the pruned weights, 0-1; while channels are pruned, the
-            fraction of their cost that is left.
-        nbytes: of the file that the network would be now.
-        penalty: the latest value of `Compression.penalty`.
-    """
-
-    phase: str
-    step: int
-    steps: int
-    density: float
-    nbytes: int
-    penalty: float
 
 
 class Compression:
@@ -100,7 +82,8 @@ class Compression:
         target_size: budget: bytes of the file.
         target_density: budget: fraction of the pruned weights, 0-1.
         target_macs: budget: fraction of the multiply-adds, 0-1; whole channels are pruned.
-        max_drop: budget: how much larger `evaluate` may get.
+        max_drop: budget: how much larger `evaluate` may get. The density follows it in the prune
+            phase; in the end it is measured once more.
         evaluate: gives the error of a network on validation data; less is better. For `max_drop`.
         phases: phase -> its steps, or fractions of `steps`; "dense", "channels", "prune", "tune"
             and "quantize" are known. Default: 60 % prune, 20 % tune, 20 % quantize.
@@ -131,7 +114,7 @@ class Compression:
         dynamic_shapes: DynamicShapes | None = None,
     ) -> None:
         budgets = (target_size, target_density, target_macs, max_drop)
-        if not any(budgets):
+        if all(budget is None for budget in budgets):
             raise RecipeError(
                 "no budget; give target_size, target_density, target_macs or max_drop"
             )
@@ -140,8 +123,8 @@ class Compression:
                 "max_drop needs evaluate: a function of the model that gives its error"
             )
         self.model = unwrapped(model)
-        _refuse_sharded(self.model)
-        self._plan = _planned(steps, phases, channels=target_macs is not None)
+        refuse_sharded(self.model)
+        self._plan = planned(steps, phases, channels=target_macs is not None)
         known = {
             "target_size": target_size,
             "target_density": target_density,
@@ -152,13 +135,12 @@ class Compression:
         }
         recipe = resolve(
             {"model": "a loop of your own"},
-            {name: value for name, value in known.items() if value} | dict(settings or {}),
+            {n: value for n, value in known.items() if value is not None} | dict(settings or {}),
             "settings",
         )
         checked_weights(self.model, recipe.prune.include, recipe.prune.exclude)
         self._evaluate = evaluate if max_drop is not None else None
         self._max_drop = max_drop or 0.0
-        # of all that needs a file: exported once, now, so that what cannot be is said at once
         self._deployment = Deployment(
             example_inputs,
             FileOptions(recipe.opset, recipe.anonymize, recipe.portable, recipe.file.multiple),
@@ -175,8 +157,9 @@ class Compression:
             sensitivity=self._sensitivity,
             in_place=True,
         )
+        deployed_with_scales(self.course, self.model)  # what cannot be exported is said now
         self._warn_if_short()
-        self._release = use_plain_names(self.model)
+        use_plain_names(self.model)  # from now on, also after `finish`
         self._at = 0  # index of the phase
         self._step = 0  # within it
         self._done = 0
@@ -235,9 +218,9 @@ class Compression:
         self._zero()
         self._step += 1
         self._done += 1
-        planned = self._plan[name]
-        if self._step < planned:
-            every = max(1, planned // _MEASURES)
+        steps = self._plan[name]
+        if self._step < steps:
+            every = max(1, steps // _MEASURES)
             if self._step % every == 0:
                 self._measure()
         elif self._at + 1 < len(self._plan):
@@ -266,7 +249,8 @@ class Compression:
 
         Returns:
             A copy of the network with plain parameters on levels and BatchNorm folded, on the CPU,
-            in evaluation mode; and what `pack` returns, with the file as `.model`.
+            in evaluation mode; and what `pack` returns, with the file as `.model`. The same in
+            all processes, each of which has to call it.
 
         Warns:
             PruningWarning: fewer steps were made than planned, or the budget is missed.
@@ -281,19 +265,20 @@ class Compression:
             )
         while self._at + 1 < len(self._plan):
             self._next()
+        share_buffers(self.model)
         before = None
         if weights is not None:
             before = {name: value.clone() for name, value in self.model.state_dict().items()}
             self.model.load_state_dict(weights)
         self._end()
         meet_budget(self.course, self.model, 1.0)
+        use_budget(self.course, self.model)
         plain, scales = deployed_with_scales(self.course, self.model)
         if before is not None:
             self.model.load_state_dict(before)
         plain = plain.cpu().eval()
         with denormals(flushed=False):
             packed = self._deployment.pack(plain, as_numbers(scales))
-        self._release()
         self._warn_if_missed(plain, packed)
         return plain, packed
 
@@ -337,7 +322,7 @@ class Compression:
             "dense_error": self._dense_error,
             "fisher": _copies(self._fisher),
             "masks": _copies(self._masks),
-            "learned": _copies(_learned_state(self.model)),
+            "learned": _copies(learned_state(self.model)),
             "optimizer": None if optimizer is None else optimizer.state_dict(),
         }
 
@@ -354,7 +339,7 @@ class Compression:
             )
         if self._done or state["at"] < self._at:
             raise Prune2OnnxError("load the state into a new Compression, before its first step")
-        _unparametrized(self.model)
+        unparametrize(self.model)
         self.course.pressure = None
         self._at, self._step, self._done = state["at"], state["step"], state["done"]
         self.course.state = State(**_tuples(state["state"]))
@@ -370,7 +355,7 @@ class Compression:
         self._dense_error = state["dense_error"]
         self._fisher = {name: value.to(device).clone() for name, value in state["fisher"].items()}
         self._masks = {name: value.to(device).clone() for name, value in state["masks"].items()}
-        _load_learned(self.model, state["learned"])
+        load_learned(self.model, state["learned"])
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
 
@@ -404,7 +389,7 @@ class Compression:
     def _warn_if_short(self) -> None:
         """Says before the training what its phases are too short for."""
         course, steps = self.course, self._plan.get("prune")
-        if steps is None or "channels" in self._plan or self._max_drop:
+        if steps is None or "channels" in self._plan or self._evaluate is not None:
             return
         course.state.size = sum(
             places[0].value.numel()
@@ -422,12 +407,14 @@ class Compression:
         self.course.pressure = None
 
     def _next(self) -> None:
+        share_buffers(self.model)
         self._end()
         self._at, self._step = self._at + 1, 0
         self._begin()
 
     def _measure(self) -> None:
         """Corrects the course by the size of the file, or by the accuracy loss."""
+        share_buffers(self.model)
         pressure = self.course.pressure
         if self._evaluate is not None and pressure is not None:
             drop = self._error() - self._dense_error
@@ -448,11 +435,7 @@ class Compression:
         finally:
             for module, training in modes.items():
                 module.training = training
-        if _processes() > 1:
-            shared = torch.tensor(found, device=self.course.device, dtype=torch.float64)
-            torch.distributed.broadcast(shared, src=0)
-            found = float(shared)
-        return found
+        return of_first_process(found, self.course.device)
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -480,14 +463,11 @@ class Compression:
     def _step_learned(self) -> None:
         optimizer = self._optimizer
         assert optimizer is not None  # as there is something learned
-        processes = _processes()
         for parameter in self._learned:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
-            if processes > 1:  # hidden from DistributedDataParallel
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= processes
+            average(parameter.grad)  # hidden from DistributedDataParallel
         rate = one_cycle if self.phase == "quantize" else steady
         for group in optimizer.param_groups:
             group["lr"] = self._peak * rate(self._progress())
@@ -511,95 +491,9 @@ class Compression:
         }
 
 
-def _planned(
-    steps: int | None, phases: Mapping[str, float] | None, *, channels: bool
-) -> dict[str, int]:
-    """Steps of each phase, in the order of the recipe."""
-    chosen = phases or (_FRACTIONS_WITH_CHANNELS if channels else _FRACTIONS)
-    if unknown := [name for name in chosen if name not in PHASES]:
-        raise RecipeError(f"phase {unknown[0]!r} is not one of {', '.join(PHASES)}")
-    fractions = all(0 <= value <= 1 for value in chosen.values())
-    if fractions:
-        if steps is None or steps < 1:
-            raise RecipeError(
-                f"steps is {steps}, expected the number of optimizer steps, from 1 on"
-            )
-        total = sum(chosen.values())
-        if not total:
-            raise RecipeError("phases have no steps")
-        counts = {name: round(steps * value / total) for name, value in chosen.items()}
-    else:
-        if any(value != int(value) or value < 0 for value in chosen.values()):
-            raise RecipeError("phases are steps or fractions of them, not both")
-        counts = {name: int(value) for name, value in chosen.items()}
-        if steps is not None and steps != sum(counts.values()):
-            raise RecipeError(
-                f"steps is {steps}, but the phases have {sum(counts.values())} together; give one"
-            )
-    return {name: counts[name] for name in PHASES if counts.get(name)}
-
-
-def _refuse_sharded(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor"):
-            raise Prune2OnnxError(
-                f"{name}: sharded over devices (FSDP), of which none has all of a weight; make the "
-                "Compression without FSDP, as with DistributedDataParallel"
-            )
-
-
-def _processes() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return 1
-
-
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
 
 
 def _tuples(facts: Mapping[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
-
-
-def _learned_state(model: nn.Module) -> dict[str, Tensor]:
-    """What thresholds and levels hold, by the paths of their modules."""
-    found: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, Learned):
-            held = {module.learned: module.hide(), **dict(module.named_buffers(recurse=False))}
-            bits = getattr(module, "bits", None)
-            if isinstance(bits, Tensor):
-                held["bits"] = bits
-            found |= {f"{path}.{name}": value for name, value in held.items()}
-    return found
-
-
-def _load_learned(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    own = _learned_state(model)
-    for name, value in saved.items():
-        path, _, attribute = name.rpartition(".")
-        if attribute == "bits":
-            module: Any = model.get_submodule(path)
-            module.bits = value.to(next(iter(own.values())).device)
-        elif name not in own or own[name].shape != value.shape:
-            there = list(own[name].shape) if name in own else "nothing"
-            raise Prune2OnnxError(
-                f"{name}: the saved state has {list(value.shape)}, this network {there}; load it "
-                "into a Compression of the same network"
-            )
-        else:
-            with torch.no_grad():
-                own[name].copy_(value)
-
-
-def _unparametrized(model: nn.Module) -> None:
-    """Takes thresholds off again, and leaves the tensors behind them as they are."""
-    for module in list(model.modules()):
-        if not parametrize.is_parametrized(module):
-            continue
-        chains: Any = module.parametrizations
-        for name in [
-            n for n, c in chains.items() if type(c[0]).__module__.startswith("prune2onnx.")
-        ]:
-            unparametrize_own(module, name)

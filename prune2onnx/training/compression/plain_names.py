@@ -8,7 +8,6 @@ parametrizations learn besides is in the state of `compression`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,14 +16,11 @@ _ORIGINAL = re.compile(r"(^|\.)parametrizations\.([^.]+)\.original$")
 _OTHER = re.compile(r"(^|\.)parametrizations\.[^.]+\.\d+\.")
 
 
-def use_plain_names(model: nn.Module) -> Callable[[], None]:
+def use_plain_names(model: nn.Module) -> None:
     """Lets `state_dict` and `load_state_dict` of a network use plain names, in that order, too.
 
     Args:
         model: with plain parameters, whose order is kept.
-
-    Returns:
-        A function that ends this.
     """
     order = {name: index for index, name in enumerate(model.state_dict())}
 
@@ -45,16 +41,8 @@ def use_plain_names(model: nn.Module) -> Callable[[], None]:
             elif (plain := prefix + _plain(key)) in state and plain != prefix + key:
                 state[prefix + key] = state.pop(plain)
 
-    handles = (
-        model._register_state_dict_hook(saved),  # type: ignore[no-untyped-call]
-        model.register_load_state_dict_pre_hook(loaded),  # type: ignore[no-untyped-call]
-    )
-
-    def end() -> None:
-        for handle in handles:
-            handle.remove()
-
-    return end
+    model._register_state_dict_hook(saved)  # type: ignore[no-untyped-call]
+    model.register_load_state_dict_pre_hook(loaded)  # type: ignore[no-untyped-call]
 
 
 def _plain(name: str) -> str:

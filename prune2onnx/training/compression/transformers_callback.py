@@ -10,7 +10,8 @@ from torch import nn
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.packing.pack import Packed
-from prune2onnx.training.compression import Compression, Progress
+from prune2onnx.training.compression.compression import Compression
+from prune2onnx.training.compression.plan import Progress
 
 try:
     from transformers import TrainerCallback

@@ -1,0 +1,1 @@
+"""Compression in a loop of the user's own, and what it has in common with `fit`."""

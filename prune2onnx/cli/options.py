@@ -233,6 +233,8 @@ FIRST, BUDGET, DATA, MODEL, PHASE, OUTPUT = (
 """Headings of --help, in their order."""
 
 _IMAGES = ("resize", "crop", "mean", "std")
+_SELDOM = (*_IMAGES, "model_args", "format", "temperature", "teacher", "opset")
+"""Settings with a heading that only --help-all shows."""
 
 _GROUPS = {
     FIRST: ("data", "task", "weights", "target_size", "max_drop", "goal"),
@@ -340,7 +342,7 @@ def _recipe_option(dotted: str, field: Any, *, hidden: bool = False) -> Callable
         hidden=hidden,
         help=f"{field.description}{shown}",
         group=_HEADING.get(dotted, PHASE if name == "epochs" else f"Phase {section}"),
-        detail=dotted not in _HEADING and name != "epochs",
+        detail=dotted in _SELDOM or (dotted not in _HEADING and name != "epochs"),
     )
 
 

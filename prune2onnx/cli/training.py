@@ -56,8 +56,7 @@ def compress(
     """Train, prune, quantize, export, pack and validate MODEL.
 
     MODEL is path/to/file.py:callable or package.module:callable, a function that returns an
-    nn.Module; it is called with input_shape and classes (or num_classes, in_channels, vocab_size)
-    if it takes them. --task says what it is for; budgets and reports have the task's metric.
+    nn.Module; it is called with input_shape and classes if it takes them.
 
     \b
     prune2onnx compress models/lenet.py:lenet_300_100 --data digits -o runs/digits

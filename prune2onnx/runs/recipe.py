@@ -201,7 +201,7 @@ class Recipe(_Section):
     )
     task: str = Field(
         "classification",
-        description="what the network is trained for: classification, multi-label, regression, "
+        description="what it is for: classification, multi-label, regression, "
         "regression-l1, segmentation, token-classification, language-modelling, reconstruction, "
         "distillation, or file.py:callable",
     )
@@ -240,9 +240,8 @@ class Recipe(_Section):
     max_drop: float | str | None = Field(
         None,
         description="budget: points of validation error that may be added (accuracy loss), or how "
-        "much worse the task's metric may be, in its unit; with %, relative to the dense "
-        "network's; as the only budget, the smallest file, or the fewest multiply-adds, within it "
-        "is searched for",
+        "much worse another task's metric may be, or 5%, relative; as the only budget, the "
+        "smallest file, or the fewest multiply-adds, within it is searched for",
     )
     trials: int = Field(6, ge=1, description="most prunings in a search for max_drop")
     distill: float = Field(

@@ -4,7 +4,6 @@ The text is the documentation strings of Python's standard library, which comes 
 """
 
 import ast
-import math
 import sysconfig
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from torch import nn
 from torch.nn import functional
 
 PACKAGES = ("asyncio", "email", "unittest", "multiprocessing", "xml", "importlib")
+LENGTH = 64
+"""Bytes of an example."""
 
 
 def docstrings(package: str) -> list[str]:
@@ -37,7 +38,7 @@ def as_bytes(text: str, length: int) -> np.ndarray:
     return np.frombuffer(codes.ljust(length, b"\0"), np.uint8).astype(np.int64)
 
 
-def packages(length: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def packages(length: int = LENGTH) -> tuple[np.ndarray, np.ndarray]:
     """Documentation strings, int64 `[n, length]`, and the number of the package of each."""
     x, y = [], []
     for number, package in enumerate(PACKAGES):
@@ -47,7 +48,7 @@ def packages(length: int = 64) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(x), np.array(y)
 
 
-def prose(length: int = 64, examples: int = 4000) -> np.ndarray:
+def prose(length: int = LENGTH, examples: int = 4000) -> np.ndarray:
     """Pieces of documentation strings, int64 `[n, length + 1]`, without labels."""
     names = (*PACKAGES, "http", "json", "logging", "urllib", "argparse", "subprocess", "typing")
     text = "\n".join(line for name in names for line in docstrings(name))
@@ -76,28 +77,20 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedded bytes with fixed positions, blocks, and a score for each class."""
+    """Embedded bytes and positions, up to `LENGTH` of them, blocks, and a score for each class."""
 
     def __init__(self, tokens: int, classes: int, width: int, layers: int, *, causal: bool) -> None:
         super().__init__()
-        self.embed = nn.Embedding(tokens, width)
+        self.embed, self.places = nn.Embedding(tokens, width), nn.Embedding(LENGTH, width)
         self.blocks = nn.Sequential(*(Block(width, 4, causal=causal) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
         self.causal = causal
-        self.register_buffer("positions", waves(512, width), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """`[batch, positions]` to scores `[batch, classes]`, or one row for each position."""
-        x = self.embed(tokens) + self.positions[: tokens.shape[1]]
+        x = self.embed(tokens) + self.places(torch.arange(tokens.shape[1], device=tokens.device))
         x = self.norm(self.blocks(x))
         return self.head(x if self.causal else x.mean(1))
-
-
-def waves(positions: int, width: int) -> torch.Tensor:
-    """Sines and cosines of each position, `[positions, width]` (arXiv 1706.03762)."""
-    rates = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
-    angles = torch.arange(positions)[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], 1)
 
 
 def classifier(classes: int, vocab_size: int = 128, width: int = 64, layers: int = 2) -> nn.Module:

@@ -16,11 +16,12 @@ from typing import Any
 
 import onnx
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from prune2onnx.errors import Prune2OnnxError, PruningWarning, RecipeError
 from prune2onnx.packing.pack import Packed
-from prune2onnx.pruning import Learned, add_gradients, checked_weights, unwrapped
+from prune2onnx.pruning import Learned, add_gradients, checked_weights, deep_copy, unwrapped
 from prune2onnx.pruning.channel_groups import original
 from prune2onnx.runs.defaults import FileOptions
 from prune2onnx.runs.recipe import resolve
@@ -115,13 +116,10 @@ class Compression:
     ) -> None:
         budgets = (target_size, target_density, target_macs, max_drop)
         if all(budget is None for budget in budgets):
-            raise RecipeError(
-                "no budget; give target_size, target_density, target_macs or max_drop"
-            )
+            names = "target_size, target_density, target_macs or max_drop"
+            raise RecipeError(f"no budget; give {names}")
         if max_drop is not None and evaluate is None:
-            raise RecipeError(
-                "max_drop needs evaluate: a function of the model that gives its error"
-            )
+            raise RecipeError("max_drop needs evaluate: a function that gives a model's error")
         self.model = unwrapped(model)
         refuse_sharded(self.model)
         self._plan = planned(steps, phases, channels=target_macs is not None)
@@ -155,6 +153,8 @@ class Compression:
             error=lambda _: math.nan,
             slack=lambda: 0.0,
             sensitivity=self._sensitivity,
+            # accelerate's mixed precision is in the network's forward
+            copied=lambda one: extract_model_from_parallel(deep_copy(one), keep_fp32_wrapper=False),
             in_place=True,
         )
         deployed_with_scales(self.course, self.model)  # what cannot be exported is said now

@@ -101,8 +101,6 @@ def outcome(verb: str, folder: Path, more: list[str]) -> tuple[str, str]:
     result = CliRunner().invoke(prune2onnx, [*given, *more])
     growth = _status("VmHWM") - before
     error = result.exception
-    if isinstance(error, MemoryError):
-        return "memory", "".join(traceback.format_exception(error))
     if error is not None and not isinstance(error, SystemExit):
         return "crashed", "".join(traceback.format_exception(error))
     if growth > MOST_GROWTH.get(verb, ADDRESS_SPACE):
@@ -114,6 +112,8 @@ def outcome(verb: str, folder: Path, more: list[str]) -> tuple[str, str]:
         one_line = len(lines) == 1 and lines[0].startswith("prune2onnx: ")
         if result.exit_code not in statuses or not one_line:
             return "badly refused", f"exit status {result.exit_code}: {result.stderr}"
+        if lines[0].startswith("prune2onnx: out of memory: the system gives no more"):
+            return "memory", lines[0]
         if "bad_alloc" in lines[0] or "Failed to allocate" in lines[0]:
             return "refused", "onnxruntime: out of memory"
         return "refused", lines[0]

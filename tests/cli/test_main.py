@@ -434,7 +434,7 @@ def test_an_output_that_disagrees_has_status_4(dense, tmp_path, monkeypatch):
     module = importlib.import_module("prune2onnx.runtime.validate")
     right = module.coded(load(packed))
     wrong = {name: -array for name, array in right.arrays.items()}
-    monkeypatch.setattr(module, "coded", lambda _: dataclasses.replace(right, arrays=wrong))
+    monkeypatch.setattr(module, "coded", lambda *_, **__: dataclasses.replace(right, arrays=wrong))
     assert "other bits" in refused("validate", packed, status=4)
 
 
@@ -442,7 +442,7 @@ def test_a_runtime_that_does_not_fold_has_status_4(dense, tmp_path, monkeypatch)
     packed = tmp_path / "packed.onnx"
     run("pack", dense, packed)
     module = importlib.import_module("prune2onnx.runtime.validate")
-    monkeypatch.setattr(module, "folding", lambda *_: Folding(("1.weight",), level="basic"))
+    monkeypatch.setattr(module, "folding", lambda *_, **__: Folding(("1.weight",), level="basic"))
     assert "does not fold the decoders of 1.weight" in run("validate", packed, status=4).stderr
 
 

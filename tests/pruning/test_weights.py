@@ -167,10 +167,22 @@ def test_a_shared_weight_is_pruned_and_baked_once():
     torch.testing.assert_close(tied(torch.ones(2, 6)), before, rtol=0, atol=0)
 
 
-def test_a_weight_that_another_type_of_layer_uses_is_refused():
+def test_a_table_that_is_also_the_weight_of_a_linear_layer_is_pruned_once():
     model = nn.ModuleDict({"embed": nn.Embedding(7, 4), "head": nn.Linear(4, 7)})
     model["head"].weight = model["embed"].weight
-    with pytest.raises(Prune2OnnxError, match=r"head\.weight: shared with embed, a Embedding"):
+    prune(model)
+    with torch.no_grad():
+        model["embed"].parametrizations.weight.original[0] = 0
+    assert not model["head"].weight[0].any()
+    assert torch.equal(model["head"].weight, model["embed"].weight)
+    bake(model)
+    assert model["head"].weight is model["embed"].weight
+
+
+def test_a_weight_that_another_type_of_layer_uses_is_refused():
+    model = nn.ModuleDict({"norm": nn.LayerNorm((7, 4)), "head": nn.Linear(4, 7)})
+    model["head"].weight = model["norm"].weight
+    with pytest.raises(Prune2OnnxError, match=r"head\.weight: shared with norm, a LayerNorm"):
         prune(model)
 
 

@@ -34,9 +34,9 @@ def compress(recipe: Any, directory: Path, **_: Any) -> Any:
     return REPORT
 
 
+pretend("prune2onnx.commands.compress", compress=compress)
 pretend(
-    "prune2onnx.commands.compress",
-    compress=compress,
+    "prune2onnx.commands.prepare",
     prepared=lambda recipe: None,
     train_dense=lambda recipe, folder, **_: folder / "dense.safetensors",
 )

@@ -38,7 +38,7 @@ def test_an_error_that_is_not_the_projects_and_a_long_one_are_found(tmp_path, mo
     onnx.save(mlp(), tmp_path / MODEL)
 
     def ends(error: BaseException) -> str:
-        def failing(*_: object) -> None:
+        def failing(*_: object, **__: object) -> None:
             raise error
 
         monkeypatch.setattr("prune2onnx.packing.unpack.read", failing)

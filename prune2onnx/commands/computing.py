@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from onnx import ModelProto
@@ -11,14 +12,12 @@ from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.packing.approximation.subject import Approximation
 from prune2onnx.packing.compute.narrow import Compute, Narrowed, narrowed
 from prune2onnx.packing.compute.uses import narrowable
+from prune2onnx.packing.quantized import Quantized
 from prune2onnx.runs.defaults import MAX_REL_ERROR, InputOptions, PackOptions
-from prune2onnx.runtime.calibration import CalibrationData, calibration_data
-from prune2onnx.runtime.compare import output_error
-from prune2onnx.runtime.inputs import Inputs, random_inputs
+from prune2onnx.runtime.calibration import CalibrationData, calibration_data, random_error
 from prune2onnx.runtime.int8_choice import timed
 
 _TRIED: tuple[Compute, ...] = ("int8", "int8-weights", "int4")
-_RANDOM = 4  # sets of random inputs
 
 
 @dataclass
@@ -28,13 +27,12 @@ class Computing:
     Attributes:
         model: normalized, in float32.
         options: of the file.
+        notes: what was measured, in words.
     """
 
     model: ModelProto
     options: PackOptions
-
-    def __post_init__(self) -> None:
-        self.notes: list[str] = []
+    notes: list[str] = field(default_factory=list, init=False)
 
     @cached_property
     def compute(self) -> Compute:
@@ -42,7 +40,7 @@ class Computing:
         asked = self.options.compute
         return self._fastest() if asked == "auto" else asked
 
-    @property
+    @cached_property
     def on_grids(self) -> frozenset[str]:
         """Weights whose values are to be whole multiples of a scale for each output."""
         if self.compute == "float32":
@@ -57,37 +55,33 @@ class Computing:
     @property
     def calibrates(self) -> bool:
         """Whether weights change with examples, though nothing else asks for that."""
-        return bool(self.in_blocks) and self.options.inputs.data not in (None, "random")
+        return bool(self.in_blocks) and self.options.inputs.has_examples
 
-    def of(self, made: Approximation) -> Narrowed:
+    def of(self, model: ModelProto, quantized: Mapping[str, Quantized]) -> Narrowed:
         """A model with other weights, as it is to compute."""
-        return narrowed(made.model, self.compute, made.quantized)
+        return narrowed(model, self.compute, quantized)
 
     def model_of(self, made: Approximation) -> ModelProto:
         """The model of `of`."""
-        return self.of(made).model
+        return self.of(made.model, made.quantized).model
 
     def plain(self) -> Narrowed:
         """The model itself, as it is to compute; how much that changes is noted."""
-        made = narrowed(self.model, self.compute)
+        made = self.of(self.model, {})
         if self.compute != "float32" and any(not layer.reason for layer in made.layers):
             self.notes.append(f"relative error of the outputs {self.error(made.model):.3%}")
         return made
 
-    def error(self, model: ModelProto) -> float:
-        """The relative error of a model's outputs, on held-out examples or on random inputs."""
-        data = self.options.inputs.data
-        if data not in (None, "random"):
-            return self._data.error(model)
-        return output_error(self.model, self._random)(model)
+    @cached_property
+    def error(self) -> Callable[[ModelProto], float]:
+        """A model -> the relative error of its outputs, on held-out examples or random inputs."""
+        inputs = self.options.inputs
+        return self.data.error if inputs.has_examples else random_error(self.model, inputs)
 
     @cached_property
-    def _data(self) -> CalibrationData:
+    def data(self) -> CalibrationData:
+        """The examples, which are read once."""
         return calibration_data(self.model, self.options.inputs, self.options.examples)
-
-    @cached_property
-    def _random(self) -> list[Inputs]:
-        return random_inputs(self.model, range(_RANDOM), shapes=self.options.inputs.shapes)
 
     def _fastest(self) -> Compute:
         """What takes the least time within the error that is allowed; never more than float32."""

@@ -20,6 +20,7 @@ import onnx
 from onnx import ModelProto
 
 from prune2onnx.commands import card
+from prune2onnx.commands.computing import Computing
 from prune2onnx.commands.pack import PackResult, pack_file
 from prune2onnx.commands.runtime_type import runtime_type
 from prune2onnx.commands.source import read
@@ -33,9 +34,6 @@ from prune2onnx.packing.pack import Progress
 from prune2onnx.runs.defaults import InputOptions, PackOptions
 from prune2onnx.runs.hub import CARD, CONFIG, DTYPES, ONNX, SETTINGS, base, config_of, ending
 from prune2onnx.runtime.benchmark import Timing, timings
-from prune2onnx.runtime.calibration import calibration_data
-from prune2onnx.runtime.compare import output_error
-from prune2onnx.runtime.inputs import random_inputs
 from prune2onnx.runtime.session import UnrunnableError, environment, load_runnable
 
 _ENDINGS = {"float32": "", "float16": "_fp16", "int8": "_quantized", "int4": "_q4"}
@@ -46,7 +44,6 @@ _OTHER_WEIGHTS = (
     *(".gguf", ".onnx_data", ".data"),
 )
 _INDEX = (".safetensors.index.json", ".bin.index.json")
-_RANDOM = 4  # sets of random inputs, for the error of the outputs
 _SECONDS = 1.0  # of inferences, for the card
 
 
@@ -283,12 +280,7 @@ def _error(before: Path, made: Path, options: PackOptions) -> float | None:
     """Relative error of the outputs, on held-out examples or on random inputs."""
     model: ModelProto = read(before).unpacked
     try:
-        if options.inputs.data not in (None, "random"):
-            evaluate = calibration_data(model, options.inputs, options.examples).error
-        else:
-            given = random_inputs(model, range(_RANDOM), shapes=options.inputs.shapes)
-            evaluate = output_error(model, given)
-        return evaluate(load(made))
+        return Computing(model, options).error(load(made))
     except UnrunnableError:
         return None
 

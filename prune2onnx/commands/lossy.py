@@ -16,23 +16,24 @@ from onnx import ModelProto
 
 from prune2onnx.commands.computing import Computing
 from prune2onnx.errors import RecipeError
+from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.packing.approximation.approximate import approximate, search
 from prune2onnx.packing.approximation.subject import Approximation, check_limits
 from prune2onnx.packing.calibration import budget
 from prune2onnx.packing.calibration.calibrate import Calibration
 from prune2onnx.packing.calibration.journal import Journal
 from prune2onnx.packing.calibration.zeros import Pattern
+from prune2onnx.packing.compute.narrow import Narrowed
 from prune2onnx.packing.pack import Progress
 from prune2onnx.packing.quantized import Quantized
 from prune2onnx.runs.defaults import PackOptions
 from prune2onnx.runs.report import Goal
-from prune2onnx.runtime.calibration import CalibrationData, calibration_data
+from prune2onnx.runtime.calibration import CalibrationData
 from prune2onnx.runtime.compare import output_error, run_all
-from prune2onnx.runtime.inputs import Inputs, random_inputs
+from prune2onnx.runtime.inputs import Inputs
 from prune2onnx.shrinking.shrink import shrink, structure
 from prune2onnx.shrinking.structure import BLOCK
 
-_RANDOM = 4  # sets of random inputs, for the error of the outputs
 _START_BITS = 4.0
 _TRIES = 6
 _NO_PRICE = 2.0**-60  # slope at which bits cost nothing
@@ -86,7 +87,7 @@ class Lossy:
 def changed(
     model: ModelProto,
     options: PackOptions,
-    nbytes_of: Callable[[Approximation], int],
+    nbytes_of: Callable[[Narrowed], int],
     computing: Computing,
     evaluate: Callable[[ModelProto], float] | None = None,
     progress: Progress = lambda name, done, total: None,
@@ -97,7 +98,7 @@ def changed(
     Args:
         model: normalized.
         options: which weights may change how far.
-        nbytes_of: size of the file with some weights.
+        nbytes_of: size of the file with some weights, as they compute.
         computing: what its layers compute in.
         evaluate: a model -> the outputs' error, for a search without calibration.
         progress: is told how far a pass of calibration has come.
@@ -107,8 +108,8 @@ def changed(
         RecipeError: options that exclude each other, or need data that are not given.
         Prune2OnnxError: the data do not fit, or no trial was within a limit.
     """
-    if evaluate is None and options.inputs.data not in (None, "random"):
-        data = calibration_data(model, options.inputs, options.examples)
+    if evaluate is None and options.inputs.has_examples:
+        data = computing.data
         return _Calibrated(
             model, options, data, nbytes_of, computing, progress, journal(data)
         ).result()
@@ -143,8 +144,7 @@ def _approximated(
     if options.bits is not None and options.max_rel_error is not None:
         raise RecipeError("--bits and --max-rel-error: give one of them, it determines the other")
     if evaluate is None and options.inputs.data is not None:
-        inputs = random_inputs(model, range(_RANDOM), shapes=options.inputs.shapes)
-        evaluate = output_error(model, inputs)
+        evaluate = computing.error
     if evaluate is not None and options.max_rel_error is not None:
         made = search(
             model,
@@ -212,7 +212,7 @@ def calibrate(
         raise RecipeError("nothing to do: give bits, a fraction to prune or a largest error")
     data = CalibrationData(list(batches), output_error(model, list(held_out)))
     computing = Computing(model, options)
-    return _Calibrated(model, options, data, lambda made: made.nbytes, computing).result()
+    return _Calibrated(model, options, data, lambda form: nbytes(form.model), computing).result()
 
 
 def _size(model: ModelProto) -> int:
@@ -227,7 +227,7 @@ class _Calibrated:
     model: ModelProto
     options: PackOptions
     data: CalibrationData
-    nbytes_of: Callable[[Approximation], int]
+    nbytes_of: Callable[[Narrowed], int]
     computing: Computing
     progress: Progress = lambda name, done, total: None
     journal: Journal = field(default_factory=lambda: Journal(None))
@@ -346,11 +346,12 @@ class _Calibrated:
 
     def _tried(self, slope: float) -> budget.Trial:
         made = self._made(slope)
+        form = self.computing.of(made.model, made.quantized)
         sized = self.options.target_size is not None or self.options.curve
-        nbytes = self.nbytes_of(made) if sized else made.nbytes
-        wrong, model = self.data.wrong, self.computing.model_of(made)
-        drop = None if wrong is None else wrong(model) - self._wrong
-        return budget.Trial(slope, made.bits, nbytes, self.data.error(model), drop)
+        size = self.nbytes_of(form) if sized else made.nbytes
+        wrong = self.data.wrong
+        drop = None if wrong is None else wrong(form.model) - self._wrong
+        return budget.Trial(slope, made.bits, size, self.data.error(form.model), drop)
 
     def _told(self, name: str, done: int, total: int) -> None:
         self.progress(f"calibrating, pass {self._pass}: {name}", done, total)

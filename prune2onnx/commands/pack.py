@@ -23,9 +23,8 @@ from prune2onnx.graph.outside import Spill
 from prune2onnx.graph.protobuf import nbytes, tensor_nbytes
 from prune2onnx.graph.rewritten import Rewritten
 from prune2onnx.graph.strip import strip
-from prune2onnx.packing.approximation.subject import Approximation
 from prune2onnx.packing.calibration.journal import Journal, journal_of
-from prune2onnx.packing.compute.narrow import Layer, Narrowed, narrowed
+from prune2onnx.packing.compute.narrow import Layer, Narrowed
 from prune2onnx.packing.inline import is_packed
 from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter
 from prune2onnx.packing.pack import Load, Progress, pack_normalized
@@ -138,8 +137,7 @@ def pack_file(
     with ExitStack() as until_written:
         if options.lossy or computing.calibrates:
 
-            def size_of(some: Approximation) -> int:
-                form = computing.of(some)
+            def size_of(form: Narrowed) -> int:
                 own = replace(normal, model=form.model)
                 return nbytes(_written(own, options, form, check=False)[0])
 
@@ -148,7 +146,7 @@ def pack_file(
                 return until_written.enter_context(kept)
 
             made = changed(normal.model, options, size_of, computing, evaluate, progress, journal)
-            form = narrowed(made.model, computing.compute, made.quantized)
+            form = computing.of(made.model, made.quantized)
             notes += made.notes
         else:
             form = computing.plain()

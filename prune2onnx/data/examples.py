@@ -277,13 +277,7 @@ def wrap(dataset: Any, where: str) -> Examples:
     if is_torch(dataset, "TensorDataset") and len(dataset.tensors) == 2:
         x, y = dataset.tensors
         return arrays(x, y, where)
-    if is_torch(dataset, "IterableDataset") or not hasattr(dataset, "__len__"):
-        raise Prune2OnnxError(
-            f"{where}: a {type(dataset).__name__} has no length and no order, expected a map-style "
-            "dataset (__len__ and __getitem__); read it into arrays"
-        )
-    if len(dataset) == 0:
-        raise Prune2OnnxError(f"{where}: the dataset is empty, expected examples")
+    require_map_style(dataset, where)
     first, label = _converted(dataset, 0, where)
     targets = getattr(dataset, "targets", None)
     known = None
@@ -303,6 +297,21 @@ def wrap(dataset: Any, where: str) -> Examples:
             known[index] = int(label)
     every = np.arange(len(dataset))
     return Wrapped(dataset, labels_of(known, where), tuple(first.shape), every, where)
+
+
+def require_map_style(dataset: Any, where: str) -> None:
+    """Makes sure that a dataset has a length and an order, and is not empty.
+
+    Raises:
+        Prune2OnnxError: it has not, or is.
+    """
+    if is_torch(dataset, "IterableDataset") or not hasattr(dataset, "__len__"):
+        raise Prune2OnnxError(
+            f"{where}: a {type(dataset).__name__} has no length and no order, expected a map-style "
+            "dataset (__len__ and __getitem__); read it into arrays"
+        )
+    if len(dataset) == 0:
+        raise Prune2OnnxError(f"{where}: the dataset is empty, expected examples")
 
 
 def labels_of(y: NDArray[Any], where: str) -> NDArray[np.int64]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -162,14 +164,22 @@ def _read_pairs(folder: Path, task: Task, images: Images) -> Arrays:
 
 def _mask(path: Path, images: Images) -> NDArray[np.uint8]:
     """Classes, uint8 `[h, w]`."""
+    with _opened(path) as image:
+        if image.mode not in ("1", "L", "P"):
+            raise Prune2OnnxError(
+                f"{path}: a mask of mode {image.mode}, expected grey or palette pixels of 8 bits, "
+                "whose values are classes; convert it"
+            )
+        return np.asarray(images.sized(image, smooth=False)).astype(np.uint8)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image, and one error where it cannot be read."""
     try:
         with Image.open(path) as image:
-            if image.mode not in ("1", "L", "P"):
-                raise Prune2OnnxError(
-                    f"{path}: a mask of mode {image.mode}, expected grey or palette pixels of 8 "
-                    "bits, whose values are classes; convert it"
-                )
-            return np.asarray(images.sized(image, smooth=False)).astype(np.uint8)
+            yield image
+    # Pillow's plug-ins raise these on a file they cannot read (SyntaxError: a broken PNG).
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise Prune2OnnxError(
             f"{path}: not a readable image ({one_line(error)}), expected one; fix or remove it"
@@ -189,20 +199,14 @@ def _files(folder: Path) -> list[Path]:
 
 def pixels_of(path: Path, images: Images) -> tuple[NDArray[np.uint8], bool]:
     """One image as uint8 `[3, h, w]`, and whether it is grey (then all three are equal)."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.split(";")[0] in DEEP:
-                raise Prune2OnnxError(
-                    f"{path}: its pixels are deeper than 8 bits (mode {image.mode}), expected an "
-                    "8-bit image; convert it, or read it with file.py:callable"
-                )
-            sized = images.sized(image.convert("RGB"))
-            return np.asarray(sized).transpose(2, 0, 1), image.mode in GREY
-    # Pillow's plug-ins raise these on a file they cannot read (SyntaxError: a broken PNG).
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise Prune2OnnxError(
-            f"{path}: not a readable image ({one_line(error)}), expected one; fix or remove it"
-        ) from error
+    with _opened(path) as image:
+        if image.mode.split(";")[0] in DEEP:
+            raise Prune2OnnxError(
+                f"{path}: its pixels are deeper than 8 bits (mode {image.mode}), expected an 8-bit "
+                "image; convert it, or read it with file.py:callable"
+            )
+        sized = images.sized(image.convert("RGB"))
+        return np.asarray(sized).transpose(2, 0, 1), image.mode in GREY
 
 
 def _allocated(shape: tuple[int, ...], path: Path) -> NDArray[np.uint8]:

@@ -26,6 +26,7 @@ from prune2onnx.data.examples import (
     is_torch,
     labels_of,
     numpy_of,
+    require_map_style,
     wrap,
 )
 from prune2onnx.errors import Prune2OnnxError, one_line
@@ -135,13 +136,7 @@ def wrapped(dataset: Any, task: Task, where: str) -> Shaped:
     if is_torch(dataset, "TensorDataset"):
         *x, y = dataset.tensors if len(dataset.tensors) > 1 else (*dataset.tensors, None)
         return shaped(x[0] if len(x) == 1 else tuple(x), y, task, where)
-    if is_torch(dataset, "IterableDataset") or not hasattr(dataset, "__len__"):
-        raise Prune2OnnxError(
-            f"{where}: a {type(dataset).__name__} has no length and no order, expected a map-style "
-            "dataset (__len__ and __getitem__); read it into arrays"
-        )
-    if len(dataset) == 0:
-        raise Prune2OnnxError(f"{where}: the dataset is empty, expected examples")
+    require_map_style(dataset, where)
     if task.targets == "class" and task.batch is None and _has_one_input(dataset, where):
         return wrap(dataset, where)
 
@@ -152,7 +147,8 @@ def wrapped(dataset: Any, task: Task, where: str) -> Shaped:
         x, y = (mapped(lambda array: array[None], value) for value in one)
         return shaped(x, y, task, here)[0]
 
-    head = described(convert(0)[0])
+    first = convert(0)[0]
+    head = described(first)
     labels = np.zeros(len(dataset), np.int64)
     for index in range(len(dataset)):
         x, y = convert(index)
@@ -163,7 +159,7 @@ def wrapped(dataset: Any, task: Task, where: str) -> Shaped:
             )
         if task.targets == "class":
             labels[index] = y
-    shape = mapped(lambda array: tuple(array.shape), convert(0)[0])
+    shape = mapped(lambda array: tuple(array.shape), first)
     return Mapped(dataset, np.arange(len(dataset)), labels, shape, convert)
 
 

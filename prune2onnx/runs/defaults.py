@@ -26,6 +26,11 @@ class InputOptions:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tokenizer: Path | None = None
 
+    @property
+    def has_examples(self) -> bool:
+        """Whether the inputs are given, not random."""
+        return self.data not in (None, "random")
+
 
 RANDOM_INPUTS = InputOptions()
 

@@ -13,12 +13,20 @@ from prune2onnx.data.examples import MapDataset
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.runs.defaults import InputOptions
 from prune2onnx.runtime.compare import error_percent, judged, output_error, results, scores
-from prune2onnx.runtime.inputs import Inputs, fed, has_labels, in_batches, inputs_of
+from prune2onnx.runtime.inputs import (
+    Inputs,
+    fed,
+    has_labels,
+    in_batches,
+    inputs_of,
+    random_inputs,
+)
 from prune2onnx.runtime.session import session
 from prune2onnx.tasks.task import CLASSIFICATION, Task
 
 PART = 5  # one in so many examples without splits is held out
 _MOST_HELD_OUT = 512
+_RANDOM = 4  # sets of random inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +89,15 @@ def calibration_data(
         wrong,
         len(data.validation),
     )
+
+
+def random_error(model: ModelProto, options: InputOptions) -> Callable[[ModelProto], float]:
+    """A function: a model -> the relative error of its outputs on random inputs.
+
+    Raises:
+        UnrunnableError: as for `random_inputs`.
+    """
+    return output_error(model, random_inputs(model, range(_RANDOM), shapes=options.shapes))
 
 
 def parted(found: Sequence[Inputs]) -> tuple[list[Inputs], list[Inputs]]:

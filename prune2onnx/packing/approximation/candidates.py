@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from prune2onnx.packing.approximation.roles import Role
 from prune2onnx.packing.approximation.rounding import Metric, grid_codes, k_means
 from prune2onnx.packing.codecs.weight import entropy_bits
+from prune2onnx.packing.compute.codes import BLOCK
 from prune2onnx.packing.quantized import MOST_STEPS, Quantized
 
 CORRELATION, MEAN = 0.6, 0.1
@@ -30,7 +31,6 @@ CALL_BITS = 8 * 32
 """Bits of a coded weight of any size: its name, entries in the call, a table of codewords."""
 
 _SAMPLE = 1 << 16  # elements from which the candidates of a large weight are estimated
-_IN_BLOCK = 32  # inputs that have one step in 4 bits
 _SCALE_BITS = 16.0  # of a factor: all steps are float16 numbers
 _WORST = 0.9  # largest relative squared error of a candidate
 _LEVELS = (1, 2, 3, 4, 6, 8, 12, 16)  # of codebooks; above, a grid takes fewer bits at equal error
@@ -184,7 +184,7 @@ class Weight:
         quantized = replace(
             _quantized(self.unfolded(codes), 1.0, self.array.dtype), scale=self.unfolded(steps)
         )
-        book = _SCALE_BITS * np.unique(steps).size + _entropy_bits(steps[:, ::_IN_BLOCK])
+        book = _SCALE_BITS * np.unique(steps).size + _entropy_bits(steps[:, ::BLOCK])
         return Written(quantized.dense(), quantized, self._coded_bits(codes, book, 1))
 
     def pruned(self, gone: NDArray[np.bool_]) -> Weight:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from onnx import GraphProto, ModelProto, NodeProto, helper
 
 from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, set_attribute
-from prune2onnx.packing.calibration.readers import Path
 from prune2onnx.packing.calibration.rows import states_of, with_states
+from prune2onnx.packing.readers import Path
 
 _BODIES = {"If": 0, "Loop": 1, "Scan": 0}
 """Outputs of a body that its node does not have: a Loop's condition."""

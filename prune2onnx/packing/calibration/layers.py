@@ -23,8 +23,8 @@ from prune2onnx.packing.approximation.roles import FLOATS, Role, layout_of
 from prune2onnx.packing.approximation.subject import Subject
 from prune2onnx.packing.calibration.capture import can_capture
 from prune2onnx.packing.calibration.moves import Moves
-from prune2onnx.packing.calibration.readers import Key, Path, Reader, Readers
 from prune2onnx.packing.calibration.rows import Rows, rows_of
+from prune2onnx.packing.readers import Key, Path, Reader, Readers
 
 
 @dataclass(frozen=True, eq=False)

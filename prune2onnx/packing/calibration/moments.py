@@ -31,12 +31,12 @@ this gave the least error for MiniLM's tokens."""
 
 
 @dataclass(frozen=True, eq=False)
-class Moments:
-    """Moments of a layer's inputs x~, now, and of its inputs x in the original network.
+class Sums:
+    """What one reader of a weight has seen: its inputs x~, now, and x in the original network.
 
     Attributes:
-        own: E[x~ x~'], [groups, inputs, inputs]; less the means where there is a bias, which makes
-            up for them. Of a table, the frequencies of its rows, [1, inputs].
+        own: E[x~ x~'], [groups, inputs, inputs]; of a table, how often each row was looked up,
+            [1, inputs].
         cross: E[x~ x'], the same.
         mean: of x~, [groups, inputs]; zeros without a bias.
         original_mean: of x.
@@ -47,6 +47,14 @@ class Moments:
     mean: NDArray[np.float64]
     original_mean: NDArray[np.float64]
 
+
+@dataclass(frozen=True, eq=False)
+class Moments(Sums):
+    """The same of all readers of a weight: less the means, where a bias makes up for them.
+
+    Of a table, `own` are the frequencies of its rows.
+    """
+
     def damped(self, part: float = DAMPING) -> NDArray[np.float64]:
         """`own` with a floor under each input's power, so that it can be inverted."""
         power = np.trace(self.own, axis1=1, axis2=2) / self.own.shape[1]
@@ -54,23 +62,6 @@ class Moments:
         least = np.maximum(part * power, _ROUNDING * np.square(self.mean).mean(1))
         least = np.where(least > 0, least, 1.0)
         return self.own + least[:, None, None] * np.eye(self.own.shape[1])
-
-
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """What one reader of a weight has seen; shapes as of `Moments`.
-
-    Attributes:
-        own: E[x~ x~'], means included; of a table, how often each row was looked up.
-        cross: E[x~ x'].
-        mean: of x~.
-        original_mean: of x.
-    """
-
-    own: NDArray[np.float64]
-    cross: NDArray[np.float64]
-    mean: NDArray[np.float64]
-    original_mean: NDArray[np.float64]
 
 
 Arrays = Sequence[Sequence[NDArray[Any]]]

@@ -19,7 +19,7 @@ from onnx import NodeProto
 from prune2onnx.graph.tensors import array_of
 from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute
 from prune2onnx.packing.approximation.candidates import Weight
-from prune2onnx.packing.calibration.readers import Key, Reader, Readers
+from prune2onnx.packing.readers import Key, Reader, Readers
 
 _PLAIN = ("Cast", "Identity", "Transpose")
 _MOVING = ("Concat", "Flatten", "Reshape", "Slice", "Squeeze", "Unsqueeze")

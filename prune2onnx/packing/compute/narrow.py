@@ -12,6 +12,7 @@ A weight's codes have its name; its scales, one for each output or block, are a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -101,7 +102,6 @@ def narrowed(
     model: ModelProto,
     compute: Compute,
     quantized: Mapping[str, Quantized] | None = None,
-    stay: Mapping[str, str] | None = None,
 ) -> Narrowed:
     """A model whose matrices stay narrow at run time, as far as they can.
 
@@ -110,19 +110,16 @@ def narrowed(
         compute: what layers compute in.
         quantized: weights that are on few levels already: where these fit into 8 bits with a scale
             for each output, they are what computes; others are rounded to the nearest.
-        stay: name of a weight that stays float32 -> why.
     """
     quantized = quantized or {}
     if compute == "float32":
         return Narrowed(model, (), quantized)
     able, reasons = narrowable(model)
-    reasons |= stay or {}
-    able = [one for one in able if one.tensor.name not in reasons]
     result = _Rewrite(model, compute, able, quantized).result()
     made = {one.tensor.name for one in able}
     layers = []
     for tensor in model.graph.initializer:
-        size = int(np.prod(tensor.dims))
+        size = math.prod(tensor.dims)
         if tensor.name in made:
             layers.append(Layer(tensor.name, compute, size))
         elif tensor.name in reasons:
@@ -147,8 +144,7 @@ class _Rewrite:
         self._stored: dict[tuple[str, str], str] = {}  # weight, what of it -> its name
         self._rounded: dict[str, tuple[str, ...]] = {}  # activations -> codes, scale, zero point
         self._codes = {one.tensor.name: self._coded(one, quantized) for one in able}
-        self._uses = {use.at: one for one in able for use in one.uses}
-        self._of = {use.at: use for one in able for use in one.uses}
+        self._uses = {use.at: (use, one.tensor.name) for one in able for use in one.uses}
 
     def _coded(self, one: Narrowable, quantized: Mapping[str, Quantized]) -> _Codes:
         array = array_of(one.tensor)
@@ -168,8 +164,8 @@ class _Rewrite:
         copy_but(model.graph, graph, "initializer", "node")
         for at, node in enumerate(graph.node):
             if at in self._uses:
-                name = self._uses[at].tensor.name
-                model.graph.node.extend(self._instead(self._of[at], self._codes[name]))
+                use, name = self._uses[at]
+                model.graph.node.extend(self._instead(use, self._codes[name]))
             else:
                 model.graph.node.append(node)
         for tensor in graph.initializer:
@@ -177,7 +173,7 @@ class _Rewrite:
                 model.graph.initializer.append(tensor)
         model.graph.initializer.extend(self._added)
         # transposed weights that nothing reads any more
-        gone = {use.behind.output[0] for use in self._of.values() if use.behind is not None}
+        gone = {use.behind.output[0] for use, _ in self._uses.values() if use.behind is not None}
         keep(model.graph.node, lambda node: gone.isdisjoint(node.output))
         keep(model.graph.value_info, lambda value: value.name not in gone)
         contrib = any(node.domain == _CONTRIB for node in model.graph.node)

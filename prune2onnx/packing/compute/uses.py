@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto, TensorProto
 
 from prune2onnx.graph.tensors import element_type
-from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, nodes_in
+from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute
+from prune2onnx.packing.readers import Reader, Readers
 
 LEAST_ELEMENTS = 1024
 """Smaller weights stay float32: their scales and nodes would cost more than they save."""
@@ -67,18 +67,12 @@ def narrowable(model: ModelProto) -> tuple[list[Narrowable], dict[str, str]]:
         Weights, in the order of the initializers; name -> reason, for other floating-point tensors
         of two or more axes.
     """
-    graph = model.graph
-    readers: dict[str, list[tuple[NodeProto, int, int]]] = defaultdict(list)
-    for at, node in enumerate(graph.node):
-        for inner in nodes_in([node]):
-            for index, name in enumerate(inner.input):
-                readers[name].append((inner, index, at if inner is node else -1))
-    taken = {value.name for value in (*graph.input, *graph.output)}
+    readers = Readers(model)
     found, reasons = [], {}
-    for tensor in graph.initializer:
+    for tensor in model.graph.initializer:
         if tensor.data_type not in _FLOATS or len(tensor.dims) < 2:
             continue
-        made = _of(tensor, readers, taken)
+        made = _of(tensor, readers)
         if isinstance(made, str):
             reasons[tensor.name] = made
         else:
@@ -89,22 +83,21 @@ def narrowable(model: ModelProto) -> tuple[list[Narrowable], dict[str, str]]:
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 
 
-def _of(
-    tensor: TensorProto, readers: dict[str, list[tuple[NodeProto, int, int]]], taken: set[str]
-) -> Narrowable | str:
+def _of(tensor: TensorProto, readers: Readers) -> Narrowable | str:
     """A weight's uses; a text: why it has others."""
-    if tensor.name in taken:
+    if ((), tensor.name) in readers.taken:
         return "also an input or output of the graph"
     if tensor.data_type != TensorProto.FLOAT:
         return f"{element_type(tensor)}; only float32 weights are made narrow"
     if math.prod(tensor.dims) < LEAST_ELEMENTS:
         return f"fewer than {LEAST_ELEMENTS} elements"
     uses: list[Use] = []
-    for node, index, at in readers[tensor.name]:
-        if at >= 0 and _is_turn(node) and node.output[0] not in taken:
-            behind = [_use(*reader, turn=node) for reader in readers[node.output[0]]]
+    for reader in readers.of[(), tensor.name]:
+        turned = (), reader.node.output[0]
+        if not reader.path and _is_turn(reader.node) and turned not in readers.taken:
+            behind = [_use(other, turn=reader.node) for other in readers.of[turned]]
         else:
-            behind = [_use(node, index, at)]
+            behind = [_use(reader)]
         for use in behind:
             if isinstance(use, str):
                 return use
@@ -127,10 +120,11 @@ def _is_turn(node: NodeProto) -> bool:
     )
 
 
-def _use(node: NodeProto, index: int, at: int, turn: NodeProto | None = None) -> Use | str:
+def _use(reader: Reader, turn: NodeProto | None = None) -> Use | str:
+    node, index, at = reader.node, reader.index, reader.at
     op = node.op_type if node.domain in DEFAULT_DOMAINS else f"{node.domain}.{node.op_type}"
     turned = turn is not None
-    if at < 0:
+    if reader.path:
         return f"read by {op} in a body of If, Loop or Scan"
     if op == "MatMul" and index == 1:
         return Use(node, at, turned, turn)

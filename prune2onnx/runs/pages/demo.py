@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,13 +349,21 @@ def _probe() -> bytes:
 
 def _write_folder(target: Path, files: Mapping[str, bytes]) -> None:
     """Writes a folder of files, whole or not at all, also in place of an earlier page."""
-    ours = {*PAGE, MODEL, *RUNTIME}
+    require_ours(target, {*PAGE, MODEL, *RUNTIME})
+    with replacing_folder(target) as folder:
+        for name, content in files.items():
+            write_whole(folder / name, content)
+
+
+def require_ours(target: Path, ours: Collection[str]) -> None:
+    """Makes sure that a folder is a page that may be replaced, is empty, or does not exist.
+
+    Raises:
+        Prune2OnnxError: it holds another file than those.
+    """
     found = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
     if strange := [name for name in found if name not in ours]:
         raise Prune2OnnxError(
             f"{target}: holds {strange[0]}, which is no file of a demo; name a folder that is "
             "empty or does not exist"
         )
-    with replacing_folder(target) as folder:
-        for name, content in files.items():
-            write_whole(folder / name, content)

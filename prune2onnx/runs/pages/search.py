@@ -19,7 +19,7 @@ from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.files import replacing_folder, write_whole
 from prune2onnx.graph.file import files_of, load
 from prune2onnx.runs.hub import CONFIG, DTYPES, ONNX, SETTINGS, config_of, ending
-from prune2onnx.runs.pages.demo import Demo, rendered
+from prune2onnx.runs.pages.demo import Demo, rendered, require_ours
 
 LIBRARY = "transformers.min.js"
 """Of the npm package @huggingface/transformers, 3 or newer, in its dist/."""
@@ -182,13 +182,7 @@ def _runtime(folder: Path) -> list[Path]:
 
 
 def _write(target: Path, made: Mapping[Path, bytes], copied: Mapping[Path, Path]) -> Demo:
-    ours = {*PAGE, LIBRARY, *WASM, MODEL}
-    found = sorted(p.name for p in target.iterdir()) if target.is_dir() else []
-    if strange := [name for name in found if name not in ours]:
-        raise Prune2OnnxError(
-            f"{target}: holds {strange[0]}, which is no file of a demo; name a folder that is "
-            "empty or does not exist"
-        )
+    require_ours(target, {*PAGE, LIBRARY, *WASM, MODEL})
     with replacing_folder(target) as folder:
         for path, content in made.items():
             write_whole(folder / path, content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import onnx
@@ -76,13 +77,21 @@ _SHAPE_INPUT = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
 
 
 def _ranks(graph: GraphProto) -> Iterator[ValueInfoProto]:
-    """Values of a computed shape: as many axes as it has entries, which onnx does not use."""
+    """What a computed shape tells, and onnx leaves open: how many axes, and the last extent."""
     known = {value.name: value for value in values_in(graph)}
     shapes = {name: extents_of(value) for name, value in known.items()}
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for node in graph.node:
         at = _SHAPE_INPUT.get(node.op_type)
-        if at is None or len(node.input) <= at or shapes.get(node.output[0]) is not None:
+        if at is None or len(node.input) <= at:
+            continue
+        if (stated := shapes.get(node.output[0])) is not None:
+            solved = (
+                _solved(shapes.get(node.input[0]), stated) if node.op_type == "Reshape" else None
+            )
+            if solved is not None and node.output[0] in known:
+                number = known[node.output[0]].type.tensor_type.elem_type
+                yield helper.make_tensor_value_info(node.output[0], number, solved)
             continue
         entries = shapes.get(node.input[at])
         if entries is None or len(entries) != 1 or not isinstance(entries[0], int):
@@ -97,6 +106,26 @@ def _ranks(graph: GraphProto) -> Iterator[ValueInfoProto]:
         element_type = declared.type.tensor_type.elem_type if declared is not None else 0
         if element_type:  # an entry without one is not valid
             yield helper.make_tensor_value_info(node.output[0], element_type, [None] * rank)
+
+
+def _solved(
+    old: tuple[int | str, ...] | None, new: tuple[int | str, ...]
+) -> list[int | str] | None:
+    """The shape after a Reshape, of which onnx leaves one extent open."""
+    if old is None:
+        return None
+    left, open_ = list(old), []
+    for place, extent in enumerate(new):
+        if isinstance(extent, str) and extent and extent in left:
+            left.remove(extent)
+        elif isinstance(extent, str):
+            open_.append(place)
+    numbers = [extent for extent in left if isinstance(extent, int)]
+    rest = math.prod(extent for extent in new if isinstance(extent, int))
+    if len(open_) != 1 or len(numbers) < len(left) or not rest or math.prod(numbers) % rest:
+        return None
+    extent = math.prod(numbers) // rest
+    return [extent if place == open_[0] else other for place, other in enumerate(new)]
 
 
 def values_in(graph: GraphProto) -> Iterator[ValueInfoProto]:

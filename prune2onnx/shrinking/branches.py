@@ -72,7 +72,7 @@ def bypass(flow: Flow) -> int:
         while other in others:  # a sum of such a sum
             other = others[other]
         rename(graph, {name: other})
-    _remove_unread(flow.model)
+    remove_unread(flow.model)
     return len(others)
 
 
@@ -87,7 +87,7 @@ def _other(flow: Flow, node: NodeProto) -> str | None:
     return None
 
 
-def _remove_unread(model: ModelProto) -> None:
+def remove_unread(model: ModelProto) -> None:
     """Removes nodes and weights that nothing reads."""
     graph = model.graph
     outputs = {value.name for value in graph.output}

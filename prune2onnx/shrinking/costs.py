@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto
 
 from prune2onnx.graph.shapes import shapes_of
 from prune2onnx.shrinking.branches import branches
-from prune2onnx.shrinking.flow import Flow
+from prune2onnx.shrinking.flow import Flow, Ids
 from prune2onnx.shrinking.liveness import channel_groups
 from prune2onnx.shrinking.rules import trace
 from prune2onnx.shrinking.structure import LayerCost, Norm, Structure
@@ -27,15 +28,7 @@ def structure(model: ModelProto) -> Structure:
     Raises:
         Prune2OnnxError: external data are not loaded, or a tensor is damaged.
     """
-    flow = trace(model)
-    for made, read, groups in flow.grouped:  # they must keep one size
-        for ids in (made.reshape(groups, -1), read.reshape(groups, -1)):
-            for part in ids[1:]:
-                flow.couple(ids[0], part)
-    group_of = channel_groups(flow)
-    count = int(group_of.max(initial=-1)) + 1
-    fixed = np.zeros(count, bool)
-    fixed[group_of[list(flow.pinned)]] = True
+    flow, group_of, fixed = followed(model)
     layers = []
     for layer, macs in zip(flow.layers, _macs(model, flow), strict=True):
         size = flow.values(layer.weight).size
@@ -48,6 +41,19 @@ def structure(model: ModelProto) -> Structure:
         if node.op_type == "BatchNormalization" and node.output[0] in flow.channels
     )
     return Structure(tuple(layers), branches(flow), norms, fixed)
+
+
+def followed(model: ModelProto) -> tuple[Flow, Ids, NDArray[np.bool_]]:
+    """The channels of a model; [channels] the group of each; [groups] whether it must stay."""
+    flow = trace(model)
+    for made, read, groups in flow.grouped:  # they must keep one size
+        for ids in (made.reshape(groups, -1), read.reshape(groups, -1)):
+            for part in ids[1:]:
+                flow.couple(ids[0], part)
+    group_of = channel_groups(flow)
+    fixed = np.zeros(int(group_of.max(initial=-1)) + 1, bool)
+    fixed[group_of[list(flow.pinned)]] = True
+    return flow, group_of, fixed
 
 
 def multiply_adds(model: ModelProto) -> int:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from prune2onnx.graph.protobuf import keep
 from prune2onnx.graph.tensors import replace
+from prune2onnx.shrinking.branches import remove_unread
 from prune2onnx.shrinking.flow import Array, Claim, Flow, Link
 from prune2onnx.shrinking.liveness import Liveness, Mask
 
@@ -63,6 +65,9 @@ def cut(flow: Flow, liveness: Liveness) -> None:
         replace(flow.stored[name], array)
     for edit in flow.edits:
         edit(lambda ids: ~liveness.removed[ids])
+    if flow.shapes_made:
+        remove_unread(flow.model)
+    keep(flow.model.graph.value_info, lambda value: value.name not in flow.folded)
     for value in flow.model.graph.value_info:
         channels = flow.channels.get(value.name)
         if channels is not None and liveness.removed[channels.ids].any():

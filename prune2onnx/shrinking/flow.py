@@ -40,8 +40,9 @@ Array = NDArray[Any]
 Kept = Callable[[Ids], NDArray[np.bool_]]
 """Maps channels to whether each one stays."""
 
-Extent = int | Ids | None
-"""An element of a computed shape: a number, the number of these channels, or None: neither."""
+Extent = int | str | Ids | None
+"""An element of a computed shape: a number, the name of an unknown one, the number of these
+channels, or None: none of them."""
 
 
 _MOST_CHANNELS = 1 << 25  # 16 bytes for each
@@ -147,12 +148,17 @@ class Flow:
     Attributes:
         model: read by the rules, changed by `cut`.
         may_add: whether a new bias may be added to absorb a constant.
+        channels: of values.
+        folded: the same where the axis counts them anew for each example.
+        heads: channels that are heads of attention.
     """
 
     model: ModelProto
     may_add: bool
     count: int = 0
     channels: dict[str, Channels] = field(default_factory=dict)
+    folded: dict[str, Channels] = field(default_factory=dict)
+    heads: list[Ids] = field(default_factory=list)
     extents: dict[str, list[Extent]] = field(default_factory=dict)
     coupled: list[tuple[Ids, Ids]] = field(default_factory=list)
     pinned: dict[int, str] = field(default_factory=dict)
@@ -177,6 +183,8 @@ class Flow:
         self.opset = opset(self.model.opset_import) or 0
         self.uses = Counter(value.name for value in graph.output)
         self.readers: dict[str, list[NodeProto]] = {}
+        self.makers = {name: node for node in graph.node for name in node.output}
+        self.shapes_made: dict[tuple[str, int, int], str] = {}
         for node in nodes_in(graph.node):
             self.uses.update(filter(None, node.input))
             for name in node.input:
@@ -212,6 +220,19 @@ class Flow:
         if name not in self._shapes:
             raise Opaque(f"as {name!r}, whose shape is unknown")
         return self._shapes[name]
+
+    def symbols(self, name: str) -> tuple[int | str, ...]:
+        """Extents of a computed value, with names for those that depend on the graph's inputs.
+
+        Raises:
+            Opaque: the rank is unknown.
+        """
+        self.shape(name)
+        return self._symbols[name]
+
+    def carry(self, node: NodeProto, axis: int, ids: Ids, constants: Array) -> None:
+        """Records the channels of a node's first output."""
+        self.channels[node.output[0]] = Channels(axis, ids, constants)
 
     def alike(self, one: str, other: str) -> bool:
         """Whether two computed values have the same type and shape for every input."""
@@ -305,8 +326,9 @@ class Flow:
 
     def pin_all(self, name: str, reason: str) -> None:
         """Marks that all channels of a value, or those whose number it holds, must stay."""
-        if name in self.channels:
-            self.pin(self.channels[name].ids, reason)
+        for known in (self.channels, self.folded):
+            if name in known:
+                self.pin(known[name].ids, reason)
         for extent in self.extents.get(name, ()):
             if isinstance(extent, np.ndarray):
                 self.pin(extent, reason)
@@ -323,6 +345,7 @@ class Flow:
             self.pin_all(name, reason)
         for name in node.output:
             self.channels.pop(name, None)
+            self.folded.pop(name, None)
 
     def write(self, node: NodeProto, index: int, values: Array, stem: str = "") -> str:
         """Replaces the values of a node's input; other nodes keep what they read.

@@ -1,8 +1,8 @@
 """The table of rules: what each operator does with channels.
 
 A rule reads a node and records in the flow what it finds. An operator that is not in the table, or
-a node whose rule raises Opaque, counts as reading everything. The rules themselves: see `linear`,
-`channelwise`, `reshaping` and `shape_values`.
+a node whose rule raises Opaque, counts as reading everything. The rules themselves: see
+`operators`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from onnx import ModelProto, NodeProto
 
-from prune2onnx.shrinking import channelwise, linear, reshaping, shape_values
 from prune2onnx.shrinking.flow import Claim, Flow, Opaque, label
+from prune2onnx.shrinking.operators import (
+    attention,
+    channelwise,
+    linear,
+    regroup,
+    reshaping,
+    shape_values,
+)
 
 RULES: Mapping[str, Callable[[Flow, NodeProto], None]] = {
     # sums over channels
@@ -32,24 +39,32 @@ RULES: Mapping[str, Callable[[Flow, NodeProto], None]] = {
     "ReduceSum": channelwise.reduce_sum,
     # channels that move
     "Concat": reshaping.concat,
-    "DepthToSpace": reshaping.depth_to_space,
-    "Flatten": reshaping.flatten,
+    "DepthToSpace": regroup.depth_to_space,
+    "Expand": regroup.expand,
+    "Flatten": regroup.flatten,
     "Gather": reshaping.gather,
     "Pad": reshaping.pad,
-    "Reshape": reshaping.reshape,
+    "Reshape": regroup.reshape,
     **dict.fromkeys(("Resize", "Upsample"), reshaping.resize),
     "Slice": reshaping.slice_,
-    "SpaceToDepth": reshaping.space_to_depth,
+    "SpaceToDepth": regroup.space_to_depth,
     "Split": reshaping.split,
     "Squeeze": reshaping.squeeze,
     "Transpose": reshaping.transpose,
     "Unsqueeze": reshaping.unsqueeze,
+    # attention
+    "IsNaN": attention.is_nan,
+    "Softmax": attention.softmax,
+    "Where": attention.where,
     # how many there are
     "Shape": shape_values.shape,
 }
 
 # what a rule runs into where a file contradicts itself; onnxruntime refuses most such files
 _CONTRADICTIONS = (ValueError, LookupError, TypeError, ZeroDivisionError)
+
+_FOLDED = ("Reshape", "Transpose")
+"""Operators through which channels that are counted anew for each example are followed."""
 
 OLDEST = 7
 """The first operator set in which arithmetic broadcasts as in numpy."""
@@ -88,6 +103,10 @@ def _rule(flow: Flow, node: NodeProto) -> Callable[[Flow, NodeProto], None]:
     known &= flow.opset >= OLDEST and not flow.model.training_info
     if known and shape_values.moved(flow, node):
         return shape_values.move
+    if node.op_type not in _FOLDED and any(name in flow.folded for name in node.input):
+        return _unknown
+    if known and node.op_type == "MatMul" and node.input[1] not in flow.stored:
+        return attention.product
     if known and node.op_type in RULES:
         return RULES[node.op_type]
     return _unknown

@@ -1,4 +1,4 @@
-"""Exact removal of dead channels and neurons from any ONNX graph.
+"""Exact removal of dead channels, neurons and attention heads from any ONNX graph.
 
 A channel is dead where no layer reads it (all its weights in the next layers are zero), or where
 it is constant for every input and every reader can absorb the constant into its bias. It is removed

@@ -2,7 +2,8 @@
 
 The output has channels of its own. An input channel is needed by the output channels that have a
 nonzero weight for it. A constant input channel, which adds the same to each position of an output,
-can be absorbed by the bias. Operators without sums: see `channelwise` and `reshaping`.
+can be absorbed by the bias. Operators without sums: see `channelwise`,
+`reshaping` and `regroup`; products of two computed values: see `attention`.
 """
 
 from __future__ import annotations

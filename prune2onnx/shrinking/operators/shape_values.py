@@ -2,7 +2,7 @@
 
 Exporters compute the shape for a Reshape or Resize from that of its input. An element that is the
 number of channels changes with it when some are removed, unless a node calculates with it. The
-Reshape itself: see `reshaping`.
+Reshape itself: see `regroup`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ MOVES = ("Cast", "Concat", "Gather", "Identity", "Slice", "Squeeze", "Unsqueeze"
 
 def shape(flow: Flow, node: NodeProto) -> None:
     """The extents of a value, with the channels in place of their number."""
-    found: list[Extent] = list(flow.shape(node.input[0]))
+    name = node.input[0]
+    symbols = flow.shape(name) if name in flow.stored else flow.symbols(name)
+    found: list[Extent] = [
+        one if isinstance(one, int) else one or f"{name}[{axis}]"
+        for axis, one in enumerate(symbols)
+    ]
     channels = flow.channels.get(node.input[0])
     if channels is not None:
         found[channels.axis] = channels.ids
@@ -31,10 +36,7 @@ def move(flow: Flow, node: NodeProto) -> None:
     """Moves elements of a shape as one of MOVES does."""
     op, name = node.op_type, node.output[0]
     if op == "Concat":
-        parts = [flow.elements(part) for part in node.input]
-        if any(part is None for part in parts):
-            raise Opaque("with elements that are computed")
-        flow.extents[name] = [one for part in parts if part is not None for one in part]
+        flow.extents[name] = [one for part in node.input for one in part_of(flow, part)]
         return
     elements = flow.extents.get(node.input[0])
     if elements is None:
@@ -54,6 +56,16 @@ def move(flow: Flow, node: NodeProto) -> None:
     flow.extents[name] = elements
 
 
+def part_of(flow: Flow, name: str) -> list[Extent]:
+    """The elements of a part of a shape; None for each that is calculated."""
+    if (known := flow.elements(name)) is not None:
+        return known
+    shape = flow.shape(name)
+    if len(shape) != 1 or shape[0] is None:
+        raise Opaque("with elements that are computed")
+    return [None] * shape[0]
+
+
 def moved(flow: Flow, node: NodeProto) -> bool:
     """Whether a node moves elements of a shape that is followed."""
     return node.op_type in MOVES and any(name in flow.extents for name in node.input)
@@ -61,8 +73,9 @@ def moved(flow: Flow, node: NodeProto) -> bool:
 
 def follows(flow: Flow, node: NodeProto) -> bool:
     """Whether a node's rule has made its outputs follow the number of channels left."""
-    known = flow.channels if node.op_type in ("Reshape", "Resize") else flow.extents
-    return any(name in known for name in node.output)
+    if node.op_type not in ("Expand", "Reshape", "Resize"):
+        return any(name in flow.extents for name in node.output)
+    return any(name in flow.channels or name in flow.folded for name in node.output)
 
 
 def counts(one: Extent, ids: Ids) -> bool:

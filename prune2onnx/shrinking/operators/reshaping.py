@@ -1,42 +1,38 @@
-"""Rules for operators that move channels: transpose, concatenate, split, slice, reshape, resize.
+"""Rules for operators that move channels: transpose, concatenate, split, slice, pad, resize.
 
-Computed shapes, such as that of a Reshape: see `shape_values`.
+Those that merge them with other axes: see `regroup`. Computed shapes: see `shape_values`.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
 
 import numpy as np
 from onnx import NodeProto
 
 from prune2onnx.graph.walk import attribute, set_attribute
 from prune2onnx.shrinking.flow import (
-    Array,
     Channels,
-    Extent,
     Flow,
     Ids,
     Kept,
     Opaque,
-    followed,
     label,
     numbers,
-    product,
     unknown,
 )
-from prune2onnx.shrinking.shape_values import counts
+from prune2onnx.shrinking.operators.regroup import recount
+from prune2onnx.shrinking.operators.shape_values import counts
 
 
 def transpose(flow: Flow, node: NodeProto) -> None:
     """Channels move with their axis."""
-    channels = flow.channels.get(node.input[0])
-    if channels is None:
-        return
-    rank = len(flow.shape(node.input[0]))
-    axes = list(attribute(node, "perm", range(rank)[::-1]))
-    _set(flow, node, axes.index(channels.axis), channels.ids, channels.constants)
+    for known in (flow.channels, flow.folded):
+        if (channels := known.get(node.input[0])) is not None:
+            rank = len(flow.shape(node.input[0]))
+            axes = list(attribute(node, "perm", range(rank)[::-1]))
+            moved = Channels(axes.index(channels.axis), channels.ids, channels.constants)
+            known[node.output[0]] = moved
 
 
 def squeeze(flow: Flow, node: NodeProto) -> None:
@@ -52,7 +48,7 @@ def squeeze(flow: Flow, node: NodeProto) -> None:
     if channels.axis in gone:
         raise Opaque("along its channels")
     axis = channels.axis - sum(a < channels.axis for a in gone)
-    _set(flow, node, axis, channels.ids, channels.constants)
+    flow.carry(node, axis, channels.ids, channels.constants)
 
 
 def unsqueeze(flow: Flow, node: NodeProto) -> None:
@@ -63,123 +59,7 @@ def unsqueeze(flow: Flow, node: NodeProto) -> None:
     new = flow.whole_numbers(node, "axes", 1) or []
     rank = len(flow.shape(node.input[0])) + len(new)
     old = [axis for axis in range(rank) if axis not in {a % rank for a in new}]
-    _set(flow, node, old[channels.axis], channels.ids, channels.constants)
-
-
-def flatten(flow: Flow, node: NodeProto) -> None:
-    """All axes before `axis` are merged, and all from it on."""
-    channels = flow.channels.get(node.input[0])
-    if channels is None:
-        return
-    shape = flow.shape(node.input[0])
-    given = int(attribute(node, "axis", 1))
-    at = given + len(shape) if given < 0 else given
-    if channels.axis < at:
-        before, after, axis = shape[: channels.axis], shape[channels.axis + 1 : at], 0
-    else:
-        before, after, axis = shape[at : channels.axis], shape[channels.axis + 1 :], 1
-    _merge(flow, node, channels, axis, product(before), product(after))
-
-
-def _merge(
-    flow: Flow,
-    node: NodeProto,
-    channels: Channels,
-    axis: int,
-    before: int | None,
-    after: int | None,
-) -> None:
-    """Each channel becomes `after` rows side by side, and all of them `before` times."""
-    if before is None or after is None:
-        raise Opaque("with axes whose extent is unknown")
-    followed(len(channels.ids) * before * after)
-    ids = np.tile(np.repeat(channels.ids, after), before)
-    constants = np.tile(np.repeat(channels.constants, after), before)
-    _set(flow, node, axis, ids, constants)
-
-
-def _set(flow: Flow, node: NodeProto, axis: int, ids: Ids, constants: Array) -> None:
-    flow.channels[node.output[0]] = Channels(axis, ids, constants)
-
-
-def reshape(flow: Flow, node: NodeProto) -> None:
-    """Merges channels with the axes beside them, or cuts them into blocks of coupled channels."""
-    channels = flow.channels.get(node.input[0])
-    if channels is None:
-        return
-    if len(node.input) < 2:
-        raise Opaque("in the form of an old opset")
-    wanted = flow.elements(node.input[1])
-    if wanted is None:
-        raise Opaque("to a shape that is computed")
-    old, new = _comparable(flow.shape(node.input[0]), flow.shape(node.output[0]))
-    first, last, outer = _block(old, new, channels.axis)
-    wide = [axis for axis in outer if new[axis] != 1] or outer[:1]
-    axis = wide[0]
-    if len(wide) == 1:
-        before, after = product(old[first : channels.axis]), product(old[channels.axis + 1 : last])
-        _merge(flow, node, channels, axis, before, after)
-    elif all(old[a] == 1 for a in range(first, last) if a != channels.axis):
-        count = new[axis]
-        _join_blocks(flow, node, axis, channels, lambda values: values.reshape(count, -1))
-    else:
-        raise Opaque("that splits channels and merges them in another way")
-    _reshaped(flow, node, wanted, axis, channels)
-
-
-def _comparable(
-    old: Sequence[int | None], new: Sequence[int | None]
-) -> tuple[list[int], list[int]]:
-    """Shapes that compare: with a prime for the one unknown extent, most often the batch."""
-    unknown_old = [axis for axis, extent in enumerate(old) if extent is None]
-    unknown_new = [axis for axis, extent in enumerate(new) if extent is None]
-    rest = [product([e for e in shape if e is not None]) for shape in (old, new)]
-    if (
-        0 in (*old, *new)
-        or len(unknown_old) > 1
-        or len(unknown_old) != len(unknown_new)
-        or rest[0] != rest[1]
-    ):
-        raise Opaque("with axes whose extent is unknown")
-    prime = 2**61 - 1
-    return [prime if e is None else e for e in old], [prime if e is None else e for e in new]
-
-
-def _block(old: list[int], new: list[int], axis: int) -> tuple[int, int, list[int]]:
-    """(first, last, axes): old axes first:last, `axis` among them, become these new axes."""
-    start = end = first = last = 0
-    while last <= axis:
-        start, first = end, last
-        last, end = last + 1, end + 1
-        if end > len(new):
-            raise Opaque("to a shape that does not fit")
-        while (inner := product(old[first:last])) != (outer := product(new[start:end])):
-            last, end = (last + 1, end) if inner < outer else (last, end + 1)  # type: ignore[operator]
-            if last > len(old) or end > len(new):
-                raise Opaque("to a shape that does not fit")
-    return first, last, list(range(start, end))
-
-
-def _reshaped(
-    flow: Flow, node: NodeProto, wanted: list[Extent], axis: int, source: Channels
-) -> None:
-    """Rewrites the shape that a Reshape reads, where it does not follow by itself."""
-    ids = flow.channels[node.output[0]].ids
-    extent = wanted[axis]
-    zeros = [place for place, one in enumerate(wanted) if isinstance(one, int) and one == 0]
-    if not attribute(node, "allowzero", 0) and source.axis in zeros and source.axis != axis:
-        raise Opaque("that repeats the number of channels elsewhere")
-    others = [one for place, one in enumerate(wanted) if place != axis]
-    if any(isinstance(one, np.ndarray) for one in others):
-        raise Opaque("that repeats a number of channels elsewhere")
-    if counts(extent, ids):
-        return
-    if isinstance(extent, int) and (extent == -1 or (extent == 0 and axis == source.axis)):
-        return
-    shape = [-1 if one is None else one for one in wanted if not isinstance(one, np.ndarray)]
-    if not isinstance(extent, int) or (None in others and shape.count(-1) > 1):
-        raise Opaque("to a shape that is computed")
-    _recounted(flow, node, 1, shape, axis, ids)
+    flow.carry(node, old[channels.axis], channels.ids, channels.constants)
 
 
 def concat(flow: Flow, node: NodeProto) -> None:
@@ -210,7 +90,7 @@ def concat(flow: Flow, node: NodeProto) -> None:
         for part in parts[1:]:
             flow.couple(part.ids, ids)
             constants = np.where(part.constants == constants, constants, np.nan)
-    _set(flow, node, first.axis, ids, constants)
+    flow.carry(node, first.axis, ids, constants)
 
 
 def split(flow: Flow, node: NodeProto) -> None:
@@ -269,7 +149,7 @@ def slice_(flow: Flow, node: NodeProto) -> None:
     if step != 1 or begin >= end:
         raise Opaque("with a step other than 1 over channels")
     held = channels.constants[begin:end]
-    _set(flow, node, channels.axis, channels.ids[begin:end], held)
+    flow.carry(node, channels.axis, channels.ids[begin:end], held)
 
     def edit(kept: Kept) -> None:
         alive = kept(channels.ids)
@@ -305,13 +185,13 @@ def pad(flow: Flow, node: NodeProto) -> None:
     if mode == "constant" and any(map(any, around.values())):
         constants = np.where(constants == filler, constants, np.nan)
     if not front and not back:
-        _set(flow, node, channels.axis, channels.ids, constants)
+        flow.carry(node, channels.axis, channels.ids, constants)
         return
     if mode != "constant" or front < 0 or back < 0 or filler is None:
         raise Opaque("along its channels")
     before, after = flow.fresh(front), flow.fresh(back)
     held = np.concatenate([np.full(front, filler), constants, np.full(back, filler)])
-    _set(flow, node, channels.axis, np.concatenate([before, channels.ids, after]), held)
+    flow.carry(node, channels.axis, np.concatenate([before, channels.ids, after]), held)
     place = axes.index(channels.axis)
 
     def edit(kept: Kept) -> None:
@@ -342,12 +222,12 @@ def gather(flow: Flow, node: NodeProto) -> None:
     chosen = flow.array(node.input[1])
     if axis != channels.axis:
         added = len(flow.shape(node.input[1])) - 1 if axis < channels.axis else 0
-        _set(flow, node, channels.axis + added, channels.ids, channels.constants)
+        flow.carry(node, channels.axis + added, channels.ids, channels.constants)
         return
     if chosen is None or chosen.ndim != 1:
         raise Opaque("of channels that are computed")
     chosen = chosen % len(channels.ids)
-    _set(flow, node, axis, channels.ids[chosen], channels.constants[chosen])
+    flow.carry(node, axis, channels.ids[chosen], channels.constants[chosen])
 
     def edit(kept: Kept) -> None:
         alive = kept(channels.ids)
@@ -356,36 +236,6 @@ def gather(flow: Flow, node: NodeProto) -> None:
             flow.write(node, 1, places[chosen[alive[chosen]]].astype(chosen.dtype))
 
     flow.edits.append(edit)
-
-
-def depth_to_space(flow: Flow, node: NodeProto) -> None:
-    """Blocks of channels become the positions of one."""
-    channels = flow.at(node.input[0], 1)
-    if channels is None:
-        return
-    square = int(attribute(node, "blocksize")) ** 2
-    if attribute(node, "mode", "DCR") == "CRD":
-        _join_blocks(flow, node, 1, channels, lambda values: values.reshape(-1, square))
-    else:
-        _join_blocks(flow, node, 1, channels, lambda values: values.reshape(square, -1).T)
-
-
-def space_to_depth(flow: Flow, node: NodeProto) -> None:
-    """All channels for the first position of each block, then for the second, and so on."""
-    channels = flow.at(node.input[0], 1)
-    if channels is not None:
-        _merge(flow, node, channels, 1, int(attribute(node, "blocksize")) ** 2, 1)
-
-
-def _join_blocks(
-    flow: Flow, node: NodeProto, axis: int, channels: Channels, blocks: Callable[[Array], Array]
-) -> None:
-    """Each block of channels, a row of `blocks`, becomes one channel."""
-    ids, held = blocks(channels.ids), blocks(channels.constants)
-    for column in ids.T[1:]:
-        flow.couple(ids[:, 0], column)
-    constants = np.where((held == held[:, :1]).all(axis=1), held[:, 0], np.nan)
-    _set(flow, node, axis, ids[:, 0], constants)
 
 
 def resize(flow: Flow, node: NodeProto) -> None:
@@ -405,7 +255,7 @@ def resize(flow: Flow, node: NodeProto) -> None:
         constants = np.where(constants == 0, constants, np.nan)
     if "crop" in attribute(node, "coordinate_transformation_mode", ""):
         constants = unknown(len(constants))
-    _set(flow, node, channels.axis, channels.ids, constants)
+    flow.carry(node, channels.axis, channels.ids, constants)
 
 
 def _resized(flow: Flow, node: NodeProto, place: int, ids: Ids) -> None:
@@ -426,20 +276,6 @@ def _resized(flow: Flow, node: NodeProto, place: int, ids: Ids) -> None:
     extent = sizes[place]
     if counts(extent, ids):
         return
-    rest = [one for one in sizes if isinstance(one, int)]
-    if extent != len(ids) or len(rest) < len(sizes):
+    if extent != len(ids):
         raise Opaque("that may be along its channels")
-    _recounted(flow, node, 3, rest, place, ids)
-
-
-def _recounted(
-    flow: Flow, node: NodeProto, index: int, extents: list[int], axis: int, ids: Ids
-) -> None:
-    """Rewrites the extents that a node reads, where channels are removed from an axis."""
-
-    def edit(kept: Kept) -> None:
-        count = int(kept(ids).sum())
-        if count != extents[axis]:
-            flow.write(node, index, numbers([*extents[:axis], count, *extents[axis + 1 :]]))
-
-    flow.edits.append(edit)
+    recount(flow, node, 3, sizes, place, ids)

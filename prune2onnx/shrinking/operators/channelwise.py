@@ -1,6 +1,7 @@
 """Rules for operators that treat each channel by itself: activations, arithmetic, pooling, norms.
 
-Operators that sum over channels: see `linear`; that move channels: see `reshaping`.
+Operators that sum over channels: see `linear`; that move channels: see `reshaping`,
+`regroup`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from prune2onnx.shrinking.flow import (
     label,
     unknown,
 )
-from prune2onnx.shrinking.linear import padded
+from prune2onnx.shrinking.operators.linear import padded
 
 # All continuous, so that a rounding error stays small. None is infinite where a dead channel
 # becomes zero: its output is still multiplied by a weight of zero.
@@ -57,12 +58,12 @@ def elementwise(flow: Flow, node: NodeProto) -> None:
         raise Opaque("that broadcasts it along its channels")
     vectors = []
     for name in names:
-        vectors.append(_operand(flow, node, name, axis - len(shape), ids))
+        vectors.append(operand(flow, node, name, axis - len(shape), ids))
     constants = _evaluated(flow, node, vectors)
     flow.channels[node.output[0]] = Channels(axis, ids, constants)
 
 
-def _operand(flow: Flow, node: NodeProto, name: str, axis: int, ids: Ids) -> NDArray[np.float64]:
+def operand(flow: Flow, node: NodeProto, name: str, axis: int, ids: Ids) -> NDArray[np.float64]:
     """Couples an operand's channels with those of the result; returns the operand's constants.
 
     Args:

@@ -25,6 +25,9 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_ORDER = "_prune2onnx_order"
+"""Attribute of a module: the names of its parameters before one of them was computed."""
+
 
 def remedy(module: nn.Module, name: str) -> str | None:
     """What makes a computed tensor of a module a plain parameter, in words; None if it is one."""
@@ -55,6 +58,8 @@ def parametrize_own(module: nn.Module, name: str, parametrization: nn.Module) ->
     DistributedDataParallel would be lost, and with them its gradients.
     """
     _own_class(module)
+    order = getattr(module, _ORDER, None) or tuple(module._parameters)
+    setattr(module, _ORDER, order if name in order else (*order, name))
     parameter: Any = module._parameters.get(name)
     if parameter is not None:
         parameter.set_ = lambda _: parameter
@@ -68,9 +73,18 @@ def parametrize_own(module: nn.Module, name: str, parametrization: nn.Module) ->
 
 
 def unparametrize_own(module: nn.Module, name: str) -> None:
-    """Leaves the original tensor as a plain parameter of this module; copies keep theirs."""
+    """Leaves the original tensor as a plain parameter of this module; copies keep theirs.
+
+    It is in its old place, not the last: the order of parameters is that of the file's, too.
+    """
     _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+    order, own = getattr(module, _ORDER), module._parameters
+    if not parametrize.is_parametrized(module):
+        delattr(module, _ORDER)
+    for later in order[order.index(name) + 1 :]:
+        if later in own:
+            own[later] = own.pop(later)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
 

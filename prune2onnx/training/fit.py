@@ -210,7 +210,6 @@ def fit(
     first = "channels" if start == "prune" else start
     phases = PHASES[PHASES.index(first) : PHASES.index(stop) + 1]
     dense = plain_state(model)
-    order = {name: index for index, (name, _) in enumerate(model.named_parameters())}
     with denormals(flushed=True):
         for phase in phases:
             if not recipe.phase(phase).epochs:
@@ -218,7 +217,6 @@ def fit(
             if phase != "dense" and run.teacher is None:
                 run.set_teacher(model if teacher is None else teacher.to(accelerator.device))
             train_phase(run, phase, model)
-            _restore_order(model, order)
             if phase == "dense":
                 dense = plain_state(model)
     return Fitted(
@@ -245,18 +243,3 @@ def _channels_last(model: nn.Module, data: Data, task: Task, device: torch.devic
         check_output(model, data, task, device)
     except Prune2OnnxError:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-
-
-def _restore_order(model: nn.Module, order: dict[str, int]) -> None:
-    """Restores the order of every module's parameters; parametrizations put theirs last.
-
-    The order decides which is tried first and which comes first in the file, so it has to be that
-    of a run that starts from a checkpoint.
-    """
-    for prefix, module in model.named_modules():
-        stem = f"{prefix}." if prefix else ""
-        items = sorted(
-            module._parameters.items(), key=lambda item: order.get(stem + item[0], len(order))
-        )
-        module._parameters.clear()
-        module._parameters.update(items)

@@ -7,6 +7,7 @@ levels. Which layer is before which is read from the traced graph, not guessed f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -41,7 +42,9 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
 
 
-def fold_batch_norm(model: nn.Module, example: Any) -> dict[str, str]:
+def fold_batch_norm(
+    model: nn.Module, example: Any, pairs: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Folds every BatchNorm whose only input is one Linear or convolution layer, in place.
 
     The model goes to evaluation mode, in which its output stays the same to rounding; zeros of a
@@ -51,6 +54,7 @@ def fold_batch_norm(model: nn.Module, example: Any) -> dict[str, str]:
     Args:
         model: a module with plain parameters that `torch.export` can trace.
         example: [2, ...], a batch of the model's input on its device; a tuple or dict of such.
+        pairs: what this returned for a copy of the same network, which spares the trace.
 
     Returns:
         Name of each BatchNorm layer that became `Identity` -> name of the layer it went into.
@@ -63,12 +67,26 @@ def fold_batch_norm(model: nn.Module, example: Any) -> dict[str, str]:
     model.eval()
     if not has_batch_norm(model):
         return {}
+    if pairs is None:
+        pairs = _pairs(model, example)
+    folded = {}
+    for norm_name, layer_name in pairs.items():
+        norm = model.get_submodule(norm_name)
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):  # not folded before
+            _fold(model.get_submodule(layer_name), norm)
+            model.set_submodule(norm_name, nn.Identity())
+            folded[norm_name] = layer_name
+    return folded
+
+
+def _pairs(model: nn.Module, example: Any) -> dict[str, str]:
+    """Name of each BatchNorm layer that can be folded -> name of the layer it can go into."""
     try:
         program = torch.export.export(with_plain_parameters(model), *arguments(example))
     except Exception as error:  # the tracer raises what the model's code raises, and more
         raise cannot_trace(model, example, error) from error
     names = program.graph_signature.inputs_to_parameters
-    folded = {}
+    pairs = {}
     for node in program.graph.nodes:
         if node.target is not torch.ops.aten.batch_norm.default:
             continue
@@ -92,10 +110,8 @@ def fold_batch_norm(model: nn.Module, example: Any) -> dict[str, str]:
             continue
         if isinstance(layer, nn.Linear) and before.meta["val"].ndim != 2:
             continue  # after a sequence, BatchNorm's channels are its positions
-        _fold(layer, norm)
-        model.set_submodule(norm_name, nn.Identity())
-        folded[norm_name] = layer_name
-    return folded
+        pairs[norm_name] = layer_name
+    return pairs
 
 
 def _is_plain(module: nn.Module) -> bool:

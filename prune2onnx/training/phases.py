@@ -37,7 +37,6 @@ from prune2onnx.pruning import (
 from prune2onnx.runs.recipe import MACS
 from prune2onnx.runs.recipe import PHASES as ORDER
 from prune2onnx.training.compression.course import Course
-from prune2onnx.training.fold import fold_batch_norm
 from prune2onnx.training.levels import Norm, bake_levels, coarsen, put_on_levels
 from prune2onnx.training.loop import Run
 from prune2onnx.training.pressure import Pressure
@@ -91,7 +90,7 @@ def train_phase(run: Run, name: str, model: nn.Module) -> None:
     """Takes the model from the end of one phase to the end of the next, in place."""
     phase = PHASES[name]
     if name == "quantize":
-        fold_batch_norm(model, run.example())
+        run.course.fold(model)
     finished = run.checkpoints.load_finished(name, model)
     if finished is not None:
         run.restore(finished)
@@ -136,7 +135,7 @@ def _put_channel_thresholds(course: Course, model: nn.Module) -> ChannelThreshol
         )
     recipe = course.recipe
     plain = course.copied(model)
-    norms = fold_batch_norm(plain, course.example())
+    norms = course.fold(plain)
     settings: Any = recipe.phase("channels")
     return prune_channels(
         model,
@@ -328,7 +327,7 @@ def _quantize_in_place(course: Course, model: nn.Module) -> Finish:
 
     Until then it is in evaluation mode, so that what is on levels is what the file will hold.
     """
-    folded = fold_batch_norm(course.copied(model), course.example())
+    folded = course.fold(course.copied(model))
     norms: dict[str, Norm] = {}
     chosen = dict.fromkeys(course.state.pruned, course.recipe.quantize.levels)
     places = prunable_weights(model)

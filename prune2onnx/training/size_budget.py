@@ -23,7 +23,6 @@ from prune2onnx.pruning import (
 )
 from prune2onnx.training.compression.course import Course
 from prune2onnx.training.denormals import denormals
-from prune2onnx.training.fold import fold_batch_norm
 from prune2onnx.training.levels import (
     bake_levels,
     put_on_levels,
@@ -85,11 +84,11 @@ def deployed_with_scales(
     scales: dict[str, Tensor] = {}
     if course.in_place and scales_of(model):  # BatchNorm is still there
         scales = bake_levels(model)
-        fold_batch_norm(model, course.example())
+        course.fold(model)
         for name, scale in scales.items():
             round_to_levels(model, name, scale)
     if not scales_of(model):
-        fold_batch_norm(model, course.example())
+        course.fold(model)
         names = (*course.state.pruned, *small_parameters(course, model)) if levels else ()
         left = [n for n in names if n not in scales and model.get_parameter(n).any()]
         put_on_recipe_levels(course, model, left)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from prune2onnx import density
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.runtime.session import session
 
@@ -17,10 +18,16 @@ pytestmark = [
 ]
 
 QUICK = {"prune.threshold_lr": 0.1}  # for as few steps
-STEPS, SIZE = 120, 8_000
+STEPS = 40
 
 
-def sentences(count: int = 512) -> tuple[torch.Tensor, torch.Tensor]:
+@pytest.fixture(autouse=True)
+def measured_seldom(monkeypatch):
+    """A file takes longer to measure than these networks to train."""
+    monkeypatch.setattr("prune2onnx.training.compression.compression._MEASURES", 4)
+
+
+def sentences(count: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of which more are above 20 than below, or not."""
     tokens = torch.randint(3, 40, (count, 12), generator=torch.Generator().manual_seed(0))
     return tokens, ((tokens > 20).float().mean(1) > 0.5).long()
@@ -31,10 +38,10 @@ def bert():
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=40,
-        hidden_size=32,
+        hidden_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
-        intermediate_size=64,
+        intermediate_size=32,
         max_position_embeddings=16,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
@@ -56,7 +63,7 @@ def trainer_of(model, callbacks, folder, **options):
         "save_strategy": "no",
         "report_to": [],
         "disable_tqdm": True,
-        "logging_steps": 40,
+        "logging_steps": STEPS // 2,
         "use_cpu": True,
         "seed": 1,
     }
@@ -69,21 +76,27 @@ def inputs() -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def test_a_bert_in_transformers_trainer_fits_its_size(tmp_path):
+def test_a_bert_in_transformers_trainer_is_pruned_and_resumes(tmp_path):
     pytest.importorskip("transformers")
     from prune2onnx import TransformersCallback
 
-    callback = TransformersCallback(inputs(), target_size=SIZE, settings=QUICK)
-    with pytest.raises(Prune2OnnxError, match="nothing to finish"):
-        callback.finish()
-    model = bert()
-    trainer = trainer_of(model, [callback], tmp_path, gradient_accumulation_steps=2)
-    trainer.train()
-    small, packed = callback.finish()
-    assert SIZE * 0.98 <= packed.model.ByteSize() <= SIZE
-    assert any("penalty" in line for line in trainer.state.log_history)
+    def run(resume=None):
+        callback = TransformersCallback(
+            inputs(), target_density=0.3, settings=QUICK, phases={"prune": 0.7, "tune": 0.3}
+        )
+        with pytest.raises(Prune2OnnxError, match="nothing to finish"):
+            callback.finish()
+        options = {"save_strategy": "steps", "save_steps": STEPS // 2}
+        trainer = trainer_of(bert(), [callback], tmp_path, gradient_accumulation_steps=2, **options)
+        trainer.train(resume_from_checkpoint=resume)
+        return *callback.finish(), trainer
+
+    small, packed, trainer = run()
+    assert 0.2 <= density(small).total <= 0.3  # levels round to zero, too
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert all(line["file_bytes"] and {"density", "penalty"} <= line.keys() for line in lines)
     assert {row.name for row in packed.rows} >= {"bert.embeddings.word_embeddings.weight"}
-    assert not any("parametrizations" in name for name in model.state_dict())
+    assert not any("parametrizations" in name for name in trainer.model.state_dict())
     tokens, _ = sentences(8)
     given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     with torch.no_grad():
@@ -91,24 +104,11 @@ def test_a_bert_in_transformers_trainer_fits_its_size(tmp_path):
     (got,) = session(packed.model).run(None, {k: v.numpy() for k, v in given.items()})
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
-
-def test_a_resumed_trainer_ends_in_the_same_weights(tmp_path):
-    pytest.importorskip("transformers")
-    from prune2onnx import TransformersCallback
-
-    def run(resume, stop=None):
-        callback = TransformersCallback(inputs(), target_density=0.2, settings=QUICK)
-        options = {"save_strategy": "steps", "save_steps": 30, "max_steps": 60}
-        trainer = trainer_of(bert(), [callback], tmp_path, **options)
-        trainer.train(resume_from_checkpoint=resume)
-        return callback.finish()[1].model
-
-    whole = run(None)
-    resumed = run(str(tmp_path / "checkpoint-30"))
-    assert whole.SerializeToString() == resumed.SerializeToString()
-    (tmp_path / "checkpoint-30" / "compression.pt").unlink()
+    saved = tmp_path / f"checkpoint-{STEPS // 2}"
+    assert run(str(saved))[1].model.SerializeToString() == packed.model.SerializeToString()
+    (saved / "compression.pt").unlink()
     with pytest.raises(Prune2OnnxError, match=r"compression\.pt: missing"):
-        run(str(tmp_path / "checkpoint-30"))
+        run(str(saved))
 
 
 def lightning_module():
@@ -118,14 +118,14 @@ def lightning_module():
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Sequential(
-                nn.Conv2d(1, 8, 3, padding=1),
+                nn.Conv2d(1, 8, 3, stride=2, padding=1),
                 nn.BatchNorm2d(8),
                 nn.ReLU(),
                 nn.Conv2d(8, 16, 3, stride=2, padding=1),
                 nn.BatchNorm2d(16),
                 nn.ReLU(),
                 nn.Flatten(),
-                nn.Linear(256, 10),
+                nn.Linear(64, 10),
             )
             self.example_input_array = torch.zeros(2, 1, 8, 8)
 
@@ -149,41 +149,53 @@ def images():
 
     x, y = load_digits(return_X_y=True)
     data = torch.utils.data.TensorDataset(
-        torch.tensor(x[:512], dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y[:512])
+        torch.tensor(x[:256], dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(y[:256])
     )
     return torch.utils.data.DataLoader(data, batch_size=32)
 
 
-@pytest.mark.parametrize("network", [None, "net"])
-def test_a_network_in_lightnings_trainer_fits_its_size_and_resumes(tmp_path, network):
+def lightning_run(tmp_path, callback, resume=None, **options):
     lightning = pytest.importorskip("lightning")
+    checkpoint = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    chosen = {
+        "max_epochs": 6,
+        "callbacks": [callback, checkpoint],
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+        "gradient_clip_val": 1.0,
+    }
+    module = lightning_module()
+    lightning.Trainer(**(chosen | options)).fit(module, images(), ckpt_path=resume)
+    return *callback.finish(), module
+
+
+def test_a_network_in_lightnings_trainer_fits_its_size_and_resumes(tmp_path):
+    pytest.importorskip("lightning")
     from prune2onnx import LightningCallback
 
-    def run(resume=None):
-        example = None if network is None else torch.zeros(2, 1, 8, 8)
-        callback = LightningCallback(example, network=network, target_size=4_000, settings=QUICK)
-        trainer = lightning.Trainer(
-            max_epochs=6,
-            callbacks=[
-                callback,
-                lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1),
-            ],
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accelerator="cpu",
-            gradient_clip_val=1.0,
-        )
-        trainer.fit(lightning_module(), images(), ckpt_path=resume)
-        return *callback.finish(), callback
-
-    small, packed, callback = run()
-    assert 3_920 <= packed.model.ByteSize() <= 4_000
+    callback = LightningCallback(target_size=2_700, settings=QUICK)
+    small, packed, _ = lightning_run(tmp_path, callback)
+    assert 2_646 <= packed.model.ByteSize() <= 2_700
     assert [line.phase for line in callback.progress][-1] == "quantize"
     x = torch.rand(4, 1, 8, 8)
     with torch.no_grad():
         expected = small(x).numpy()
     (got,) = session(packed.model).run(None, {"input": x.numpy()})
     np.testing.assert_allclose(got, expected, atol=1e-4)
-    _, again, _ = run(str(tmp_path / "epoch=2.ckpt"))
+    callback = LightningCallback(target_size=2_700, settings=QUICK)
+    _, again, _ = lightning_run(tmp_path, callback, str(tmp_path / "epoch=2.ckpt"))
     assert again.model.SerializeToString() == packed.model.SerializeToString()
+
+
+def test_an_attribute_of_a_lightning_module_is_compressed_alone(tmp_path):
+    pytest.importorskip("lightning")
+    from prune2onnx import LightningCallback
+
+    x = torch.rand(2, 1, 8, 8)
+    callback = LightningCallback(x, network="net", target_density=0.5, settings=QUICK)
+    small, _, module = lightning_run(tmp_path, callback, max_steps=10)
+    assert type(small) is nn.Sequential
+    assert callback.compression.model is module.net
+    assert density(small).total <= 0.5

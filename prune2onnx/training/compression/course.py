@@ -26,6 +26,7 @@ from prune2onnx.pruning import (
 from prune2onnx.runs.history import Epoch
 from prune2onnx.runs.recipe import Recipe
 from prune2onnx.training.deployment import Deployment
+from prune2onnx.training.fold import fold_batch_norm, has_batch_norm
 from prune2onnx.training.pressure import Pressure
 
 WEIGH_EVERY = 100  # steps between updates of the bytes that survivors take
@@ -87,9 +88,17 @@ class Course:
     meets: bool = True
     state: State = field(init=False)
     pressure: Pressure | None = None
+    _pairs: dict[str, str] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.state = State(self.recipe.wanted_density)
+
+    def fold(self, model: nn.Module) -> dict[str, str]:
+        """Folds BatchNorm of a copy of the network, traced once; see `fold_batch_norm`."""
+        if self._pairs is None and has_batch_norm(model):
+            self._pairs = fold_batch_norm(model, self.example())
+            return self._pairs
+        return fold_batch_norm(model, None, self._pairs)
 
     def excess(self, model: nn.Module, progress: float) -> Tensor:
         """Excess of what is left over what is wanted at a fraction of the phase: 0.1 is 10 %."""

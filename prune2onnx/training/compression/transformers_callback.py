@@ -51,15 +51,15 @@ class TransformersCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Puts thresholds on the network; in a resumed training as they were saved."""
+        path = self._path(args, state)
+        if state.global_step and not path.is_file():
+            raise Prune2OnnxError(
+                f"{path}: missing, so the compression cannot go on; resume from a checkpoint "
+                "that was saved with this callback, or train anew"
+            )
         options = {"steps": state.max_steps} | self._options
         self.compression = Compression(kwargs["model"], self._inputs, **options)
         if state.global_step:
-            path = self._path(args, state)
-            if not path.is_file():
-                raise Prune2OnnxError(
-                    f"{path}: missing, so the compression cannot go on; resume from a checkpoint "
-                    "that was saved with this callback, or train anew"
-                )
             self.compression.load_state_dict(torch.load(path, weights_only=True))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -76,11 +76,13 @@ class TransformersCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Shows the penalty beside the loss, which does not have it."""
-        logs = kwargs.get("logs")
-        if logs is not None and "loss" in logs and self.progress:
+        logs: dict[str, Any] = kwargs.get("logs") or {}
+        if "loss" in logs and self.progress:
             latest = self.progress[-1]
-            logs |= {"density": latest.density, "file_bytes": latest.nbytes}
-            logs["penalty"] = latest.penalty
+            shown = {"density": latest.density, "file_bytes": latest.nbytes}
+            # what is printed, and what is kept: the Trainer has copied the one to the other before
+            for line in (logs, *state.log_history[-1:]):
+                line |= shown | {"penalty": latest.penalty}
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Saves the state into the Trainer's checkpoint."""

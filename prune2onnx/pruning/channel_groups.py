@@ -27,18 +27,22 @@ class Producer:
         norm: None where none follows.
         axis: of the weight, along which its output channels lie.
         groups: int64 [channels], the group of each.
+        weight: attribute of the layers; of attention the one of its query, key and value.
+        bias: attribute of the layers with the bias of these channels, which may be None.
     """
 
     layers: tuple[Any, ...]
     norm: nn.Module | None
     axis: int
     groups: Tensor
+    weight: str = "weight"
+    bias: str = "bias"
 
     def measure(self) -> Tensor:
         """[channels]: |scale| of the BatchNorm, or root mean square of the channel's weights."""
         if self.norm is not None:
             return original(self.norm, "weight").abs()
-        return Channel(self.axis).measure(original(self.layers[0], "weight")).flatten()
+        return Channel(self.axis).measure(original(self.layers[0], self.weight)).flatten()
 
     def unit(self) -> Tensor:
         """Root mean square of its channels' current measures, > 0; a scalar."""
@@ -46,12 +50,13 @@ class Producer:
 
     def convolves(self) -> bool:
         """Whether the layer is a convolution."""
-        return original(self.layers[0], "weight").dim() > 2
+        return original(self.layers[0], self.weight).dim() > 2
 
     def version(self) -> int:
         """A number that changes with every change of what is measured."""
-        module: Any = self.layers[0] if self.norm is None else self.norm
-        return original(module, "weight")._version
+        if self.norm is None:
+            return original(self.layers[0], self.weight)._version
+        return original(self.norm, "weight")._version
 
     def gated(self) -> Iterator[tuple[nn.Module, str, int]]:
         """The tensors that a channel's factor multiplies: module, name, axis of the channels."""
@@ -59,9 +64,9 @@ class Producer:
             yield from ((self.norm, "weight", 0), (self.norm, "bias", 0))
             return
         for layer in self.layers:
-            yield layer, "weight", self.axis
-            if layer.bias is not None:
-                yield layer, "bias", 0
+            yield layer, self.weight, self.axis
+            if getattr(layer, self.bias) is not None:
+                yield layer, self.bias, 0
 
 
 def original(module: nn.Module, name: str) -> Tensor:

@@ -1,10 +1,13 @@
-"""Learned thresholds on channel groups: channel pruning.
+"""Learned thresholds on channel groups: pruning of channels, neurons and attention heads.
 
 A channel lies in many tensors at once: it is a row of each layer that produces it and a column of
 each that reads it, and layers whose outputs are added produce the same ones. So thresholds are put
 not on weights but on channel groups (see `shrinking.structure`), and a group is whole or exactly
 zero in all its tensors. Branches of residual sums have thresholds of their own: a pruned branch
 adds nothing, and all that is computed for it alone is removed with it.
+
+A head of attention is a group, too: its rows of query, key and value, and its columns of the
+projection that follows; heads that share keys are one.
 
 Kernels compute blocks of several channels, and part of a block costs as much as all of it. With a
 `multiple`, that many groups of convolutions share a threshold, the weakest with the weakest, and
@@ -32,6 +35,7 @@ from torch import Tensor, nn
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.pruning.channel_groups import Producer, blocks_of, counts_of, original, squares_of
 from prune2onnx.pruning.computed import parametrize_own, remedy, unparametrize_own
+from prune2onnx.pruning.coverage import warn_of_whole_layers
 from prune2onnx.pruning.functions import FUNCTIONS, differentiable, survivor_gate
 from prune2onnx.pruning.learned import Learned
 from prune2onnx.pruning.selection import Place, prunable_weights
@@ -287,7 +291,7 @@ class ChannelThresholds(Learned):
                     alive.zero_()
                     ends = [getattr(module, name) for module, name, _ in producer.gated()]
                     frozen += [end for end in ends if end.ndim == 1]
-                if producer.norm is not None:
+                if producer.norm is not None:  # after convolutions and linear layers alone
                     for weight in {id(x.weight): x.weight for x in producer.layers}.values():
                         shape = [1] * weight.ndim
                         shape[producer.axis] = -1
@@ -317,9 +321,14 @@ class _Gate(nn.Module):
         return x * factor.view(shape).to(x.dtype)
 
 
-def _has_channels(place: Place) -> bool:
-    """Whether all of a layer's output channels are those of one weight and one bias."""
-    return place.attribute == "weight" and hasattr(place.module, "bias")
+_BIASES = {"weight": "bias", "in_proj_weight": "in_proj_bias"}
+"""Weight -> bias, where all of a layer's output channels are those of both."""
+
+
+def _bias_of(place: Place) -> str | None:
+    """The attribute with the bias of a weight's channels; None where it is not theirs alone."""
+    bias = _BIASES.get(place.attribute)
+    return bias if bias is not None and hasattr(place.module, bias) else None
 
 
 def channel_thresholds_of(model: nn.Module) -> ChannelThresholds | None:
@@ -362,6 +371,9 @@ def prune_channels(
 
     Raises:
         Prune2OnnxError: no channel can be pruned.
+
+    Warns:
+        PruningWarning: a large part of the model is in weights that keep all their channels.
     """
     holders = prunable_weights(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -373,18 +385,23 @@ def prune_channels(
     for layer in structure.layers:
         weight = known_as.get(id(parameters.get(layer.weight)), "")
         places = holders[weight] if weight in chosen else ()
-        modules = tuple(place.module for place in places if _has_channels(place))
-        axis = places[0].axis if modules else 0
+        modules = tuple(place.module for place in places if _bias_of(place))
+        axis, attribute = (places[0].axis, places[0].attribute) if modules else (0, "weight")
+        bias = _BIASES[attribute]
         norm_name = behind.get(weight.removesuffix(".weight"))
         norm = None if norm_name is None else model.get_submodule(norm_name)
-        if any(remedy(one, name) for one in (*modules, norm) if one for name in ("weight", "bias")):
+        gated = [(module, name) for module in modules for name in (attribute, bias)]
+        if norm is not None:
+            gated += [(norm, "weight"), (norm, "bias")]
+        if any(remedy(module, name) for module, name in gated):
             modules = ()  # its tensors are computed: a factor on them would not last
-        if not modules or original(modules[0], "weight").shape[axis] != len(layer.rows):
+        if not modules or original(modules[0], attribute).shape[axis] != len(layer.rows):
             for ids in (layer.rows, layer.columns):
                 if ids is not None:
                     fixed[torch.tensor(ids)] = True
         elif weight not in producers:
-            producers[weight] = Producer(modules, norm, axis, torch.tensor(layer.rows))
+            groups = torch.tensor(layer.rows)
+            producers[weight] = Producer(modules, norm, axis, groups, attribute, bias)
     alone = []
     for lone in structure.norms:
         path, _, name = lone.scale.rpartition(".")
@@ -398,6 +415,16 @@ def prune_channels(
             "are excluded, or the graph does something with their channels that is not supported; "
             "leave out --goal, --target-macs and --channels-epochs"
         )
+    free = ~fixed.numpy()
+    warn_of_whole_layers(
+        model,
+        chosen,
+        {
+            known_as.get(id(parameters.get(layer.weight)), "")
+            for layer in structure.layers
+            if any(ids is not None and free[ids].any() for ids in (layer.rows, layer.columns))
+        },
+    )
     if multiple > 1:
         block_of = blocks_of(structure, fixed, producers, multiple)
         structure = replace(structure, fixed=fixed.numpy()).merged(block_of.numpy())

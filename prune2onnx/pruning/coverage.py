@@ -18,7 +18,7 @@ from prune2onnx.errors import PruningWarning
 from prune2onnx.pruning.selection import KINDS, prunable_weights
 
 _MUCH = 0.25
-"""Fraction of a network's parameters in matrices that cannot be pruned, from which it is said."""
+"""Fraction of a network's parameters in what cannot be pruned, from which it is said."""
 
 _NAMED = 5  # how many of them a warning names
 
@@ -130,23 +130,49 @@ def other_parameters(model: nn.Module, counted: Collection[str]) -> Iterator[Oth
 
 def warn_of_others(model: nn.Module) -> None:
     """Warns if a large part of a model is in matrices that cannot be pruned."""
-    parameters = dict(model.named_parameters())
-    others = [
-        other
-        for other in other_parameters(model, prunable_weights(model))
-        if parameters[other.name].dim() > 1
-    ]
-    left = sum(other.size for other in others)
-    every = sum(p.numel() for p in parameters.values() if not isinstance(p, UninitializedParameter))
-    if not every or left < _MUCH * every:
+    shapes = {name: parameter.dim() for name, parameter in model.named_parameters()}
+    others = other_parameters(model, prunable_weights(model))
+    _warn(
+        model,
+        [other for other in others if shapes[other.name] > 1],
+        f"are left alone, as only weights of {KINDS} are pruned",
+    )
+
+
+def warn_of_whole_layers(
+    model: nn.Module, chosen: Collection[str], reached: Collection[str]
+) -> None:
+    """Warns if a large part of a model is in weights none of whose channels can be pruned.
+
+    Args:
+        model: with plain parameters.
+        chosen: names of the weights that may be pruned.
+        reached: names of those that have rows or columns of channels that may go.
+    """
+    _warn(
+        model,
+        [
+            OtherParameter(name, type(places[0].module).__name__, places[0].value.numel())
+            for name, places in prunable_weights(model).items()
+            if name in chosen and name not in reached
+        ],
+        "keep all their channels, heads and units: inputs, outputs or residual sums need them, or "
+        "their operators are not followed",
+    )
+
+
+def _warn(model: nn.Module, left: list[OtherParameter], what: str) -> None:
+    """Warns if those that are left have many of a model's parameters."""
+    every = sum(p.numel() for p in model.parameters() if not isinstance(p, UninitializedParameter))
+    total = sum(one.size for one in left)
+    if not every or total < _MUCH * every:
         return
-    others.sort(key=lambda other: -other.size)
-    named = [f"{one.name} ({one.layer}, {one.size:,})" for one in others[:_NAMED]]
-    if len(others) > _NAMED:
-        named.append(f"and {len(others) - _NAMED} more")
+    left.sort(key=lambda one: -one.size)
+    named = [f"{one.name} ({one.layer}, {one.size:,})" for one in left[:_NAMED]]
+    if len(left) > _NAMED:
+        named.append(f"and {len(left) - _NAMED} more")
     warnings.warn(
-        f"{type(model).__name__}: {left:,} of {every:,} parameters are left alone, as only weights "
-        f"of {KINDS} are pruned: {', '.join(named)}",
+        f"{type(model).__name__}: {total:,} of {every:,} parameters {what}: {', '.join(named)}",
         PruningWarning,
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -33,7 +33,7 @@ from prune2onnx.training.denormals import denormals
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.loop import Run
 from prune2onnx.training.model import check_parameters
-from prune2onnx.training.phases import train_phase
+from prune2onnx.training.phases import train_phase, warn_of_a_short_phase
 from prune2onnx.training.scoring import check_output, deviation
 
 # Where the recipe gives no epochs: the steps of a phase, and its fewest epochs.
@@ -180,6 +180,9 @@ def fit(
         Prune2OnnxError: the loss became NaN or infinite (with phase, epoch and step), the model's
             output has the wrong shape, it has nothing to train or to prune, or a checkpoint does
             not fit it.
+
+    Warns:
+        PruningWarning: the prune phase is too short for its goal.
     """
     accelerator = accelerator or make_accelerator(recipe)
     if recipe.batch_size % accelerator.num_processes:
@@ -209,6 +212,8 @@ def fit(
     run = Run(data, recipe, accelerator, kept, callbacks or Callbacks(), deployment, task)
     first = "channels" if start == "prune" else start
     phases = PHASES[PHASES.index(first) : PHASES.index(stop) + 1]
+    if "prune" in phases and recipe.prune.epochs and not recipe.channels.epochs:
+        warn_of_a_short_phase(run.course, model, stacklevel=2)
     dense = plain_state(model)
     with denormals(flushed=True):
         for phase in phases:

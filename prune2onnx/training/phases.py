@@ -14,6 +14,7 @@ The training loop is in `loop`; how a budget of bytes is met is in `size_budget`
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +22,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune2onnx.errors import Prune2OnnxError
+from prune2onnx.errors import Prune2OnnxError, PruningWarning
 from prune2onnx.pruning import (
     ChannelThresholds,
     bake,
     channel_thresholds_of,
+    checked_weights,
     density,
     hold_zeros,
     prunable_weights,
@@ -39,7 +41,7 @@ from prune2onnx.runs.recipe import PHASES as ORDER
 from prune2onnx.training.compression.course import Course
 from prune2onnx.training.levels import Norm, bake_levels, coarsen, put_on_levels
 from prune2onnx.training.loop import Run
-from prune2onnx.training.pressure import Pressure
+from prune2onnx.training.pressure import Pressure, too_short
 from prune2onnx.training.size_budget import (
     MARGIN,
     aim,
@@ -90,6 +92,7 @@ def train_phase(run: Run, name: str, model: nn.Module) -> None:
     """Takes the model from the end of one phase to the end of the next, in place."""
     phase = PHASES[name]
     if name == "quantize":
+        run.renew_statistics(model)
         run.course.fold(model)
     finished = run.checkpoints.load_finished(name, model)
     if finished is not None:
@@ -192,6 +195,21 @@ def _prune(course: Course, model: nn.Module) -> Finish:
         release()
 
     return finish
+
+
+def warn_of_a_short_phase(course: Course, model: nn.Module, stacklevel: int) -> None:
+    """Says before the training that thresholds cannot reach their goal in the steps they have.
+
+    Channels pruned before would leave fewer weights, so with them it is not known.
+    """
+    recipe = course.recipe
+    if not recipe.prune.pressure:  # no goal
+        return
+    chosen = checked_weights(model, recipe.prune.include, recipe.prune.exclude)
+    course.state.size = sum(places[0].value.numel() for places in chosen.values())
+    goal = MARGIN["prune"] * first_goal(course)
+    if text := too_short(recipe.prune, course.steps_of("prune"), goal):
+        warnings.warn(text, PruningWarning, stacklevel=stacklevel + 1)
 
 
 def _put_thresholds(course: Course, model: nn.Module) -> None:

@@ -39,13 +39,10 @@ from prune2onnx.training.denormals import denormals
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.export import DynamicShapes, ExportOptions
 from prune2onnx.training.model import on_device
-from prune2onnx.training.phases import IN_PLACE
-from prune2onnx.training.pressure import too_short
+from prune2onnx.training.phases import IN_PLACE, warn_of_a_short_phase
 from prune2onnx.training.size_budget import (
-    MARGIN,
     as_numbers,
     deployed_with_scales,
-    first_goal,
     meet_budget,
     use_budget,
 )
@@ -158,7 +155,8 @@ class Compression:
             in_place=True,
         )
         deployed_with_scales(self.course, self.model)  # what cannot be exported is said now
-        self._warn_if_short()
+        if "prune" in self._plan and "channels" not in self._plan and self._evaluate is None:
+            warn_of_a_short_phase(self.course, self.model, stacklevel=2)
         use_plain_names(self.model)  # from now on, also after `finish`
         self._at = 0  # index of the phase
         self._step = 0  # within it
@@ -385,20 +383,6 @@ class Compression:
     def _held(self) -> tuple[str, ...]:
         pruned = (*self.course.state.pruned, *self.course.state.frozen)
         return pruned if self._at else ()
-
-    def _warn_if_short(self) -> None:
-        """Says before the training what its phases are too short for."""
-        course, steps = self.course, self._plan.get("prune")
-        if steps is None or "channels" in self._plan or self._evaluate is not None:
-            return
-        course.state.size = sum(
-            places[0].value.numel()
-            for places in checked_weights(
-                self.model, course.recipe.prune.include, course.recipe.prune.exclude
-            ).values()
-        )
-        if text := too_short(course.recipe.prune, steps, MARGIN["prune"] * first_goal(course)):
-            warnings.warn(text, PruningWarning, stacklevel=3)
 
     def _end(self) -> None:
         """Ends a phase; the last one stays on levels, until the file is made from a copy."""

@@ -233,13 +233,14 @@ FIRST, BUDGET, DATA, MODEL, PHASE, OUTPUT = (
 """Headings of --help, in their order."""
 
 _IMAGES = ("resize", "crop", "mean", "std")
-_SELDOM = (*_IMAGES, "model_args", "format", "temperature", "teacher", "opset")
+_TEXTS = ("tokenizer", "length")
+_SELDOM = (*_IMAGES, *_TEXTS, "model_args", "format", "temperature", "teacher", "opset")
 """Settings with a heading that only --help-all shows."""
 
 _GROUPS = {
     FIRST: ("data", "task", "weights", "target_size", "max_drop", "goal"),
     BUDGET: ("target_density", "target_macs", "trials"),
-    DATA: ("validation", "batch_size", "augment.shift", "augment.flip", "seed", *_IMAGES),
+    DATA: ("validation", "batch_size", "augment.shift", "augment.flip", "seed", *_IMAGES, *_TEXTS),
     MODEL: ("model_args", "start", "distill", "temperature", "teacher", "precision"),
     OUTPUT: ("format", "int8", "anonymize", "portable", "opset"),
 }

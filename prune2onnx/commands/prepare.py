@@ -6,16 +6,19 @@ prunings start from.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from prune2onnx.data import Data, Images, load_data, with_integers
-from prune2onnx.errors import Prune2OnnxError, RecipeError
+from prune2onnx.data.text import is_text, tokenizer_beside
+from prune2onnx.errors import DataWarning, Prune2OnnxError, RecipeError
 from prune2onnx.runs.history import Callbacks
 from prune2onnx.runs.recipe import Recipe
+from prune2onnx.tasks.structure import leaves
 from prune2onnx.tasks.task import Task, load_task
 from prune2onnx.training.augment import check_images
-from prune2onnx.training.export import Template
+from prune2onnx.training.export import ExportOptions, Template
 from prune2onnx.training.fit import fit, make_accelerator
 from prune2onnx.training.model import Network, check_parameters, make_model
 from prune2onnx.training.scoring import check_output, example_inputs
@@ -38,7 +41,27 @@ def prepared(recipe: Recipe) -> tuple[Network, Data, Task, Template]:
     model, data = loaded(recipe, task)
     check_images(recipe.augment, data)
     check_parameters(model, recipe)
-    return model, data, task, Template(model, export_inputs(data), opset=recipe.opset)
+    return model, data, task, _template(recipe, model, data)
+
+
+def _template(recipe: Recipe, model: Network, data: Data) -> Template:
+    """The graph; that of a network which reads text takes texts of any length, if it can."""
+    inputs = export_inputs(data)
+    if not is_text(recipe.data):
+        return Template(model, inputs, opset=recipe.opset)
+    names = list(inputs) if isinstance(inputs, dict) else ["input"]
+    axes = {name: {0: "batch", 1: "length"} for name in names}
+    try:
+        return Template(model, inputs, options=ExportOptions(recipe.opset, axes))
+    except Prune2OnnxError as error:
+        template = Template(model, inputs, opset=recipe.opset)
+        length = leaves(inputs)[0].shape[1]
+        warnings.warn(
+            f"the file will take texts of {length} tokens and no other length: {error}",
+            DataWarning,
+            stacklevel=3,
+        )
+        return template
 
 
 def loaded(recipe: Recipe, task: Task) -> tuple[Network, Data]:
@@ -47,12 +70,19 @@ def loaded(recipe: Recipe, task: Task) -> tuple[Network, Data]:
     Examples that are one array of integers are float32, as in a table of numbers, where the network
     takes that, else int64, such as tokens.
     """
+    tokenizer = Path(recipe.tokenizer) if recipe.tokenizer else None
+    if (tokenizer or recipe.length) and not is_text(recipe.data):
+        raise RecipeError("tokenizer and length are for data text:FILE; leave them out")
+    if tokenizer is None and is_text(recipe.data) and recipe.model.startswith("hf:"):
+        tokenizer = tokenizer_beside(Path(recipe.model.removeprefix("hf:")).expanduser())
     data = load_data(
         recipe.data,
         validation=recipe.validation,
         seed=recipe.seed,
         task=task,
         images=Images(recipe.resize or None, recipe.crop or None, recipe.mean, recipe.std),
+        tokenizer=tokenizer,
+        length=recipe.length,
     )
     integers = with_integers(data)
     if integers is None:

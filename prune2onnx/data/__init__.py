@@ -7,13 +7,13 @@
 | `idx:DIR` | IDX files named as MNIST's |
 | `folder:DIR` | images, one folder per class |
 | `npz:FILE` | x_train, y_train, x_test, y_test, or x, y; several inputs as x_NAME |
+| `text:FILE` | lines of text, for language modelling and distillation, with a tokenizer |
 | `file.py:callable`, `package.module:callable` | what your own function returns |
 
 The test set is the source's own; where there is none, 20 % are held out, the same for every seed.
 The validation set is held out of the rest and depends on the seed. Both are stratified by class,
 where examples have one. What a task makes of examples is in `shaped`, how each source is read in
-the other modules of this folder; `text:FILE`, lines without labels for models that read tokens, in
-`text`.
+the other modules of this folder.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from prune2onnx.data.npz import read_npz
 from prune2onnx.data.own import read_own
 from prune2onnx.data.shaped import described_data, shaped, with_integers
 from prune2onnx.data.split import hold_out
-from prune2onnx.data.text import refuse_text
+from prune2onnx.data.text import PREFIX as TEXT
+from prune2onnx.data.text import read_text
 from prune2onnx.errors import DataWarning, Prune2OnnxError, RecipeError
 from prune2onnx.tasks.task import CLASSIFICATION, Task
 
@@ -74,6 +75,8 @@ def load_data(
     seed: int = 0,
     task: Task = CLASSIFICATION,
     images: Images = AS_THEY_ARE,
+    tokenizer: Path | None = None,
+    length: int | None = None,
 ) -> Data:
     """Reads the examples that `spec` names (see the table above).
 
@@ -83,6 +86,8 @@ def load_data(
         seed: which of them; the test set does not depend on it.
         task: what they are for; it says which targets are expected.
         images: how images are resized, cropped and normalised.
+        tokenizer: the tokenizer.json of `text:FILE`.
+        length: tokens of an example of `text:FILE`, at most.
 
     Returns:
         Three map-style datasets of (inputs, targets): in classification, of (float32 x, int64 y).
@@ -103,7 +108,12 @@ def load_data(
             f"validation {validation}: expected a fraction between 0 and 1, both excluded; "
             "thresholds and checkpoints are chosen on it"
         )
-    train, test = _read(spec, validation, seed, task, images)
+    tokens = 0
+    if spec.partition(":")[0] == TEXT:
+        test = None
+        train, tokens = read_text(spec.partition(":")[2], task, tokenizer, length)
+    else:
+        train, test = _read(spec, validation, seed, task, images)
     if isinstance(train, Data):
         return train
     if task.targets == "class" and len(seen := np.unique(train.labels)) < 2:
@@ -121,7 +131,7 @@ def load_data(
     if task.targets == "class":
         _warn_of_gaps(spec, np.union1d(train.labels, test.labels))
     train, held = hold_out(train, validation, seed, "validation", spec)
-    data = described_data(spec, train, held, test, task)
+    data = described_data(spec, train, held, test, task, tokens)
     return images.normalized(data) if images.normalizes else data
 
 
@@ -201,7 +211,6 @@ SOURCES: dict[str, Callable[[str, Task, Images], tuple[Any, Any]]] = {
     "idx": _for_task(read_idx_folder),
     "folder": read_folder,
     "npz": read_npz,
-    "text": refuse_text,
 }
 
 
@@ -232,6 +241,8 @@ def _hint(spec: str) -> str:
     if spec and path.is_dir():
         return f"did you mean folder:{spec} or idx:{spec}?"
     head, colon, argument = spec.partition(":")
-    near = difflib.get_close_matches(head.lower(), SOURCES, n=1)
-    known = "expected digits, mnist[:DIR], idx:DIR, folder:DIR, npz:FILE or file.py:callable"
+    near = difflib.get_close_matches(head.lower(), (*SOURCES, TEXT), n=1)
+    known = (
+        "expected digits, mnist[:DIR], idx:DIR, folder:DIR, npz:FILE, text:FILE or file.py:callable"
+    )
     return known + (f"; did you mean {near[0]}{colon}{argument}?" if near else "")

@@ -175,8 +175,19 @@ def with_integers(data: Data) -> Data | None:
     return dataclasses.replace(data, **splits, input_dtype="int64", tokens=tokens)
 
 
-def described_data(name: str, train: Any, validation: Any, test: Any, task: Task) -> Data:
-    """`Data` with everything that is found by looking at its examples."""
+def described_data(
+    name: str, train: Any, validation: Any, test: Any, task: Task, tokens: int = 0
+) -> Data:
+    """`Data` with everything that is found by looking at its examples.
+
+    Args:
+        name: of the source.
+        train: the splits.
+        validation: see there.
+        test: see there.
+        task: what they are for.
+        tokens: how many there are at least, whether they occur or not.
+    """
     x, y = train[0]
     dtype = mapped(lambda array: str(array.dtype), x)
     every = (train, validation, test)
@@ -185,9 +196,8 @@ def described_data(name: str, train: Any, validation: Any, test: Any, task: Task
         classes = 1 + max(_largest(split, 1) for split in every)
     elif isinstance(y, np.ndarray | np.generic):
         classes = max(1, int(np.prod(y.shape)))
-    tokens = 0
     if any(str(array.dtype) == "int64" for array in leaves(x)):
-        tokens = 1 + max(_largest(split, 0) for split in every)
+        tokens = max(tokens, 1 + max(_largest(split, 0) for split in every))
     if task.targets == "next token":
         classes = tokens = max(classes, tokens)
     return Data(name, train, validation, test, train.shape, classes, dtype, tokens)

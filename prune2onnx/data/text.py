@@ -11,9 +11,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from prune2onnx.data.examples import Arrays
+from prune2onnx.data.shaped import shaped
 from prune2onnx.errors import Prune2OnnxError, RecipeError, first_line
+from prune2onnx.tasks.task import Task
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,6 +27,9 @@ PREFIX = "text"
 TOKENIZER = "tokenizer.json"
 MOST_TOKENS = 512
 """Of a line where neither the tokenizer nor the graph says less: attention costs its square."""
+
+_PIECE = 128  # tokens that a language model is trained on at a time, where nothing else is said
+_FEWEST_PIECES = 10  # for three splits
 
 
 @dataclass(frozen=True)
@@ -91,6 +99,7 @@ class TextTokenizer:
     Attributes:
         most: tokens of a line at most.
         pad: the token that fills up a line where a graph needs one length.
+        size: how many tokens it knows.
     """
 
     def __init__(self, path: Path, length: int | None = None) -> None:
@@ -121,7 +130,7 @@ class TextTokenizer:
             ) from error
         own = (self._inner.truncation or {}).get("max_length")
         self.most = length or min(filter(None, (own, _model_length(path), MOST_TOKENS)))
-        self.pad = _padding(self._inner)
+        self.pad, self.size = _padding(self._inner), self._inner.get_vocab_size()
         self._inner.no_padding()
         self._path = path
         self._inner.enable_truncation(self.most)
@@ -166,9 +175,54 @@ def _padding(tokenizer: Tokenizer) -> int:
     return int(stated.get("pad_id", next((i for i in named if i is not None), 0)))
 
 
-def refuse_text(argument: str, *_: object) -> NoReturn:
-    """In place of a data set with labels."""
-    raise RecipeError(
-        f"data 'text:{argument}': lines of text have no labels; text:FILE is for pack, quantize, "
-        "shrink, validate and benchmark of models that read tokens"
-    )
+def read_text(
+    argument: str, task: Task, tokenizer: Path | None, length: int | None
+) -> tuple[Arrays, int]:
+    """`text:FILE` to train with, for the tasks that need no labels.
+
+    Args:
+        argument: the file, one text a line; blank lines and repetitions are left out.
+        task: language modelling: the tokens of all lines are joined, and cut into pieces; or
+            distillation: each line is an example, padded, as input_ids and attention_mask.
+        tokenizer: the file of the tokenizer.
+        length: tokens of an example, at most; default: what the tokenizer says, or 128 for pieces.
+
+    Returns:
+        The examples; and how many tokens there are.
+
+    Raises:
+        RecipeError: the task needs labels, or no tokenizer is given.
+        Prune2OnnxError: the file or the tokenizer cannot be read, or the text is too short.
+    """
+    where = f"text:{argument}"
+    if task.targets not in ("next token", "outputs"):
+        raise RecipeError(
+            f"data {where!r}: lines of text have no labels, and task {task.name} needs them; "
+            "train with --task language-modelling or distillation, or give a file.py:callable"
+        )
+    lines = read_lines(argument)
+    if tokenizer is None:
+        raise RecipeError(
+            f"data {where!r}: no tokenizer; give --tokenizer tokenizer.json, or hf:FOLDER as the "
+            "model, with one in it"
+        )
+    reader = TextTokenizer(tokenizer, length)
+    made = [tokens.ids for tokens in reader(lines)]
+    if task.targets == "outputs":
+        longest = max(map(len, made))
+        ids = np.full((len(made), longest), reader.pad, np.int64)
+        mask = np.zeros_like(ids)
+        for row, tokens in enumerate(made):
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        x = {"input_ids": ids, "attention_mask": mask}
+        return shaped(x, None, task, where), reader.size
+    piece = 1 + (length or min(reader.most, _PIECE))  # each token's target is the next one
+    joined = np.concatenate([np.asarray(tokens, np.int64) for tokens in made])
+    count = len(joined) // piece
+    if count < _FEWEST_PIECES:
+        raise Prune2OnnxError(
+            f"{where}: {len(joined):,} tokens, expected at least {_FEWEST_PIECES * piece:,}: "
+            f"{_FEWEST_PIECES} pieces of {piece}; give more text, or a smaller --length"
+        )
+    pieces = joined[: count * piece].reshape(count, piece)
+    return shaped(pieces, None, task, where), reader.size

@@ -196,7 +196,7 @@ class Recipe(_Section):
     )
     data: str = Field(
         "digits",
-        description="data set: digits, mnist[:DIR], idx:DIR, folder:DIR, npz:FILE or "
+        description="data set: digits, mnist[:DIR], idx:DIR, folder:DIR, npz:FILE, text:FILE or "
         "file.py:callable",
     )
     task: str = Field(
@@ -292,6 +292,15 @@ class Recipe(_Section):
         (), description="normalise images: subtract these from the channels, which are from 0 to 1"
     )
     std: tuple[float, ...] = Field((), description="normalise images: divide the channels by these")
+    tokenizer: str | None = Field(
+        None, description="tokenizer.json of text:FILE; default: the one in the model's hf:FOLDER"
+    )
+    length: int | None = Field(
+        None,
+        ge=1,
+        description="tokens of an example of text:FILE, at most; default: what the tokenizer says, "
+        "or 128 for language-modelling",
+    )
     augment: Augment = Augment()
     dense: Dense = Dense()
     channels: Channels = Channels()

@@ -34,7 +34,7 @@ from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.loop import Run
 from prune2onnx.training.model import check_parameters
 from prune2onnx.training.phases import train_phase, warn_of_a_short_phase
-from prune2onnx.training.scoring import check_output, deviation
+from prune2onnx.training.scoring import check_output, deviation, warn_of_saturation
 
 # Where the recipe gives no epochs: the steps of a phase, and its fewest epochs.
 _DEFAULT_STEPS = {"dense": 1500, "channels": 2000, "prune": 4000, "tune": 1500, "quantize": 800}
@@ -182,7 +182,8 @@ def fit(
             not fit it.
 
     Warns:
-        PruningWarning: the prune phase is too short for its goal.
+        PruningWarning: the prune phase is too short for its goal, or the outputs come from a
+            function that saturates.
     """
     accelerator = accelerator or make_accelerator(recipe)
     if recipe.batch_size % accelerator.num_processes:
@@ -203,6 +204,8 @@ def fit(
     check_images(recipe.augment, data)
     check_output(model, data, task, accelerator.device)
     check_parameters(model, recipe, prunes=stop != "dense")
+    if stop != "dense":
+        warn_of_saturation(model, data, accelerator.device, stacklevel=2)
     _channels_last(model, data, task, accelerator.device)
     settings = f"{recipe.to_yaml()}{len(data.train)} training examples"
     kept = Checkpoints(checkpoints, accelerator, hashlib.sha256(settings.encode()).hexdigest())

@@ -5,6 +5,8 @@ Knows models, datasets and tasks, but not pruning, nor the training loop, which 
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 
 from prune2onnx.data import Data, MapDataset, batches, collate
-from prune2onnx.errors import Prune2OnnxError, one_line
+from prune2onnx.errors import Prune2OnnxError, PruningWarning, one_line
 from prune2onnx.tasks.metrics import batch_sums, final
 from prune2onnx.tasks.structure import described, mapped, stacked
 from prune2onnx.tasks.task import CLASSIFICATION, Task, misfit
@@ -206,6 +208,40 @@ def check_output(
         raise Prune2OnnxError(
             f"the model returns {list(made)} for an input of {_shown(x)}, expected {expected} of "
             f"{data.name}"
+        )
+
+
+_SATURATING = {"Sigmoid": "a sigmoid", "Tanh": "a tanh", "Softmax": "a softmax"}
+_PASSING = re.compile(
+    "(Add|Alias|Clone|Div|Expand|Mul|Permute|ReshapeAlias|Select|Slice|Squeeze|Sub|T|ToCopy"
+    "|Transpose|UnsafeView|Unsqueeze|View)Backward"
+)
+"""Steps of the backward pass after which the outputs are as saturated as before."""
+
+
+def warn_of_saturation(
+    model: nn.Module, data: Data, device: torch.device, stacklevel: int = 1
+) -> None:
+    """Warns if a model's outputs come from a function that has no gradient where it is at its end.
+
+    Weights behind it seem to be those that nothing depends on, and are pruned first.
+    """
+    was_training = model.training
+    with torch.enable_grad():
+        outputs = outputs_of(model.eval(), on_device(example_inputs(data), device))
+    model.train(was_training)
+    step: Any = (outputs[0] if isinstance(outputs, tuple) else outputs).grad_fn
+    while step is not None and _PASSING.match(step.name()):
+        before = [one for one, _ in step.next_functions if one is not None]
+        step = before[0] if len(before) == 1 else None
+    name = "" if step is None else step.name().partition("Backward")[0]
+    if name in _SATURATING:
+        warnings.warn(
+            f"{type(model).__name__}: its outputs come from {_SATURATING[name]}; near its limits "
+            "weights have no gradient, and those that matter may be pruned: return what is before "
+            "it, with a loss that fits, and apply it where the file is used",
+            PruningWarning,
+            stacklevel=stacklevel + 1,
         )
 
 

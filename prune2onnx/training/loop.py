@@ -7,7 +7,6 @@ resumed run ends in the same bytes. What a phase does to a model before and afte
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import time
@@ -35,7 +34,6 @@ from prune2onnx.tasks.metrics import CLASS_ERROR
 from prune2onnx.tasks.structure import described
 from prune2onnx.tasks.task import CLASSIFICATION, Task
 from prune2onnx.training.augment import augment
-from prune2onnx.training.batch_statistics import with_own_statistics
 from prune2onnx.training.checkpoint import Checkpoints
 from prune2onnx.training.compression.course import Course, State, one_cycle, steady, step_with_clamp
 from prune2onnx.training.deployment import Deployment
@@ -46,7 +44,6 @@ from prune2onnx.training.scoring import Order, evaluated, example_inputs, loader
 
 _STREAMS = {"dense": 0, "channels": 4, "prune": 1, "tune": 2, "quantize": 3}  # of random numbers
 
-_STATISTICS_BATCHES = 32
 _SENSITIVITY_BATCHES = 64
 _LOOK_EVERY = 16  # steps between reads of density and losses, each of which waits for the GPU
 
@@ -166,18 +163,6 @@ class Run:
         """A copy without mixed precision, whose parametrizations may be removed."""
         copied: nn.Module = self.accelerator.unwrap_model(deep_copy(model), keep_fp32_wrapper=False)
         return copied
-
-    def renew_statistics(self, model: nn.Module) -> None:
-        """Gathers BatchNorm's statistics anew, in place, where validation data agree."""
-        order = self.order("quantize", 0)
-        batches = itertools.islice(loader(self.data.train, order), _STATISTICS_BATCHES)
-        inputs = (on_device(x, self.accelerator.device) for x, _ in batches)
-        fresh = with_own_statistics(model, inputs)
-        if fresh is None:
-            return
-        self._sync_buffers(fresh)
-        if self.error(fresh) < self.error(model):
-            model.load_state_dict(fresh.state_dict())
 
     def facts(self) -> dict[str, Any]:
         """The state, for a checkpoint."""

@@ -92,7 +92,6 @@ def train_phase(run: Run, name: str, model: nn.Module) -> None:
     """Takes the model from the end of one phase to the end of the next, in place."""
     phase = PHASES[name]
     if name == "quantize":
-        run.renew_statistics(model)
         run.course.fold(model)
     finished = run.checkpoints.load_finished(name, model)
     if finished is not None:

@@ -1,14 +1,12 @@
-"""What a training says before it starts; and BatchNorm's statistics before it is folded."""
+"""What a training says before it starts."""
 
 import pytest
 import torch
-from tiny import tiny_conv, tiny_mlp, tiny_recipe
+from tiny import tiny_mlp, tiny_recipe
 from torch import nn
 
 from prune2onnx.errors import PruningWarning
 from prune2onnx.runs.history import Callbacks
-from prune2onnx.training import loop
-from prune2onnx.training.batch_statistics import with_own_statistics
 from prune2onnx.training.fit import fit
 from prune2onnx.training.scoring import warn_of_saturation
 
@@ -59,30 +57,3 @@ def test_outputs_that_saturate_are_warned_of(last, says, tiny_data, recwarn):
     assert model.training
     said = [str(one.message) for one in recwarn]
     assert len(said) == (says is not None) and (not said or says in said[0])
-
-
-def test_statistics_are_those_of_the_batches_without_dropout():
-    model = nn.Sequential(nn.Dropout(0.9), nn.BatchNorm1d(3, momentum=0.3), nn.ReLU())
-    x = torch.randn(64, 3) * 5 + 2
-    fresh = with_own_statistics(model, [x[:32], x[32:], x[:1]])
-    torch.testing.assert_close(fresh[1].running_mean, x.mean(0))
-    variances = torch.stack([x[:32].var(0), x[32:].var(0)]).mean(0)
-    torch.testing.assert_close(fresh[1].running_var, variances)
-    assert fresh[1].momentum == 0.3 and not fresh.training
-    assert not model[1].running_mean.any()
-    assert with_own_statistics(tiny_mlp(), [x]) is None
-
-
-@pytest.mark.parametrize("stale", [True, False])
-def test_statistics_are_renewed_where_validation_data_agree(stale, tiny_data, monkeypatch):
-    """Statistics of the tune phase are fine, so wrong ones have to be made."""
-    real = loop.with_own_statistics
-
-    def made(model, batches):
-        fresh = real(model, batches)
-        with torch.no_grad():
-            (model if stale else fresh)[1].running_mean += 100
-        return fresh
-
-    monkeypatch.setattr(loop, "with_own_statistics", made)
-    assert fit(tiny_conv(), tiny_data, tiny_recipe(**ONCE)).error < 60

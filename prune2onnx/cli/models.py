@@ -403,6 +403,15 @@ def inspect(file: Path, as_json: bool, max_bytes: int) -> None:
     help="calibration method, for the ranges of activations",
 )
 @click.option(
+    "--compute",
+    type=choice_of(Int8Options, "compute"),
+    default=Int8Options.compute,
+    show_default=True,
+    help="what matrices and tables compute in. static: int8 with fixed ranges, as convolutions; "
+    "int8, int8-weights, int4: as for pack, with ranges of each input; float32: only convolutions "
+    "are quantized; auto: what is fastest on this machine",
+)
+@click.option(
     "--keep", multiple=True, metavar="WEIGHT", help="keep the layer with this weight in float"
 )
 @click.option(
@@ -419,14 +428,19 @@ def quantize(
     max_rel_error: float | None,
     examples: int,
     method: Any,
+    compute: Any,
     keep: tuple[str, ...],
     seed: int,
     as_json: bool,
 ) -> None:
     """Quantize IN.onnx to int8 by onnxruntime's quantizer, in layers where accuracy allows it.
 
+    Transformers are faster with --compute int8: convolutions have fixed ranges, matrices those of
+    each input.
+
     \b
     prune2onnx quantize model.onnx int8.onnx --data folder:images
+    prune2onnx quantize vit.onnx int8.onnx --data folder:images --compute int8
     prune2onnx pack int8.onnx small.onnx --strip
     """  # noqa: D301  # \b is click's mark for "do not rewrap"
     from prune2onnx.commands.quantize import quantize_file
@@ -435,7 +449,7 @@ def quantize(
         source,
         target,
         input_options_of(data, input_shapes, tokenizer, source),
-        Int8Options(examples, method, max_drop, max_rel_error, keep),
+        Int8Options(examples, method, max_drop, max_rel_error, keep, compute),
         seed=seed,
     )
     if as_json:

@@ -242,7 +242,7 @@ _GROUPS = {
     BUDGET: ("target_density", "target_macs", "trials"),
     DATA: ("validation", "batch_size", "augment.shift", "augment.flip", "seed", *_IMAGES, *_TEXTS),
     MODEL: ("model_args", "start", "distill", "temperature", "teacher", "precision"),
-    OUTPUT: ("format", "int8", "anonymize", "portable", "opset"),
+    OUTPUT: ("format", "int8", "compute", "anonymize", "portable", "opset"),
 }
 """Heading -> settings of the recipe under it; the settings of a phase are under its name."""
 

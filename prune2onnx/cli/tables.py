@@ -222,13 +222,16 @@ def shrink_table(result: ShrinkResult) -> Table:
     return table
 
 
+_COMPUTES = {"static": "int8", "int8": "int8, dynamic"}
+
+
 def layers_table(result: QuantizeResult) -> Table:
     """A line for each layer."""
     table = Table("weight", "operator", "computes in", "disturbance", "why", title="layers")
     for layer in result.layers:
         known = "" if layer.disturbance is None else f"{layer.disturbance:.1e}"
-        number_type = "int8" if layer.is_int8 else "float32"
         name = Text(printable(layer.weight))
+        number_type = _COMPUTES.get(layer.compute, layer.compute)
         table.add_row(name, layer.op, number_type, known, layer.reason)
     return table
 

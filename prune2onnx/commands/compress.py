@@ -11,32 +11,25 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import onnx
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 
+from prune2onnx.commands.deployed import computes_in, deployed, error_of, sized
 from prune2onnx.commands.prepare import export_inputs, prepared
 from prune2onnx.data import Data, batches
 from prune2onnx.errors import RecipeError
 from prune2onnx.files import unwritten, write_whole
-from prune2onnx.graph.strip import strip
-from prune2onnx.packing.pack import Packed
 from prune2onnx.runs.budget import Search, Trial, goals
-from prune2onnx.runs.defaults import MAX_DROP, Int8Options
 from prune2onnx.runs.folder import DENSE, HISTORY, MODEL, PAGE, RECIPE, REPORT
 from prune2onnx.runs.history import Callbacks, Epoch, TrialStart
 from prune2onnx.runs.pages.page import write_page
 from prune2onnx.runs.recipe import MACS, Recipe
 from prune2onnx.runs.report import Report
-from prune2onnx.runtime.compare import check_outputs, results
-from prune2onnx.runtime.int8_choice import all_int8, choose, int8_error, labelled
 from prune2onnx.runtime.layer_times import layer_times
-from prune2onnx.runtime.session import session
 from prune2onnx.runtime.validate import validate
 from prune2onnx.shrinking.costs import multiply_adds
 from prune2onnx.tasks.task import CLASSIFICATION, Task
@@ -55,7 +48,8 @@ from prune2onnx.training.model import Network, copied, make_model
 from prune2onnx.training.scoring import outputs_on
 
 _CHECKPOINTS = "checkpoints"
-_PRICES = "prices.json"  # measured once, so that a continued run ends as an uninterrupted one
+_PRICES, _COMPUTE = "prices.json", "compute.json"
+"""Measured once, so that a continued run ends as an uninterrupted one."""
 
 
 def compress(
@@ -140,13 +134,15 @@ def _run(
     """Everything that takes time, in a folder that is this process's own."""
     checkpoints = directory / _CHECKPOINTS
     by_main = partial(made_by_main, accelerator)
+    graph = partial(template.filled, model)
+    compute, notes = computes_in(recipe, graph, checkpoints / _COMPUTE, by_main)
     deployment = Deployment(
         export_inputs(data),
-        recipe.file,
+        replace(recipe.file, compute=compute),
         # training folds BatchNorm before it exports the network, which changes the graph
         template=None if has_batch_norm(model) else template,
-        rewrite=partial(all_int8, data=data) if recipe.tries_int8 else None,
-        prices=_prices(partial(template.filled, model), recipe, checkpoints / _PRICES, by_main),
+        rewrite=partial(sized, recipe=recipe, data=data, compute=compute),
+        prices=_prices(graph, recipe, checkpoints / _PRICES, by_main),
     )
     teacher = None
     if recipe.teacher is not None:
@@ -179,6 +175,7 @@ def _run(
     if teacher is None:
         dense.load_state_dict(fitted.dense)
     report = _deploy(fitted, template.filled(dense), deployment, recipe, data, task, directory)
+    report = replace(report, notes=(*notes, *report.notes))
     epochs = [asdict(epoch) for epoch in fitted.history]
     write_whole(directory / HISTORY, json.dumps(epochs, indent=1, allow_nan=False) + "\n")
     write_whole(directory / REPORT, report.to_json())
@@ -204,7 +201,8 @@ def _clear(directory: Path, *, everything: bool) -> None:
         checkpoints = directory / _CHECKPOINTS
         # the recipe first: a kill must leave no old checkpoint beside a new recipe
         old = checkpoints.rglob("*.safetensors")
-        outdated = [directory / RECIPE, checkpoints / _PRICES, *old, *outdated]
+        measured = [checkpoints / _PRICES, checkpoints / _COMPUTE]
+        outdated = [directory / RECIPE, *measured, *old, *outdated]
     for path in outdated:
         path.unlink(missing_ok=True)
 
@@ -245,7 +243,7 @@ def _deploy(
     outputs = outputs_on(fitted.model, data.test, recipe.batch_size)
     expected = list(outputs) if isinstance(outputs, tuple) else [outputs]
     shrunk = deployment.shrunk(fitted.model)
-    chosen = _packed(fitted, deployment, recipe, data, task, expected)
+    chosen = deployed(fitted, deployment, recipe, data, task, expected)
     packed = chosen.packed
     write_whole(directory / MODEL, packed.model.SerializeToString())
     report = validate(
@@ -279,6 +277,7 @@ def _deploy(
             *chosen.notes,
             *_on_zeros(report, after / before if before else 1.0, chosen.is_float, recipe),
         ),
+        layers=chosen.layers,
     )
 
 
@@ -287,58 +286,6 @@ def _on_validation(task: Task, dense: float, compressed: float) -> dict[str, flo
     if task is CLASSIFICATION:
         return {"dense_error": dense, "error": compressed}
     return {"dense": dense, "compressed": compressed}
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """The packed model, in float32 or int8, and its metric on the validation split."""
-
-    packed: Packed
-    error: float
-    is_float: bool = True
-    notes: tuple[str, ...] = ()
-
-
-def _packed(
-    fitted: Fitted,
-    deployment: Deployment,
-    recipe: Recipe,
-    data: Data,
-    task: Task,
-    expected: list[NDArray[np.float32]],
-) -> _Chosen:
-    """The packed model: in int8 if that was asked for, is faster, and keeps the budgets."""
-
-    def as_float() -> Packed:
-        return deployment.pack(fitted.model, fitted.steps, rewrite=lambda graph: graph)
-
-    if not recipe.tries_int8:
-        return _Chosen(as_float(), fitted.error)
-    shrunk = deployment.smallest(fitted.model, fitted.steps)
-    got, _ = results(session(shrunk), batches(data.test, recipe.batch_size))
-    for made, want in zip(got, expected, strict=True):
-        check_outputs(MODEL, made, want)  # against torch: in int8, outputs differ
-    allowed = MAX_DROP * task.metric.point(fitted.dense_error)
-    if (most := recipe.allowed_drop(fitted.dense_error)) is not None:
-        allowed = max(0.0, most - task.metric.drop(fitted.dense_error, fitted.error))
-    choice = choose(
-        shrunk, labelled(shrunk, data, Int8Options(max_drop=allowed), task), steps=fitted.steps
-    )
-    packed = deployment.written(strip(choice.made.model).model, {})
-    nbytes = packed.model.ByteSize()
-    why = ""
-    if not choice.is_faster:
-        why = choice.notes[0]
-    elif recipe.target_size is not None and nbytes > recipe.target_size:
-        why = f"in int8 it would take {nbytes:,} bytes"
-    if why:
-        return _Chosen(as_float(), fitted.error, notes=(f"computes in float32: {why}",))
-    left = [layer.weight for layer in choice.made.layers if not layer.is_int8]
-    note = f"computes in int8, in {choice.timing.ratio:.2f} of the time"
-    note += f"; float32 stays {', '.join(left)}" if left else ""
-    assert choice.made.error is not None  # it was measured
-    value = task.metric.badness(choice.made.error)  # its own inverse
-    return _Chosen(packed, value, is_float=False, notes=(note,))
 
 
 def _on_zeros(report: Report, macs: float, is_float: bool, recipe: Recipe) -> tuple[str, ...]:
@@ -393,8 +340,9 @@ def _search(
             cost = deployment.nbytes(fitted.model, fitted.steps)
         else:
             cost = multiply_adds(deployment.shrunk(fitted.model))
-        if recipe.tries_int8:  # the error that int8 adds counts, too
-            error = int8_error(deployment.shrunk(fitted.model), data, task)
+        if recipe.tries_int8 or deployment.compute != "float32":  # the error of that counts, too
+            shrunk = deployment.shrunk(fitted.model)
+            error = error_of(shrunk, fitted.steps, deployment, recipe, data, task)
             drop = max(drop, error - task.metric.badness(fitted.dense_error))
         search.trials.append(Trial(fraction, drop, cost))
         if search.best == len(search.trials) - 1:

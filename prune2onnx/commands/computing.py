@@ -8,16 +8,12 @@ from functools import cached_property
 
 from onnx import ModelProto
 
-from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.packing.approximation.subject import Approximation
-from prune2onnx.packing.compute.narrow import Compute, Narrowed, narrowed
-from prune2onnx.packing.compute.uses import narrowable
+from prune2onnx.packing.compute.narrow import Compute, Narrowed, narrowed, weights_of
 from prune2onnx.packing.quantized import Quantized
 from prune2onnx.runs.defaults import MAX_REL_ERROR, InputOptions, PackOptions
 from prune2onnx.runtime.calibration import CalibrationData, calibration_data, random_error
-from prune2onnx.runtime.int8_choice import timed
-
-_TRIED: tuple[Compute, ...] = ("int8", "int8-weights", "int4")
+from prune2onnx.runtime.int8_choice import fastest
 
 
 @dataclass
@@ -38,14 +34,18 @@ class Computing:
     def compute(self) -> Compute:
         """What layers compute in; measured where that is left to this machine."""
         asked = self.options.compute
-        return self._fastest() if asked == "auto" else asked
+        if asked != "auto":
+            return asked
+        limit = self.options.max_error or MAX_REL_ERROR
+        shapes = InputOptions(shapes=self.options.inputs.shapes)
+        found, notes = fastest(self.model, self.error, limit, shapes)
+        self.notes += notes
+        return found
 
     @cached_property
     def on_grids(self) -> frozenset[str]:
         """Weights whose values are to be whole multiples of a scale for each output."""
-        if self.compute == "float32":
-            return frozenset()
-        return frozenset(one.tensor.name for one in narrowable(self.model)[0])
+        return frozenset(weights_of(self.model, self.compute))
 
     @property
     def in_blocks(self) -> frozenset[str]:
@@ -82,32 +82,3 @@ class Computing:
     def data(self) -> CalibrationData:
         """The examples, which are read once."""
         return calibration_data(self.model, self.options.inputs, self.options.examples)
-
-    def _fastest(self) -> Compute:
-        """What takes the least time within the error that is allowed; never more than float32."""
-        limit = self.options.max_error or MAX_REL_ERROR
-        best: Compute = "float32"
-        least = 1.0
-        for compute in _TRIED:
-            made = narrowed(self.model, compute)
-            if all(layer.reason for layer in made.layers):
-                self.notes.append("no matrix can compute in a narrower type")
-                break
-            try:
-                error = self.error(made.model)
-            except Prune2OnnxError as failed:
-                self.notes.append(f"{compute}: this onnxruntime does not run it: {failed}")
-                continue
-            if error > limit:
-                self.notes.append(
-                    f"{compute}: the outputs' error would be {error:.2%}, more than {limit:.2%}"
-                )
-                continue
-            timing = timed(self.model, made.model, InputOptions(shapes=self.options.inputs.shapes))
-            ratio = timing.ratio or 1.0
-            self.notes.append(
-                f"{compute}: {ratio:.2f} of the time of float32, error of the outputs {error:.2%}"
-            )
-            if ratio < least and not timing.is_noise:
-                best, least = compute, ratio
-        return best

@@ -99,6 +99,7 @@ class FileOptions:
         portable: whether the decoder stands in the graph, as for `packing.pack`.
         multiple: convolutions keep a multiple of so many channels, as for `shrinking.shrink`.
         form: "packed", "sparse-initializer" or "dense".
+        compute: what matrices compute in (`packing.compute`).
     """
 
     opset: int = 18
@@ -106,6 +107,7 @@ class FileOptions:
     portable: bool = False
     multiple: int = 1
     form: Literal["packed", "sparse-initializer", "dense"] = "packed"
+    compute: Literal["float32", "int8", "int8-weights", "int4"] = "float32"
 
 
 MAX_DROP = 0.1
@@ -124,6 +126,9 @@ class Int8Options:
         max_rel_error: in its place, how far the outputs may move, relative to their norm: for
             models that are no classifiers, and for data without labels. Default: `MAX_REL_ERROR`.
         keep: weights of layers that stay float in any case.
+        compute: what matrices and tables compute in. "static": int8 with fixed ranges, as
+            convolutions do; others: as of `packing.compute`, while convolutions are static; "auto":
+            what is fastest here.
     """
 
     examples: int = 512
@@ -131,6 +136,7 @@ class Int8Options:
     max_drop: float | None = None
     max_rel_error: float | None = None
     keep: tuple[str, ...] = ()
+    compute: Literal["static", "float32", "int8", "int8-weights", "int4", "auto"] = "static"
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,9 @@ MACS = 0.5
 """Fraction of the multiply-adds where speed is the goal and no budget is given."""
 
 
+_INT4 = 7  # the largest level that 4 bits have room for on both sides
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -267,6 +270,11 @@ class Recipe(_Section):
         description="compute in int8, in layers that lose little accuracy by it, and only if that "
         "is faster on this machine; default: with goal latency or balanced",
     )
+    compute: Literal["float32", "int8", "int8-weights", "int4", "auto"] = Field(
+        "float32",
+        description="what matrices and tables are while a session runs, as for pack; auto: what is "
+        "fastest here and within max_drop, or 0.1 points; convolutions then go by int8 alone",
+    )
     teacher: str | None = Field(
         None,
         description="weights of the network to distill from; default: the network before pruning",
@@ -383,17 +391,17 @@ class Recipe(_Section):
         return value
 
     @model_validator(mode="after")
-    def _starts_with_weights(self) -> Self:
+    def _is_consistent(self) -> Self:
         if self.start in ("prune", "tune") and not self._is_trained:
             raise ValueError(f"start is {self.start!r}, which needs weights; give --weights")
-        return self
-
-    @model_validator(mode="after")
-    def _has_a_decoder(self) -> Self:
+        if self.compute == "int4" and self.quantize.levels > _INT4:
+            raise ValueError(
+                f"compute int4 has levels -{_INT4} ... {_INT4}, and quantize.levels is "
+                f"{self.quantize.levels}; give at most {_INT4}, or compute int8"
+            )
         if self.portable and self.format != "packed":
             raise ValueError(
-                f"portable writes out a decoder, and format {self.format} has none; give one of "
-                "them"
+                f"portable writes out a decoder, and format {self.format} has none; give one"
             )
         return self
 

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from prune2onnx.packing.compute.narrow import Layer
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.tasks.quantity import ERROR, Quantity
 
@@ -207,6 +208,8 @@ class Report:
         unfolded: weights that onnxruntime decodes at every inference; () where it folds them all.
         task: what the network is for.
         metric: by which budgets and choices went.
+        layers: what each matrix computes in, and why it is float32; () unless narrower types were
+            asked for.
     """
 
     version: str
@@ -227,6 +230,7 @@ class Report:
     unfolded: tuple[str, ...] = ()
     task: str = "classification"
     metric: Quantity = ERROR
+    layers: tuple[Layer, ...] = ()
 
     @property
     def missed(self) -> tuple[Goal, ...]:
@@ -311,6 +315,7 @@ class Report:
             "validation": self.validation,
             "notes": list(self.notes),
             "weights": [row.to_dict() for row in self.weights],
+            "layers": [asdict(layer) for layer in self.layers],
         }
 
     def to_json(self) -> str:

@@ -1,5 +1,8 @@
 """int8 by onnxruntime's own quantizer: static, QDQ, and float where int8 costs accuracy.
 
+Matrices may compute otherwise (`packing.compute`): then only convolutions, and what is computed
+between them, have fixed ranges.
+
 Activations are uint8, weights int8 with a scale for each output channel, zero stays zero. A weight
 whose values are whole multiples of one step already, as after `compress`, keeps that step as its
 scale. So its values do not change and stay few, which keeps the packed file small. A channel of
@@ -13,15 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import itertools
 import logging
-import re
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import numpy as np
 import onnx
@@ -29,15 +29,17 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
-from prune2onnx.graph.names import rename
 from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, nodes_in
-from prune2onnx.packing.quantized import MOST_STEPS, on_steps, step_of
+from prune2onnx.packing.compute.narrow import Compute, narrowed, weights_of
+from prune2onnx.packing.compute.recurrent import OTHER, recurrent
 from prune2onnx.packing.unpack import unpack
 from prune2onnx.runs.defaults import MAX_DROP, Int8Options
 from prune2onnx.runtime.compare import outputs_of
+from prune2onnx.runtime.int8_settings import overrides, with_free_names
 
-LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+CONVOLUTIONS = ("Conv", "ConvTranspose")
+LAYERS = (*CONVOLUTIONS, "Gemm", "MatMul")
 METHODS = get_args(get_type_hints(Int8Options)["method"])
 
 Batches = Sequence[dict[str, NDArray[Any]]]
@@ -50,11 +52,12 @@ class Layer:
 
     Attributes:
         weight: its weight's name.
-        op: Conv, ConvTranspose, Gemm or MatMul.
-        is_int8: whether it computes in int8 now.
+        op: Conv, ConvTranspose, Gemm, MatMul, LSTM, or Gather of a table.
+        is_int8: whether it computes in int8 now, or in the narrow type that was asked for.
         disturbance: mean squared change of the outputs, over their mean square, if this layer
             alone is int8; None where it was not needed.
         reason: why it stays float; "" for int8.
+        compute: "float32"; "static", which is int8 with fixed ranges; or as of `packing.compute`.
     """
 
     weight: str
@@ -62,6 +65,7 @@ class Layer:
     is_int8: bool
     disturbance: float | None = None
     reason: str = ""
+    compute: str = "static"
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ def quantize_int8(
     unit: str = "points",
     keep: Collection[str] = (),
     steps: Mapping[str, float] | None = None,
+    compute: Compute | Literal["static"] = "static",
 ) -> Int8:
     """Quantizes a model's layers, and the operators between them, to int8.
 
@@ -107,6 +112,7 @@ def quantize_int8(
         unit: of the error, for messages.
         keep: weights of layers that stay float in any case.
         steps: weight -> its step, where it is known; for other weights it is searched for.
+        compute: what matrices and tables compute in; "static": as convolutions.
 
     Raises:
         RecipeError: an unknown method, a weight that no layer has, no calibration example.
@@ -118,7 +124,7 @@ def quantize_int8(
         raise RecipeError("no calibration example; give some with --data")
     given = normalize(unpack(model)).model
     with tempfile.TemporaryDirectory() as folder:
-        subject = _Subject(given, calibration, method, Path(folder), steps or {})
+        subject = _Subject(given, calibration, method, Path(folder), steps or {}, compute)
         if unknown := set(keep) - subject.weights.keys():
             raise RecipeError(
                 f"no layer has the weight {min(unknown)!r}; known are {', '.join(subject.weights)}"
@@ -180,6 +186,7 @@ class _Subject:
         method: for the ranges of activations.
         folder: for files of the quantizer.
         steps: weight -> its step, where it is known.
+        compute: of matrices.
     """
 
     def __init__(
@@ -189,69 +196,75 @@ class _Subject:
         method: str,
         folder: Path,
         steps: Mapping[str, float],
+        compute: Compute | Literal["static"],
     ) -> None:
         self.model = model
+        self._compute: Compute = "float32" if compute == "static" else compute
+        self._ops = LAYERS if compute == "static" else CONVOLUTIONS
         self._calibration, self._method, self._folder = calibration, method, folder
-        self._named, renamed = _with_free_names(model)
+        self._named, renamed = with_free_names(model)
         for number, node in enumerate(self._named.graph.node):
             node.name = f"n{number}"
         stored = {tensor.name: tensor for tensor in self._named.graph.initializer}
         found = [
             node
             for node in self._named.graph.node
-            if node.op_type in LAYERS
+            if node.op_type in self._ops
             and node.domain in DEFAULT_DOMAINS
             and len(node.input) > 1
             and node.input[1] in stored
             and stored[node.input[1]].data_type == onnx.TensorProto.FLOAT
         ]
-        if not found:
-            inner = sum(node.op_type in LAYERS for node in nodes_in(model.graph.node))
-            inner -= sum(node.op_type in LAYERS for node in model.graph.node)
-            bodies = f"; {inner} are in bodies of If, Loop or Scan, which it skips" if inner else ""
-            raise Prune2OnnxError(
-                "no layer that onnxruntime's quantizer could do; expected a "
-                f"{', '.join(LAYERS)} with a float32 weight in the main graph{bodies}"
-            )
         own = {new: old for old, new in renamed.items()}
+        self._renamed = renamed
+        self._matrices = weights_of(model, self._compute)
+        pairs = [lstm.names for lstm in recurrent(model)[0]] if self._compute == "int8" else []
+        self._others = dict(pairs) | {second: first for first, second in pairs}
+        if not found and not self._matrices:
+            raise Prune2OnnxError(_nothing(model, compute))
         self.weights: dict[str, list[str]] = {}
-        self._ops: dict[str, str] = {}
+        self._op_of: dict[str, str] = {}
         self.grouped: set[str] = set()
         for node in found:
             name = own.get(node.input[1], node.input[1])
-            self._ops[name] = node.op_type
+            self._op_of[name] = node.op_type
             self.weights.setdefault(name, []).append(node.name)
             if node.op_type == "ConvTranspose" and attribute(node, "group", 1) > 1:
                 self.grouped.add(name)
         arrays = {
             name: numpy_helper.to_array(stored[renamed.get(name, name)]) for name in self.weights
         }
+        self.weights |= {name: [] for name in self._matrices}
+        self._op_of |= self._matrices
         self.zeros = {name for name, array in arrays.items() if not array.any()}
-        by_own = {renamed.get(name, name): array for name, array in arrays.items()}
-        scales = _own_scales(model, arrays, steps)
-        self._overrides = (
-            _ranges_of_zeros(found, by_own)
-            | _scales_of_tied(self._named, found, by_own)
-            | {renamed.get(name, name): scale for name, scale in scales.items()}
-        )
+        self._overrides = overrides(model, self._named, found, arrays, renamed, steps)
         self._outputs = self._answers(model)
 
     def layers(self, reasons: dict[str, str], disturbance: dict[str, float]) -> tuple[Layer, ...]:
         """One for each weight; those with a reason are float."""
+        whole = {name: OTHER for name, other in self._others.items() if other in reasons} | reasons
         return tuple(
             Layer(
                 name,
-                self._ops[name],
-                name not in reasons,
+                self._op_of[name],
+                name not in whole,
                 disturbance.get(name),
-                reasons.get(name, ""),
+                whole.get(name, ""),
+                "float32" if name in whole else self._type_of(name),
             )
             for name in self.weights
         )
 
+    def _type_of(self, weight: str) -> str:
+        return self._compute if weight in self._matrices else "static"
+
     def disturbance(self, weight: str) -> float:
         """`Layer.disturbance` of one layer."""
-        made = self._answers(self._made(nodes_to_quantize=self.weights[weight]))
+        if weight in self._matrices:
+            alone = self._narrowed(self.model, self._matrices.keys() - {weight})
+        else:
+            alone = self._made(nodes_to_quantize=self.weights[weight])
+        made = self._answers(alone)
         pairs = list(zip(made, self._outputs, strict=True))
         change = sum(float(np.square(a - b).sum()) for a, b in pairs)
         return change / max(sum(float(np.square(b).sum()) for _, b in pairs), 1e-30)
@@ -259,7 +272,7 @@ class _Subject:
     def refused(self, kept: Collection[str]) -> dict[str, str]:
         """The layers that onnxruntime's quantizer fails on, and why; `kept` are not tried."""
         found = {}
-        for weight in self.weights.keys() - set(kept):
+        for weight in self.weights.keys() - set(kept) - self._matrices.keys():
             try:
                 self._made(nodes_to_quantize=self.weights[weight])
             except Prune2OnnxError as error:
@@ -268,10 +281,22 @@ class _Subject:
 
     def quantized(self, floats: Collection[str]) -> ModelProto:
         """The model in int8, except the layers with these weights."""
-        if set(floats) >= self.weights.keys():
-            return self.model
-        nodes = [name for weight in floats for name in self.weights[weight]]
-        return self._made(nodes_to_exclude=nodes)
+        static = [name for name in self.weights if name not in self._matrices]
+        floated = [node for name in static if name in floats for node in self.weights[name]]
+        chosen = [node for name in static if name not in floats for node in self.weights[name]]
+        made = self.model
+        if chosen and self._ops == LAYERS:
+            made = self._made(nodes_to_exclude=floated)
+        elif chosen:
+            made = self._made(nodes_to_quantize=_with_between(self._named, chosen))
+        return self._narrowed(made, self._matrices.keys() & set(floats))
+
+    def _narrowed(self, model: ModelProto, floats: Collection[str]) -> ModelProto:
+        """A model, quantized or not, with its matrices narrow, except some."""
+        names = {} if model is self.model else self._renamed
+        return narrowed(
+            model, self._compute, keep={names.get(name, name): "" for name in floats}
+        ).model
 
     def _made(self, **which: list[str]) -> ModelProto:
         from onnxruntime import quantization as ort
@@ -312,99 +337,43 @@ class _Subject:
         return [np.asarray(answer, np.float64) for answer in answers]
 
 
-_Overrides = dict[str, list[dict[str, Any]]]
-"""Settings of onnxruntime's quantizer: weight -> one entry, or one for each channel."""
+def _nothing(model: ModelProto, compute: str) -> str:
+    """Why a model has nothing to quantize."""
+    if compute != "static":
+        return (
+            "no layer to quantize; expected a convolution with a float32 weight in the main graph"
+            + (", or a matrix or table that can stay narrow" if compute != "float32" else "")
+        )
+    inner = sum(node.op_type in LAYERS for node in nodes_in(model.graph.node))
+    inner -= sum(node.op_type in LAYERS for node in model.graph.node)
+    bodies = f"; {inner} are in bodies of If, Loop or Scan, which it skips" if inner else ""
+    return (
+        "no layer that onnxruntime's quantizer could do; expected a "
+        f"{', '.join(LAYERS)} with a float32 weight in the main graph{bodies}"
+    )
 
 
-def _own_scales(
-    model: ModelProto, weights: dict[str, NDArray[Any]], steps: Mapping[str, float]
-) -> _Overrides:
-    """The step as the scale, for weights that are whole multiples of one."""
-    known = on_steps(model, {name: steps[name] for name in weights if name in steps})
-    found: _Overrides = {}
-    for name, array in weights.items():
-        values = np.unique(array[array != 0])
-        step: np.float32 | None = None
-        if name in known and (scale := known[name].scale) is not None:
-            step = np.float32(scale.item())
-        elif 0 < values.size <= 2 * MOST_STEPS:
-            step = step_of(values)
-        if step is not None:
-            found[name] = [{"scale": np.float32(step), "zero_point": np.int8(0)}]
-    return found
+def _with_between(model: ModelProto, layers: Collection[str]) -> list[str]:
+    """Convolutions, and the nodes on ways from one to the other that no matrix lies on.
 
-
-def _channel_axis(layer: onnx.NodeProto) -> int:
-    """The axis of a layer's weight along which its output channels lie."""
-    if layer.op_type == "Conv" or (layer.op_type == "Gemm" and attribute(layer, "transB", 0)):
-        return 0
-    return -1 if layer.op_type == "MatMul" else 1
-
-
-def _scales_of_tied(
-    model: ModelProto, layers: list[onnx.NodeProto], weights: dict[str, NDArray[Any]]
-) -> _Overrides:
-    """One scale for a weight whose readers have their channels along different axes."""
-    uses = Counter(name for node in nodes_in(model.graph.node) for name in node.input)
-    axes: dict[str, list[int]] = {}
-    for node in layers:
-        name = node.input[1]
-        axes.setdefault(name, []).append(_channel_axis(node) % max(weights[name].ndim, 1))
-    found: _Overrides = {}
-    for name, along in axes.items():
-        largest = float(np.abs(weights[name]).max(initial=0.0))
-        if largest and (len(set(along)) > 1 or uses[name] != len(along)):
-            found[name] = [{"scale": np.float32(largest / 127), "zero_point": np.int8(0)}]
-    return found
-
-
-# what the quantizer puts behind a name to make another
-_SUFFIX = re.compile(r"(_quantized|_scale|_zero_point|_(Q|Deq)uantizeLinear\w*|\d+)$")
-
-
-def _with_free_names(model: ModelProto) -> tuple[ModelProto, dict[str, str]]:
-    """A copy in which no name is one that onnxruntime's quantizer would make of another.
-
-    Returns:
-        The copy; old name -> new one, where they differ.
+    Args:
+        model: with names of nodes, in topological order.
+        layers: names of the convolutions.
     """
-    result = ModelProto()
-    result.CopyFrom(model)
-    fixed = {value.name for value in (*model.graph.input, *model.graph.output)}
-    made = [name for node in model.graph.node for name in node.output if name]
-    names = [*(tensor.name for tensor in model.graph.initializer), *made]
-    known = {*names, *fixed}
-    if not any((end := _SUFFIX.search(name)) and name[: end.start()] in known for name in known):
-        return result, {}
-    free = (f"t{number}_v" for number in itertools.count())
-    renamed = {
-        name: next(new for new in free if new not in known) for name in names if name not in fixed
-    }
-    rename(result.graph, renamed)
-    for tensor in result.graph.initializer:
-        tensor.name = renamed.get(tensor.name, tensor.name)
-    for node in result.graph.node:
-        node.output[:] = [renamed.get(name, name) for name in node.output]
-    return result, renamed
-
-
-def _ranges_of_zeros(layers: list[onnx.NodeProto], weights: dict[str, NDArray[Any]]) -> _Overrides:
-    """The median range for channels of zeros, in weights that have other channels, too."""
-    found: _Overrides = {}
-    for node in layers:
-        if node.op_type == "MatMul":
-            continue  # it has no bias
-        name = node.input[1]
-        axis = _channel_axis(node)
-        rest = tuple(a for a in range(weights[name].ndim) if a != axis)
-        largest = np.abs(weights[name]).max(axis=rest)
-        if largest.all() or not largest.any():
-            continue
-        usual = float(np.median(largest[largest > 0]))
-        ranges = np.where(largest > 0, largest, usual).tolist()
-        found[name] = [{"rmin": -most, "rmax": most} for most in ranges]
-        found[name][0]["axis"] = axis
-    return found
+    nodes = [node for node in model.graph.node if node.op_type not in ("Gemm", "MatMul")]
+    behind = {name for node in nodes if node.name in layers for name in node.output}
+    after = set()
+    for node in nodes:
+        if behind.intersection(node.input):
+            after.add(node.name)
+            behind.update(node.output)
+    before: set[str] = set()
+    read = {name for node in nodes if node.name in layers for name in node.input}
+    for node in reversed(nodes):
+        if read.intersection(node.output):
+            before.add(node.name)
+            read.update(node.input)
+    return [n.name for n in nodes if n.name in layers or n.name in after & before]
 
 
 def _reader(batches: Batches) -> Any:

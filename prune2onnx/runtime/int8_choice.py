@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 from onnx import ModelProto
 
 from prune2onnx.data import Data
-from prune2onnx.errors import RecipeError
+from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import save
 from prune2onnx.graph.strip import strip
+from prune2onnx.packing.compute.narrow import Compute, narrowed
 from prune2onnx.runs.defaults import (
     MAX_DROP,
     MAX_REL_ERROR,
@@ -30,7 +32,6 @@ from prune2onnx.tasks.quantity import PERCENT
 from prune2onnx.tasks.task import CLASSIFICATION, Task
 
 _SECONDS = 1.0
-_FEW = 8  # examples for ranges where only the file's size matters
 _RANDOM = 16  # sets of random inputs
 _MOST_HELD_OUT = 128
 
@@ -132,6 +133,10 @@ def _by_outputs(
     return Examples(calibration, output_error(model, held), allowed, "of the outputs", inputs)
 
 
+_NARROW: tuple[Compute, ...] = ("int8", "int8-weights", "int4")
+_TRIED: tuple[Compute | Literal["static"], ...] = ("static", *_NARROW)
+
+
 def choose(
     model: ModelProto,
     examples: Examples,
@@ -144,10 +149,52 @@ def choose(
     Args:
         model: float32.
         examples: what it is calibrated and measured on.
-        options: how it is quantized.
+        options: how it is quantized; "auto": in the way that takes the least time here; where
+            none takes less than float32, the model stays as it is.
         steps: weight -> its step, where it is known.
+
+    Raises:
+        Prune2OnnxError: there is nothing to quantize, or onnxruntime cannot quantize it.
     """
     options = options or Int8Options()
+    if options.compute != "auto":
+        return _chosen(model, examples, options, options.compute, steps)
+    found: dict[str, Choice] = {}
+    notes = []
+    for compute in _TRIED:
+        try:
+            choice = found[compute] = _chosen(model, examples, options, compute, steps)
+        except Prune2OnnxError as error:
+            notes.append(f"{compute}: {error}")
+            continue
+        assert choice.timing.ratio is not None and choice.made.error is not None
+        notes.append(
+            f"{compute}: {choice.timing.ratio:.2f} of the time of float32, "
+            f"error {choice.made.error:.3g}"
+        )
+    faster = {name: one for name, one in found.items() if one.is_faster}
+    if not found:
+        raise Prune2OnnxError("; ".join(notes))
+    if not faster:
+        first = next(iter(found.values()))
+        layers = [
+            replace(layer, is_int8=False, compute="float32", reason="float32 is as fast here")
+            for layer in first.made.layers
+        ]
+        made = Int8(model, tuple(layers), first.made.float_error, first.made.float_error)
+        timing = timed(model, model, examples.inputs)
+        return Choice(made, timing, False, (*notes, "no narrower type is faster on this machine"))
+    name = min(faster, key=lambda name: faster[name].timing.ratio or 1.0)
+    return replace(faster[name], notes=(*notes, *faster[name].notes, f"chosen: {name}"))
+
+
+def _chosen(
+    model: ModelProto,
+    examples: Examples,
+    options: Int8Options,
+    compute: Compute | Literal["static"],
+    steps: Mapping[str, float] | None,
+) -> Choice:
     made = quantize_int8(
         model,
         examples.calibration,
@@ -157,39 +204,85 @@ def choose(
         unit=examples.unit,
         keep=options.keep,
         steps=steps,
+        compute=compute,
     )
     timing = timed(model, made.model, examples.inputs)
     assert timing.ratio is not None  # it is the second file
     is_faster = timing.ratio < 1 and not timing.is_noise
+    narrow = "int8" if compute in ("static", "float32") else compute
     notes = []
     if not any(layer.is_int8 for layer in made.layers):
-        notes.append("no layer could be int8 within the allowed error")
+        notes.append(f"no layer could be {narrow} within the allowed error")
         tried = ", ".join(f"{error:.3g} with {floats}" for floats, error in made.tried)
         notes.append(
             f"tried with some of the {len(made.layers)} layers in float: an error of {tried}; at "
             f"most {made.float_error or 0.0:.3g} + {examples.allowed:g} {examples.unit} is allowed"
         )
     elif timing.is_noise:
-        notes.append("int8 is no faster than float32 on this machine")
+        notes.append(f"{narrow} is no faster than float32 on this machine")
     elif not is_faster:
-        notes.append(f"int8 takes {timing.ratio:.2f} times as long as float32 on this machine")
+        notes.append(f"{narrow} takes {timing.ratio:.2f} times as long as float32 on this machine")
     return Choice(made, timing, is_faster, tuple(notes))
 
 
-def all_int8(model: ModelProto, data: Data) -> ModelProto:
-    """A model with all its layers in int8, stripped, for its size: its ranges are not exact."""
-    return strip(
-        quantize_int8(model, batches_of(session(model), data, data.train, _FEW)).model
-    ).model
+def all_int8(
+    model: ModelProto,
+    data: Data,
+    examples: int = Int8Options.examples,
+    compute: Compute | Literal["static"] = "static",
+) -> ModelProto:
+    """A model with all its layers in int8, stripped.
 
-
-def int8_error(model: ModelProto, data: Data, task: Task = CLASSIFICATION) -> float:
-    """The metric of a model with all its layers in int8 on the validation split; less is better.
-
-    For a classifier, the percent of examples that it gets wrong.
+    Args:
+        model: float32.
+        data: ranges are taken from its training split.
+        examples: how many; where only the size matters, a few.
+        compute: of matrices; "static": int8 too.
     """
-    taken = batches_of(session(model), data, data.train, Int8Options.examples)
-    return error_on(data, task)(quantize_int8(model, taken).model)
+    taken = batches_of(session(model), data, data.train, examples)
+    return strip(quantize_int8(model, taken, compute=compute).model).model
+
+
+def fastest(
+    model: ModelProto,
+    error: Callable[[ModelProto], float] | None = None,
+    limit: float = MAX_REL_ERROR,
+    inputs: InputOptions = RANDOM_INPUTS,
+) -> tuple[Compute, list[str]]:
+    """The type of matrices that takes the least time here, and what was measured, in words.
+
+    float32 where none takes less, beyond noise.
+
+    Args:
+        model: float32.
+        error: a model -> the relative error of its outputs; None: it does not count.
+        limit: the most that is allowed.
+        inputs: for timing.
+    """
+    best: Compute = "float32"
+    least, notes = 1.0, []
+    for compute in _NARROW:
+        made = narrowed(model, compute)
+        if all(layer.reason for layer in made.layers):
+            notes.append("no matrix can compute in a narrower type")
+            break
+        try:
+            found = None if error is None else error(made.model)
+            if found is not None and found > limit:
+                notes.append(
+                    f"{compute}: the outputs' error would be {found:.2%}, more than {limit:.2%}"
+                )
+                continue
+            timing = timed(model, made.model, inputs)
+        except Prune2OnnxError as failed:
+            notes.append(f"{compute}: this onnxruntime does not run it: {failed}")
+            continue
+        ratio = timing.ratio or 1.0
+        of_outputs = "" if found is None else f", error of the outputs {found:.2%}"
+        notes.append(f"{compute}: {ratio:.2f} of the time of float32{of_outputs}")
+        if ratio < least and not timing.is_noise:
+            best, least = compute, ratio
+    return best, notes
 
 
 def timed(before: ModelProto, after: ModelProto, inputs: InputOptions = RANDOM_INPUTS) -> Timing:

@@ -6,6 +6,7 @@ When training measures it: see `size_budget`. Rewriting and coding: see `shrinki
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import onnx
@@ -15,6 +16,7 @@ from prune2onnx.graph.normalize import normalize
 from prune2onnx.graph.protobuf import tensor_nbytes
 from prune2onnx.graph.rewritten import rewritten
 from prune2onnx.graph.tensors import array_of
+from prune2onnx.packing.compute.narrow import Compute, Narrowed, narrowed
 from prune2onnx.packing.pack import Packed, pack_normalized
 from prune2onnx.packing.quantized import on_steps
 from prune2onnx.packing.rows import WeightRow
@@ -80,27 +82,54 @@ class Deployment:
         """The graph without dead channels and branches, not packed."""
         return shrink(self._filled(model), multiple=self._file.multiple).model
 
-    def written(self, graph: onnx.ModelProto, steps: Steps, *, check: bool = True) -> Packed:
+    @property
+    def compute(self) -> Compute:
+        """What matrices compute in."""
+        return self._file.compute
+
+    def narrowed(
+        self, graph: onnx.ModelProto, steps: Steps, compute: Compute | None = None
+    ) -> Narrowed:
+        """A graph as it computes, and what is known of weights that are still float.
+
+        Args:
+            graph: not packed.
+            steps: of its weights on levels, which stay on them.
+            compute: of matrices; default: as the options of the file say.
+        """
+        normal = normalize(graph).model
+        known = on_steps(normal, self._by_initializer(steps, normal))
+        return narrowed(normal, compute or self.compute, known)
+
+    def written(
+        self,
+        graph: onnx.ModelProto,
+        steps: Steps,
+        *,
+        check: bool = True,
+        compute: Compute | None = None,
+    ) -> Packed:
         """A graph as it is written: packed, or in the form that the options of the file name.
 
         Args:
             graph: not packed.
             steps: of its weights on levels; others are searched for.
             check: whether its decoding is checked.
+            compute: as for `narrowed`.
         """
         file = self._file
-        if file.form == "dense":
-            rows = tuple(
-                WeightRow.of(tensor.name, array_of(tensor), "dense", tensor_nbytes(tensor))
-                for tensor in graph.graph.initializer
-            )
-            return Packed(graph, rows)
+        if file.form == "dense" and (compute or self.compute) == "float32":
+            return _dense(graph)
         normalized = normalize(graph)
+        form = self.narrowed(normalized.model, steps, compute)
+        if file.form == "dense":
+            return _dense(form.model)
         if file.form == "sparse-initializer":
-            return Packed(*to_sparse(normalized.model), normalized.notes)
+            return Packed(*to_sparse(form.model), normalized.notes)
         return pack_normalized(
-            normalized,
-            quantized=on_steps(normalized.model, self._by_initializer(steps, normalized.model)),
+            replace(normalized, model=form.model),
+            quantized=form.quantized,
+            few_bytes=form.narrow,
             anonymize=file.anonymize,
             portable=file.portable,
             short_names=True,
@@ -118,7 +147,11 @@ class Deployment:
         return min(files, key=lambda pair: pair[1].model.ByteSize())[0]
 
     def pack(
-        self, model: nn.Module, steps: Steps | None = None, rewrite: Rewrite | None = None
+        self,
+        model: nn.Module,
+        steps: Steps | None = None,
+        rewrite: Rewrite | None = None,
+        compute: Compute | None = None,
     ) -> Packed:
         """The smallest file.
 
@@ -128,19 +161,26 @@ class Deployment:
             model: the network.
             steps: of its weights on levels; others are searched for.
             rewrite: in place of the one for measuring.
+            compute: as for `narrowed`.
         """
-        files = self._packed(model, steps or {}, rewrite or self._rewrite, check=True)
+        files = self._packed(model, steps or {}, rewrite or self._rewrite, compute, check=True)
         return min((packed for _, packed in files), key=lambda one: one.model.ByteSize())
 
     def _packed(
-        self, model: nn.Module, steps: Steps, rewrite: Rewrite | None, *, check: bool
+        self,
+        model: nn.Module,
+        steps: Steps,
+        rewrite: Rewrite | None,
+        compute: Compute | None = None,
+        *,
+        check: bool,
     ) -> Iterator[tuple[onnx.ModelProto, Packed]]:
         """The file with all inputs, and one without unused inputs, if any; after its graph."""
         shrunk = self.shrunk(model)
         gathered = rewritten(shrunk, gather_inputs).model
         for graph in (shrunk,) if gathered == shrunk else (shrunk, gathered):
             made = graph if rewrite is None else rewrite(graph)
-            yield graph, self.written(made, steps, check=check)
+            yield graph, self.written(made, steps, check=check, compute=compute)
 
     def _by_initializer(self, steps: Steps, graph: onnx.ModelProto) -> Steps:
         """The steps by the names of the graph, where a weight may hold several parameters."""
@@ -155,3 +195,11 @@ class Deployment:
             else:  # one of several: each has its own, which are searched for
                 found.pop(tensor.name, None)
         return found
+
+
+def _dense(graph: onnx.ModelProto) -> Packed:
+    rows = tuple(
+        WeightRow.of(tensor.name, array_of(tensor), "dense", tensor_nbytes(tensor))
+        for tensor in graph.graph.initializer
+    )
+    return Packed(graph, rows)

@@ -6,12 +6,17 @@ import json
 import numpy as np
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto
 from quick import QUICK
 from rich.console import Console
 from rich.table import Table
 
 from prune2onnx import compress, load_data, resolve
 from prune2onnx.cli.tables import report_table
+from prune2onnx.errors import RecipeError
+from prune2onnx.graph.file import load
+from prune2onnx.graph.tensors import array_of
+from prune2onnx.packing.unpack import unpack
 from prune2onnx.runs.history import Callbacks
 from prune2onnx.runtime.benchmark import Timing
 
@@ -102,3 +107,61 @@ def test_int8_that_is_slower_is_not_taken(tmp_path, monkeypatch):
     )
     assert {row.dtype for row in report.weights} == {"float32"}
     assert report.max_abs_diff < 1e-3 and "int8 takes 1.20" in str(report_table(report).caption)
+
+
+ONCE = {phase: {"epochs": 1} for phase in ("dense", "prune", "tune", "quantize")}
+MODEL = {"model": QUICK["model"]}
+
+
+@pytest.fixture(scope="module")
+def in_int8(tmp_path_factory):
+    """A short run whose matrices compute in int8, in at most 15 kB."""
+    folder = tmp_path_factory.mktemp("int8") / "run"
+    asked = {"compute": "int8", "target_size": "15KB", "prune": {"epochs": 2}}
+    return compress(resolve({**MODEL, **ONCE, **asked}), folder, cpu=True), folder
+
+
+def test_matrices_compute_in_int8_and_the_budget_is_of_that_file(in_int8):
+    report, folder = in_int8
+    assert (folder / "model.onnx").stat().st_size == report.compressed.nbytes <= 15_000
+    assert not report.missed and report.folded
+    first, second, last = report.layers
+    assert first.compute == second.compute == "int8"
+    assert last.compute == "float32" and "fewer than 1024" in last.reason
+    facts = json.loads((folder / "report.json").read_text())
+    assert [layer["compute"] for layer in facts["layers"]] == ["int8", "int8", "float32"]
+    assert any(note.startswith("2 of 3 matrices compute in int8") for note in report.notes)
+    plain = unpack(load(folder / "model.onnx"))
+    assert [node.op_type for node in plain.graph.node].count("MatMulInteger") == 2
+    levels = [array_of(t) for t in plain.graph.initializer if t.data_type == TensorProto.INT8]
+    assert len(levels) == 2 and all(np.abs(array).max() <= 7 for array in levels)  # as trained
+
+
+def test_the_error_is_that_of_the_file_in_int8(in_int8):
+    report, folder = in_int8
+    data = load_data("digits")
+    x, y = (np.stack([np.asarray(one[i]) for one in data.validation]) for i in (0, 1))
+    (scores,) = ort.InferenceSession(folder / "model.onnx").run(None, {"input": x})
+    assert report.validation["error"] == pytest.approx(100 * np.mean(scores.argmax(1) != y))
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.5, "int8"), (1.2, "float32")])
+def test_auto_takes_what_is_faster_within_the_accuracy_loss(ratio, expected, tmp_path, monkeypatch):
+    timed = []
+    monkeypatch.setattr(
+        "prune2onnx.runtime.int8_choice.timed", lambda *_: timed.append(1) or measured(ratio)
+    )
+    asked = {"compute": "auto", "max_drop": 90.0, "target_density": 0.5}
+    recipe = resolve({**MODEL, **ONCE, **asked})
+    report = compress(recipe, tmp_path / "run", cpu=True)
+    assert {layer.compute for layer in report.layers} == (
+        {"int8", "float32"} if ratio < 1 else set()
+    )
+    assert len(timed) == 3 and report.notes[0].startswith(f"int8: {ratio:.2f} of the time")
+    kept = json.loads((tmp_path / "run" / "checkpoints" / "compute.json").read_text())
+    assert kept["compute"] == expected
+
+
+def test_int4_has_room_for_the_levels():
+    with pytest.raises(RecipeError, match=r"levels -7 \.\.\. 7.*quantize.levels is 15"):
+        resolve({**QUICK, "compute": "int4", "quantize": {"levels": 15}})

@@ -16,6 +16,7 @@ from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import load
 from prune2onnx.packing.pack import pack
 from prune2onnx.packing.unpack import unpack
+from prune2onnx.runtime.benchmark import Timing
 from prune2onnx.runtime.folding import folds, operators
 from prune2onnx.runtime.int8 import quantize_int8
 
@@ -417,3 +418,82 @@ def test_layers_in_bodies_are_told_apart_from_none():
     given = model(nodes, {}, {"x": ["N", 6]}, {"y": ["N", 6]})
     with pytest.raises(Prune2OnnxError, match="2 are in bodies of If"):
         quantize_int8(given, [{"x": rng.normal(size=(8, 6)).astype(np.float32)}])
+
+
+@pytest.mark.parametrize(
+    ("compute", "kernel"), [("int8", "MatMulInteger"), ("int8-weights", "MatMulNBits")]
+)
+def test_convolutions_are_static_and_matrices_as_asked(compute, kernel):
+    made = quantize_int8(network(), EXAMPLES, compute=compute)
+    assert [(layer.weight, layer.compute, layer.is_int8) for layer in made.layers] == [
+        ("a", "static", True),
+        ("b", "static", True),
+        ("c", compute, True),
+    ]
+    ops = [node.op_type for node in made.model.graph.node]
+    assert kernel in ops and "Gemm" not in ops
+    assert operators(made.model, ALL).count("com.microsoft:QLinearConv") == 2
+    want = answers(network())
+    assert np.linalg.norm(answers(made.model) - want) < 0.03 * np.linalg.norm(want)
+
+
+def test_only_convolutions_where_matrices_are_to_be_float32():
+    made = quantize_int8(network(), EXAMPLES, compute="float32")
+    assert [layer.weight for layer in made.layers] == ["a", "b"]
+    assert any(node.op_type == "Gemm" for node in made.model.graph.node)
+
+
+def test_what_is_computed_between_matrices_keeps_its_precision():
+    """A patch embedding, then sums and products of a transformer, which fixed ranges would hurt."""
+    rng = np.random.default_rng(0)
+    tensors = {"a": (0.3 * rng.normal(size=(40, 3, 5, 5))).astype(np.float32)}
+    tensors |= {name: rng.normal(size=(40, 40)).astype(np.float32) / 6 for name in "uv"}
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["p"], strides=[5, 5]),
+        helper.make_node("Reshape", ["p", "shape"], ["q"]),
+        helper.make_node("Transpose", ["q"], ["r"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["r", "u"], ["s"]),
+        helper.make_node("Add", ["r", "s"], ["t"]),
+        helper.make_node("MatMul", ["t", "v"], ["y"]),
+    ]
+    tensors["shape"] = np.array([0, 40, -1])
+    given = model(nodes, tensors, {"x": ["N", 3, 10, 10]}, {"y": ["N", 4, 40]})
+    made = quantize_int8(given, EXAMPLES, compute="int8").model
+    source = {name: node for node in made.graph.node for name in node.output}
+    add = next(node for node in made.graph.node if node.op_type == "Add")
+    assert all(source[name].op_type != "DequantizeLinear" for name in add.input)
+
+
+def test_matrices_stay_float_where_accuracy_is_lost():
+    want = answers(network())
+
+    def error(made: ModelProto) -> float:
+        return float(np.linalg.norm(answers(made) - want) / np.linalg.norm(want))
+
+    asked = {"compute": "int4", "evaluate": error, "unit": "of the outputs"}
+    made = quantize_int8(network(), EXAMPLES, max_drop=0.03, **asked)
+    assert [layer.compute for layer in made.layers] == ["static", "static", "float32"]
+    assert made.layers[2].reason == "int8 would cost more than 0.03 of the outputs"
+    kept = quantize_int8(network(), EXAMPLES, max_drop=1.0, keep=["c"], **asked)
+    assert kept.layers[2].reason == "as asked" and kept.error < 0.03
+
+
+def test_a_model_without_any_layer_to_quantize_says_what_was_expected():
+    node = helper.make_node("Relu", ["x"], ["y"])
+    given = model([node], {}, {"x": ["N", 3, 10, 10]}, {"y": ["N", 3, 10, 10]})
+    with pytest.raises(Prune2OnnxError, match=r"a convolution .* or a matrix or table"):
+        quantize_int8(given, EXAMPLES, compute="int8")
+
+
+@pytest.mark.parametrize(("ratio", "chosen"), [(0.6, "chosen: static"), (1.1, "no narrower type")])
+def test_auto_takes_the_fastest_or_float32(pair, tmp_path, monkeypatch, ratio, chosen):
+    source, data, _ = pair
+    timing = Timing("f", 1, 0, 100, 1.0, 1.0, 1.0, 1.0, ratio, (0.99 * ratio, 1.01 * ratio))
+    monkeypatch.setattr("prune2onnx.runtime.int8_choice.timed", lambda *_: timing)
+    arguments = ["quantize", str(source), str(tmp_path / "out.onnx"), "--data", f"npz:{data}"]
+    result = CliRunner().invoke(main, [*arguments, "--compute", "auto", "--json"])
+    facts = json.loads(result.stdout)
+    assert facts["notes"][-1].startswith(chosen) and len(facts["notes"]) == 5
+    static = {layer["compute"] for layer in facts["layers"]}
+    assert static == ({"static"} if ratio < 1 else {"float32"})
+    assert (facts["nbytes"] == facts["nbytes_before"]) == (ratio > 1)

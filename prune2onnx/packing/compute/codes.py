@@ -51,7 +51,8 @@ def in_blocks(
 
     Args:
         rows: [outputs, inputs], finite.
-        known: of the same shape: its codes are kept if it has a scale for each element.
+        known: of the same shape: its codes are kept if it has a scale for each element, or one for
+            all with levels that fit.
 
     Returns:
         Codes [outputs, inputs] from -8 to 7; scales [outputs, blocks], of either sign.
@@ -60,6 +61,12 @@ def in_blocks(
         return known.levels().astype(np.int8), np.ascontiguousarray(known.scale[:, ::BLOCK])
     outputs, inputs = rows.shape
     blocks = -(-inputs // BLOCK)
+    if known is not None and known.scale is not None and known.scale.size == 1:
+        levels = known.levels()
+        if (np.rint(levels) == levels).all() and levels.min() >= -8 and levels.max() <= 7:
+            return levels.astype(np.int8), np.full(
+                (outputs, blocks), known.scale.item(), np.float32
+            )
     padded = np.pad(rows, ((0, 0), (0, blocks * BLOCK - inputs))).reshape(-1, BLOCK)
     place = np.abs(padded).argmax(axis=1)[:, None]
     most = np.take_along_axis(padded, place, 1)

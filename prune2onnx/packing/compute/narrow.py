@@ -4,6 +4,7 @@ The forms are those that onnxruntime has fast kernels for:
 
 - int8: DynamicQuantizeLinear, MatMulInteger, Cast and Mul, which it fuses to DynamicQuantizeMatMul
   and MatMulIntegerToFloat. Activations are rounded to 8 bits too, with one scale for all of them.
+  DynamicQuantizeLSTM for LSTM: see `recurrent`.
 - int8-weights and int4: MatMulNBits of com.microsoft, which rounds activations in blocks.
 - Of tables, the rows that are looked up are made float, and no others.
 
@@ -27,6 +28,7 @@ from prune2onnx.graph.protobuf import tensor as stored
 from prune2onnx.graph.tensors import array_of
 from prune2onnx.graph.walk import attribute
 from prune2onnx.packing.compute.codes import BLOCK, blobs, in_blocks, in_bytes, wide_block
+from prune2onnx.packing.compute.recurrent import in_int8, recurrent
 from prune2onnx.packing.compute.uses import Narrowable, Use, narrowable
 from prune2onnx.packing.quantized import Quantized
 
@@ -102,6 +104,7 @@ def narrowed(
     model: ModelProto,
     compute: Compute,
     quantized: Mapping[str, Quantized] | None = None,
+    keep: Mapping[str, str] | None = None,
 ) -> Narrowed:
     """A model whose matrices stay narrow at run time, as far as they can.
 
@@ -110,13 +113,24 @@ def narrowed(
         compute: what layers compute in.
         quantized: weights that are on few levels already: where these fit into 8 bits with a scale
             for each output, they are what computes; others are rounded to the nearest.
+        keep: weights that stay float in any case, and why.
     """
-    quantized = quantized or {}
+    quantized, keep = quantized or {}, keep or {}
     if compute == "float32":
         return Narrowed(model, (), quantized)
-    able, reasons = narrowable(model)
-    result = _Rewrite(model, compute, able, quantized).result()
-    made = {one.tensor.name for one in able}
+    lstms, why = recurrent(model, keep)
+    made: set[str] = set()
+    source = model
+    if compute == "int8" and lstms:
+        source = in_int8(model, lstms, quantized)
+        made.update(name for lstm in lstms for name in lstm.names)
+    else:
+        why |= {name: _NO_KERNEL for lstm in lstms for name in lstm.names}
+    able, reasons = narrowable(source)
+    able = [one for one in able if one.tensor.name not in keep]
+    result = _Rewrite(source, compute, able, quantized).result()
+    made.update(one.tensor.name for one in able)
+    reasons |= {**why, **keep}
     layers = []
     for tensor in model.graph.initializer:
         size = math.prod(tensor.dims)
@@ -126,6 +140,24 @@ def narrowed(
             layers.append(Layer(tensor.name, "float32", size, reasons[tensor.name]))
     left = {name: known for name, known in quantized.items() if name not in made}
     return Narrowed(result, tuple(layers), left)
+
+
+_NO_KERNEL = "read by LSTM, for which onnxruntime has a kernel in int8 alone"
+
+
+def weights_of(model: ModelProto, compute: Compute) -> dict[str, str]:
+    """The weights that can be narrow, and the operator that reads each.
+
+    Args:
+        model: unpacked and normalized.
+        compute: what they would compute in.
+    """
+    if compute == "float32":
+        return {}
+    found = {one.tensor.name: str(one.uses[0].node.op_type) for one in narrowable(model)[0]}
+    if compute == "int8":
+        found |= {name: "LSTM" for lstm in recurrent(model)[0] for name in lstm.names}
+    return found
 
 
 class _Rewrite:

@@ -14,6 +14,8 @@ from prune2onnx.packing.readers import Reader, Readers
 LEAST_ELEMENTS = 1024
 """Smaller weights stay float32: their scales and nodes would cost more than they save."""
 
+RECURRENT = ("GRU", "LSTM", "RNN")
+
 
 @dataclass(frozen=True, eq=False)
 class Use:
@@ -65,12 +67,15 @@ def narrowable(model: ModelProto) -> tuple[list[Narrowable], dict[str, str]]:
 
     Returns:
         Weights, in the order of the initializers; name -> reason, for other floating-point tensors
-        of two or more axes.
+        of two or more axes but biases of recurrent layers.
     """
     readers = Readers(model)
     found, reasons = [], {}
     for tensor in model.graph.initializer:
         if tensor.data_type not in _FLOATS or len(tensor.dims) < 2:
+            continue
+        read = readers.of[(), tensor.name]
+        if read and all(map(_is_bias, read)):
             continue
         made = _of(tensor, readers)
         if isinstance(made, str):
@@ -81,6 +86,11 @@ def narrowable(model: ModelProto) -> tuple[list[Narrowable], dict[str, str]]:
 
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+
+
+def _is_bias(reader: Reader) -> bool:
+    """Whether a tensor is added in a recurrent layer, which has one for each direction."""
+    return reader.node.op_type in (*RECURRENT, "DynamicQuantizeLSTM") and reader.index > 2
 
 
 def _of(tensor: TensorProto, readers: Readers) -> Narrowable | str:

@@ -112,10 +112,10 @@ def recurrent(model: ModelProto, keep: Collection[str] = ()) -> tuple[list[Lstm]
     for name, tensor in stored_at.items():
         ends: list[tuple[Reader, Key]] = []
         refused = _follow(readers, ((), name), ends)
-        layers = [reader.node.op_type for reader, _ in ends if _is_recurrent(reader)]
+        layers = [reader.node.op_type for reader, _ in ends if _is_weight(reader)]
         if not layers:
             continue
-        if refused or len(layers) < len(ends) or any(r.index not in _WEIGHTS for r, _ in ends):
+        if refused or len(layers) < len(ends):
             reasons[name] = refused or "read in other ways than by recurrent layers"
         elif set(layers) != {"LSTM"}:
             op = next(op for op in layers if op != "LSTM")
@@ -156,9 +156,10 @@ def _whole(
     ]
 
 
-def _is_recurrent(reader: Reader) -> bool:
-    known = reader.node.domain in DEFAULT_DOMAINS
-    return known and reader.node.op_type in RECURRENT
+def _is_weight(reader: Reader) -> bool:
+    """Whether a recurrent layer multiplies with what it reads."""
+    known = reader.node.domain in DEFAULT_DOMAINS and reader.node.op_type in RECURRENT
+    return known and reader.index in _WEIGHTS
 
 
 def _follow(readers: Readers, key: Key, ends: list[tuple[Reader, Key]]) -> str:

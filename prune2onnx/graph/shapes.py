@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import onnx
-from onnx import GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
 
 from prune2onnx.graph.protobuf import copy_but
 from prune2onnx.graph.tensors import declared_nbytes
-from prune2onnx.graph.walk import is_constant
+from prune2onnx.graph.walk import attribute, is_constant
 
 
 def without_weights(model: ModelProto, least: int = 2**16) -> ModelProto:
@@ -82,6 +82,11 @@ def _ranks(graph: GraphProto) -> Iterator[ValueInfoProto]:
     shapes = {name: extents_of(value) for name, value in known.items()}
     shapes |= {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for node in graph.node:
+        if node.domain == "com.microsoft" and node.output[0] not in shapes:
+            if (made := _of_contrib(node, shapes)) is not None:
+                number = known[node.input[0]].type.tensor_type.elem_type
+                yield helper.make_tensor_value_info(node.output[0], number, made)
+            continue
         at = _SHAPE_INPUT.get(node.op_type)
         if at is None or len(node.input) <= at:
             continue
@@ -106,6 +111,30 @@ def _ranks(graph: GraphProto) -> Iterator[ValueInfoProto]:
         element_type = declared.type.tensor_type.elem_type if declared is not None else 0
         if element_type:  # an entry without one is not valid
             yield helper.make_tensor_value_info(node.output[0], element_type, [None] * rank)
+
+
+_AS_ITS_INPUT = (
+    *("BiasGelu", "FastGelu", "Gelu", "GroupQueryAttention", "QuickGelu", "RotaryEmbedding"),
+    *("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
+)
+
+
+def _of_contrib(
+    node: NodeProto, shapes: Mapping[str, tuple[int | str, ...] | None]
+) -> tuple[int | str, ...] | None:
+    """The shape that an operator of onnxruntime makes, which onnx does not know."""
+    first = shapes.get(node.input[0])
+    if first is None or node.op_type in _AS_ITS_INPUT:
+        return first
+    if node.op_type == "MultiHeadAttention" and len(first) == 3 and len(node.input) > 2:
+        value = shapes.get(node.input[2])
+        return None if value is None or len(value) != 3 else (*first[:2], value[2])
+    if node.op_type == "Attention" and len(first) == 3:
+        sizes, weight = attribute(node, "qkv_hidden_sizes"), shapes.get(node.input[1])
+        if sizes is None and weight is not None and isinstance(weight[-1], int):
+            sizes = [weight[-1] // 3] * 3
+        return None if sizes is None else (*first[:2], int(sizes[2]))
+    return None
 
 
 def _solved(

@@ -77,7 +77,7 @@ def _places(node: NodeProto, shapes: dict[str, list[int]]) -> int:
     A convolution applies its kernel at each output pixel, a transposed one at each input pixel. An
     unknown extent counts as 1.
     """
-    if node.op_type in ("Gemm", "MatMul"):
+    if node.op_type in ("Attention", "Gemm", "MatMul"):
         extents = shapes.get(node.output[0], [])[:-1]
     else:
         made = node.input[0] if node.op_type == "ConvTranspose" else node.output[0]

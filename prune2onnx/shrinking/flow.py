@@ -246,6 +246,11 @@ class Flow:
         known = node.domain in DEFAULT_DOMAINS
         return known and (node.domain, node.op_type) not in self.functions
 
+    def is_contrib(self, node: NodeProto) -> bool:
+        """Whether a node is one of onnxruntime's own operators."""
+        known = node.domain == "com.microsoft"
+        return known and (node.domain, node.op_type) not in self.functions
+
     def array(self, name: str) -> Array | None:
         """The values of an initializer or Constant; None for anything else."""
         return self.values(name) if name in self.stored else None

@@ -16,6 +16,7 @@ from prune2onnx.shrinking.flow import Claim, Flow, Opaque, label
 from prune2onnx.shrinking.operators import (
     attention,
     channelwise,
+    fused,
     linear,
     regroup,
     reshaping,
@@ -53,7 +54,9 @@ RULES: Mapping[str, Callable[[Flow, NodeProto], None]] = {
     "Transpose": reshaping.transpose,
     "Unsqueeze": reshaping.unsqueeze,
     # attention
+    "Attention": fused.standard_attention,
     "IsNaN": attention.is_nan,
+    "RotaryEmbedding": fused.rotary_embedding,
     "Softmax": attention.softmax,
     "Where": attention.where,
     # how many there are
@@ -62,6 +65,15 @@ RULES: Mapping[str, Callable[[Flow, NodeProto], None]] = {
 
 # what a rule runs into where a file contradicts itself; onnxruntime refuses most such files
 _CONTRADICTIONS = (ValueError, LookupError, TypeError, ZeroDivisionError)
+
+CONTRIB: Mapping[str, Callable[[Flow, NodeProto], None]] = {
+    "Attention": fused.packed_attention,
+    "GroupQueryAttention": fused.group_query_attention,
+    "MultiHeadAttention": fused.multi_head_attention,
+    "RotaryEmbedding": fused.rotary_embedding,
+    **dict.fromkeys(("BiasGelu", "FastGelu", "Gelu", "QuickGelu"), fused.activation),
+}
+"""Operators of com.microsoft, which onnxruntime's own optimizer writes."""
 
 _FOLDED = ("Reshape", "Transpose")
 """Operators through which channels that are counted anew for each example are followed."""
@@ -107,6 +119,8 @@ def _rule(flow: Flow, node: NodeProto) -> Callable[[Flow, NodeProto], None]:
         return _unknown
     if known and node.op_type == "MatMul" and node.input[1] not in flow.stored:
         return attention.product
+    if flow.is_contrib(node) and node.op_type in CONTRIB:
+        return CONTRIB[node.op_type]
     if known and node.op_type in RULES:
         return RULES[node.op_type]
     return _unknown

@@ -1,6 +1,10 @@
 """`prune2onnx`, and `python -m prune2onnx`, which is also what `accelerate launch -m` needs."""
 
+import os
 import signal
+
+# threads that wait for each other sleep; OpenMP reads it when torch is loaded
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # until `watch` takes over, the system ends the process, without a traceback

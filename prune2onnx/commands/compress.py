@@ -36,6 +36,7 @@ from prune2onnx.tasks.task import CLASSIFICATION, Task
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.export import Template
 from prune2onnx.training.fit import (
+    THREADS,
     Accelerator,
     Fitted,
     fit,
@@ -201,7 +202,7 @@ def _clear(directory: Path, *, everything: bool) -> None:
         checkpoints = directory / _CHECKPOINTS
         # the recipe first: a kill must leave no old checkpoint beside a new recipe
         old = checkpoints.rglob("*.safetensors")
-        measured = [checkpoints / _PRICES, checkpoints / _COMPUTE]
+        measured = [checkpoints / _PRICES, checkpoints / _COMPUTE, *checkpoints.rglob(THREADS)]
         outdated = [directory / RECIPE, *measured, *old, *outdated]
     for path in outdated:
         path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from prune2onnx.pruning.functions import FUNCTIONS
 from prune2onnx.pruning.granularity import GRANULARITIES
 from prune2onnx.pruning.holding import hold_zeros
 from prune2onnx.pruning.learned import Learned
+from prune2onnx.pruning.pressed import Pressed, pressed
 from prune2onnx.pruning.rate import density_of_bits
 from prune2onnx.pruning.selection import Place, checked_weights, prunable_weights, selected_weights
 from prune2onnx.pruning.weights import (
@@ -31,6 +32,7 @@ __all__ = [
     "Learned",
     "OtherParameter",
     "Place",
+    "Pressed",
     "add_gradients",
     "bake",
     "channel_thresholds_of",
@@ -42,6 +44,7 @@ __all__ = [
     "hold_zeros",
     "other_parameters",
     "penalty",
+    "pressed",
     "prunable_weights",
     "prune",
     "prune_channels",

@@ -29,16 +29,16 @@ def threshold_linear(w: Tensor, t: Tensor, beta: float | Tensor) -> Partials:
 
     v -> w for |w| >> t; the hard threshold w * [|w| > t] as beta -> infinity.
     """
-    above = torch.sub(w, t).mul_(beta).sigmoid_()
-    below = torch.add(w, t).mul_(-beta).sigmoid_()
-    gap = above - below
-    beyond = w.abs() > t
-    # ReLU(w - t) - ReLU(-w - t) is w minus w clamped to [-t, t].
-    value = torch.sub(w, w.clamp(-t, t)).addcmul_(gap, t)
+    sign, gap = w.sign(), w.abs().sub_(t)  # comparisons and booleans are slower than these
+    above = torch.mul(gap, beta).sigmoid_()
+    below = torch.add(gap, 2 * t).mul_(-beta).sigmoid_()  # sigma(-beta (|w| + t))
+    beyond = gap.sign().clamp_min_(0)
+    passed = above - below
+    value = gap.clamp_min_(0).addcmul_(passed, t).mul_(sign)
     above.addcmul_(above, above, value=-1)  # sigma' = sigma (1 - sigma)
     below.addcmul_(below, below, value=-1)
     slope = t * beta
-    d_t = gap.sub_(w.sign().mul_(beyond)).addcmul_(torch.sub(below, above), slope)
+    d_t = passed.sub_(beyond).addcmul_(torch.sub(below, above), slope).mul_(sign)
     d_w = above.add_(below).mul_(slope).add_(beyond)
     return value, d_w, d_t
 
@@ -51,8 +51,9 @@ def soft_threshold(w: Tensor, t: Tensor, beta: float | Tensor) -> Partials:
     Exactly zero within the threshold; survivors are shrunk by t. beta is not used: the function
     has no smooth edge.
     """
-    beyond = w.abs() > t
-    return w - w.clamp(-t, t), beyond.to(w.dtype), w.sign().mul_(beyond).neg_()
+    sign, gap = w.sign(), w.abs().sub_(t)
+    beyond = gap.sign().clamp_min_(0)
+    return gap.clamp_min_(0).mul_(sign), beyond, sign.mul_(beyond).neg_()
 
 
 def sigmoid_gate(w: Tensor, t: Tensor, beta: float | Tensor) -> Partials:

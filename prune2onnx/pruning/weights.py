@@ -34,7 +34,7 @@ from prune2onnx.pruning.selection import Place, checked_weights, prunable_weight
 from prune2onnx.pruning.wrappers import refuse_distributed, unwrapped
 
 
-class _LearnedThreshold(Learned):
+class LearnedThreshold(Learned):
     """The parametrization of one weight: w, t -> w~.
 
     t = scale * softplus(rho), so it is positive whatever the optimizer does to rho. `scale` is the
@@ -115,6 +115,7 @@ class _LearnedThreshold(Learned):
         return (gate * nbytes).sum()
 
     def forward(self, w: Tensor) -> Tensor:
+        """The pruned weight: the function's value in training, hard zeros in evaluation."""
         measure = self.granularity.measure(w)
         sharpness = self.beta / self.scale
         pruned = differentiable(self.function, measure, self.threshold(), sharpness)
@@ -132,19 +133,19 @@ class _LearnedThreshold(Learned):
 class _Site:
     """Where a learned threshold sits: a weight, and each module and attribute that holds it."""
 
-    threshold: _LearnedThreshold
+    threshold: LearnedThreshold
     original: nn.Parameter
     holders: tuple[tuple[nn.Module, str], ...]
 
 
-def _sites(model: nn.Module) -> Iterator[_Site]:
+def learned_sites(model: nn.Module) -> Iterator[_Site]:
     """The learned thresholds of a model, each once, in the order of its modules."""
-    found: dict[int, tuple[_LearnedThreshold, nn.Parameter, list[tuple[nn.Module, str]]]] = {}
+    found: dict[int, tuple[LearnedThreshold, nn.Parameter, list[tuple[nn.Module, str]]]] = {}
     for module in model.modules():
         if not parametrize.is_parametrized(module):
             continue
         for attribute, chain in cast(Any, module).parametrizations.items():
-            if isinstance(chain[0], _LearnedThreshold):
+            if isinstance(chain[0], LearnedThreshold):
                 entry = found.setdefault(id(chain.original), (chain[0], chain.original, []))
                 entry[2].append((module, attribute))
     for threshold, original, holders in found.values():
@@ -230,9 +231,9 @@ def prune(
     for pattern, unit in granularities.items():
         units |= dict.fromkeys(select(names, (pattern,), "granularity"), unit)
 
-    planned: list[tuple[_LearnedThreshold, tuple[Place, ...]]] = []
+    planned: list[tuple[LearnedThreshold, tuple[Place, ...]]] = []
     for name, places in chosen.items():
-        learned = _LearnedThreshold(
+        learned = LearnedThreshold(
             name,
             places[0].value,
             places[0].axis,
@@ -260,7 +261,7 @@ def weigh_by_bits(model: nn.Module) -> None:
     Call it again from time to time, as neighbours change.
     """
     with torch.no_grad():
-        for site in _sites(model):
+        for site in learned_sites(model):
             site.threshold.bits = survivor_bits(site.threshold.alive(site.original))
 
 
@@ -276,7 +277,7 @@ def penalty(model: nn.Module) -> Tensor:
     """
     counts = [
         site.threshold.importance * site.threshold.survivors(site.original)
-        for site in _sites(model)
+        for site in learned_sites(model)
     ]
     if not counts:
         raise Prune2OnnxError(
@@ -311,13 +312,13 @@ def add_gradients(loss: Tensor, model: nn.Module, also: Sequence[Tensor] = ()) -
 
 def thresholds_of(model: nn.Module) -> list[nn.Parameter]:
     """The parameters behind the learned thresholds, for an optimizer group of their own."""
-    return [site.threshold.rho for site in _sites(model)]
+    return [site.threshold.rho for site in learned_sites(model)]
 
 
 def scale_thresholds(model: nn.Module, factor: float) -> None:
     """Multiplies every learned threshold by one factor, in place."""
     with torch.no_grad():
-        for site in _sites(model):
+        for site in learned_sites(model):
             site.threshold.rho.copy_(scaled(site.threshold.rho, factor))
 
 
@@ -331,7 +332,7 @@ def survivors(model: nn.Module) -> Tensor:
     """Number of elements above their thresholds, a scalar on the model's device (no sync)."""
     with torch.no_grad():
         return sum(
-            (site.threshold.alive(site.original).sum() for site in _sites(model)),
+            (site.threshold.alive(site.original).sum() for site in learned_sites(model)),
             start=torch.zeros((), dtype=torch.int64),
         )
 
@@ -351,7 +352,7 @@ def density(model: nn.Module) -> Density:
                 site.original.numel(),
                 float(site.threshold.threshold().mean()),
             )
-            for site in _sites(model)
+            for site in learned_sites(model)
         )
         if not layers:
             weights = {name: places[0].value for name, places in prunable_weights(model).items()}
@@ -375,7 +376,7 @@ def bake(model: nn.Module) -> dict[str, Tensor]:
         Prune2OnnxError: the model has no learned threshold, or is in a DistributedDataParallel.
     """
     refuse_distributed(model, "baked")
-    sites = list(_sites(model))
+    sites = list(learned_sites(model))
     if not sites:
         raise Prune2OnnxError(
             f"{type(model).__name__}: no learned threshold to bake; call prune(model) first"

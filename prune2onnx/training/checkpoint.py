@@ -8,6 +8,8 @@ knows what they mean.
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from prune2onnx.files import write_whole
 _RUNNING = "running"
 _OPTIMIZER = "optimiser"  # first part of the names of its tensors
 _START_AGAIN = "start again with --overwrite"
+_LEAST_SECONDS = 1.0  # between two checkpoints of a phase: about what a kill may cost
 
 
 class Checkpoints:
@@ -36,6 +39,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path | None, accelerator: Accelerator, settings: str) -> None:
         self.folder, self.accelerator, self.settings = folder, accelerator, settings
+        self._next_save = 0.0
 
     def forget(self, phases: tuple[str, ...]) -> None:
         """Removes the checkpoints of an earlier run."""
@@ -60,9 +64,21 @@ class Checkpoints:
         return facts
 
     def save_running(
-        self, phase: str, epoch: int, model: nn.Module, optimizer: Any, facts: dict[str, Any]
+        self,
+        phase: str,
+        epoch: int,
+        model: nn.Module,
+        optimizer: Any,
+        facts: Callable[[], dict[str, Any]],
     ) -> None:
-        """Saves an unfinished phase after an epoch."""
+        """Saves an unfinished phase after an epoch, unless it did less than a second ago.
+
+        Epochs of a small dataset take less time than writing a file. A resumed run ends in the same
+        bytes from wherever it starts.
+        """
+        alone = self.accelerator.num_processes == 1  # several have to decide alike
+        if alone and time.monotonic() < self._next_save:
+            return
         tensors = {f"model/{name}": value for name, value in plain_state(model).items()}
         names = _optimized_names(model, optimizer)
         for index, state in optimizer.state_dict()["state"].items():
@@ -70,7 +86,8 @@ class Checkpoints:
                 f"{_OPTIMIZER}/{names[index]}/{slot}": value.cpu().contiguous()
                 for slot, value in state.items()
             }
-        self._save(_RUNNING, tensors, facts | {"phase": phase, "epoch": epoch})
+        self._save(_RUNNING, tensors, facts() | {"phase": phase, "epoch": epoch})
+        self._next_save = time.monotonic() + _LEAST_SECONDS
 
     def load_running(self, phase: str, model: nn.Module, optimizer: Any) -> dict[str, Any] | None:
         """Restores an unfinished phase; returns its facts, None if it is another one or missing."""

@@ -9,6 +9,7 @@ but checkpoints, on request. Each phase is in `phases`, the training loop in `lo
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -27,6 +28,7 @@ from prune2onnx.pruning import other_parameters, unwrapped
 from prune2onnx.runs.history import Callbacks, Epoch
 from prune2onnx.runs.recipe import PHASES, Recipe
 from prune2onnx.tasks.task import CLASSIFICATION, Task
+from prune2onnx.training.allocator import keep_freed_memory
 from prune2onnx.training.augment import check_images
 from prune2onnx.training.checkpoint import Checkpoints, plain_state
 from prune2onnx.training.denormals import denormals
@@ -35,6 +37,10 @@ from prune2onnx.training.loop import Run
 from prune2onnx.training.model import check_parameters
 from prune2onnx.training.phases import train_phase, warn_of_a_short_phase
 from prune2onnx.training.scoring import check_output, deviation, warn_of_saturation
+from prune2onnx.training.threads import faster, may_choose, threads
+
+THREADS = "threads.json"
+"""The file in a folder of checkpoints with the number of threads."""
 
 # Where the recipe gives no epochs: the steps of a phase, and its fewest epochs.
 _DEFAULT_STEPS = {"dense": 1500, "channels": 2000, "prune": 4000, "tune": 1500, "quantize": 800}
@@ -196,6 +202,8 @@ def fit(
             f"{len(data.train)} training examples for {accelerator.num_processes} processes, "
             "expected at least one for each; start fewer processes"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     recipe = with_epochs(recipe, len(data.train))
@@ -211,6 +219,8 @@ def fit(
     kept = Checkpoints(checkpoints, accelerator, hashlib.sha256(settings.encode()).hexdigest())
     if not resume:
         kept.forget(PHASES)
+        if checkpoints is not None:
+            (checkpoints / THREADS).unlink(missing_ok=True)
     task = task.normalized(deviation(data, task))
     run = Run(data, recipe, accelerator, kept, callbacks or Callbacks(), deployment, task)
     first = "channels" if start == "prune" else start
@@ -218,7 +228,8 @@ def fit(
     if "prune" in phases and recipe.prune.epochs and not recipe.channels.epochs:
         warn_of_a_short_phase(run.course, model, stacklevel=2)
     dense = plain_state(model)
-    with denormals(flushed=True):
+    order = {name: index for index, (name, _) in enumerate(model.named_parameters())}
+    with denormals(flushed=True), threads(_threads(run, model, checkpoints)):
         for phase in phases:
             if not recipe.phase(phase).epochs:
                 continue
@@ -237,6 +248,27 @@ def fit(
         steps=run.state.steps,
         others=sum(other.size for other in other_parameters(model, run.state.pruned)),
     )
+
+
+def _threads(run: Run, model: nn.Module, folder: Path | None) -> int | None:
+    """The number of threads to train with, on a CPU; None: as torch has it.
+
+    It is measured once and kept in the run's folder.
+    """
+    if run.accelerator.device.type != "cpu" or run.accelerator.num_processes > 1:
+        return None
+    kept = None if folder is None else folder / THREADS
+    if kept is not None and kept.exists():
+        return int(json.loads(kept.read_text()))
+    if not may_choose():
+        return None
+    try:
+        count = faster(run.trial_step(model))
+    except (RuntimeError, ValueError):  # training says in which step it fails
+        return None
+    if kept is not None:
+        write_whole(kept, f"{count}\n")
+    return count
 
 
 def _channels_last(model: nn.Module, data: Data, task: Task, device: torch.device) -> None:

@@ -11,27 +11,27 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prune2onnx.data import Data
 from prune2onnx.errors import Prune2OnnxError, one_line
 from prune2onnx.pruning import (
-    add_gradients,
     channel_thresholds_of,
     deep_copy,
+    pressed,
     thresholds_of,
 )
 from prune2onnx.runs.history import Callbacks, Epoch, Step
 from prune2onnx.runs.recipe import Recipe
 from prune2onnx.tasks.metrics import CLASS_ERROR
-from prune2onnx.tasks.structure import described
+from prune2onnx.tasks.structure import described, leaves
 from prune2onnx.tasks.task import CLASSIFICATION, Task
 from prune2onnx.training.augment import augment
 from prune2onnx.training.checkpoint import Checkpoints
@@ -143,6 +143,21 @@ class Run:
         with self.accelerator.autocast():  # the model has its own, the teacher does not
             return self.teacher.loss(x, y, outputs)
 
+    def trial_step(self, model: nn.Module) -> Callable[[], None]:
+        """A forward and a backward pass on a batch, with a copy of the model, to be timed."""
+        trial = self.copied(model).train()
+        inputs, _ = next(iter(loader(self.data.train, [next(iter(self.order("dense", 0)))])))
+        x = on_device(inputs, self.accelerator.device)
+
+        def step() -> None:
+            trial.zero_grad()
+            with self.accelerator.autocast():
+                outputs = outputs_of(trial, x)
+            loss = sum(one.float().square().mean() for one in leaves(outputs))
+            loss.backward()
+
+        return step
+
     def sensitivity(self, model: nn.Module) -> dict[str, Tensor]:
         """Mean squared gradients over some batches: the empirical Fisher information's diagonal."""
         found = {name: torch.zeros_like(model.get_parameter(name)) for name in self.state.pruned}
@@ -165,9 +180,12 @@ class Run:
         return copied
 
     def facts(self) -> dict[str, Any]:
-        """The state, for a checkpoint."""
+        """The state, for a checkpoint; nothing is copied, as `asdict` would the whole history."""
         pressure = self.course.pressure
-        return asdict(self.state) | {"pressure": pressure and pressure.state()}
+        return vars(self.state) | {
+            "history": [vars(epoch) for epoch in self.state.history],
+            "pressure": pressure and pressure.state(),
+        }
 
     def restore(self, facts: dict[str, Any]) -> None:
         """Restores the state from a checkpoint."""
@@ -184,6 +202,12 @@ class Run:
 
     # -- the loop -------------------------------------------------------------------------------
 
+    @property
+    def _is_plain(self) -> bool:
+        """Whether steps need nothing of accelerate: it looks for optional packages in each."""
+        accelerator = self.accelerator
+        return accelerator.distributed_type == DistributedType.NO and accelerator.scaler is None
+
     def train(self, phase: str, model: nn.Module, after_epoch: AfterEpoch) -> None:
         """Trains a model for a phase, from its last checkpoint on."""
         settings: Any = self.recipe.phase(phase)
@@ -193,7 +217,9 @@ class Run:
         if running is not None:
             self.restore(running)
         first = 1 if running is None else running["epoch"] + 1
-        wrapped, optimizer = accelerator.prepare(model, optimizer)
+        wrapped, prepared = accelerator.prepare(model, optimizer)
+        if not self._is_plain:
+            optimizer = prepared
         for epoch in range(first, epochs + 1):
             began = time.perf_counter()
             loss, added = self._epoch(phase, epoch, epochs, wrapped, model, optimizer)
@@ -222,7 +248,7 @@ class Run:
                 penalty=added,
             )
             self.state.history.append(record)
-            self.checkpoints.save_running(phase, epoch, model, optimizer, self.facts())
+            self.checkpoints.save_running(phase, epoch, model, optimizer, self.facts)
             if accelerator.is_main_process:
                 self.callbacks.on_epoch(record)
         accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
@@ -284,17 +310,21 @@ class Run:
         self, model: nn.Module, optimizer: Any, loss: Tensor, progress: float, step: int
     ) -> Tensor:
         """One step on the loss and the penalty; returns [2], the two."""
-        course = self.course
+        course, pressure = self.course, self.course.pressure
         added = torch.zeros_like(loss)
-        if course.pressure:
-            course.weigh(model, step - 1)
-            above = course.excess(model, progress)
-            added = course.pressure.factor(above) * course.regulariser(model)
         optimizer.zero_grad()
-        self.accelerator.backward(loss)
-        if course.pressure:
+        if self._is_plain:
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            self.accelerator.backward(loss)
+        if pressure:
+            course.weigh(model, step - 1)
+            found = pressed(model)
+            above = pressure.above(found.alive, progress)
+            factor = pressure.factor(above)
+            added = factor * found.penalty
             scaler = self.accelerator.scaler
-            add_gradients(added if scaler is None else scaler.scale(added), model)
+            found.add(factor if scaler is None else scaler.scale(factor))
             steadily = [group for group in optimizer.param_groups if group.get("steady")]
             thresholds = [p for group in steadily for p in group["params"]]
             step_with_clamp(optimizer, thresholds, above)

@@ -1,11 +1,11 @@
 """The time of a pruning step against a dense training step, and whether it grows during pruning.
 
-    python tools/step_cost.py [--steps 60] [--epochs 20]
+    python tools/step_cost.py [lenet5 | resnet20] [--threads 2] [--steps 60] [--epochs 20]
 
-LeNet-5, batch 128, 2 threads, random data; the pruning step is that of `fit`, clamp included. First
-both steps are timed interleaved: medians and their ratio. Then a pruning run follows, with rising
-thresholds, and every five epochs its steps are timed again, interleaved with dense ones: weights
-that decay into denormals would make them slower.
+Batch 128, random data; the pruning step is that of `fit`, clamp included. First both steps are
+timed interleaved: medians and their ratio. Then a pruning run follows, with rising thresholds, and
+every five epochs its steps are timed again, interleaved with dense ones: weights that decay into
+denormals would make them slower.
 """
 
 from __future__ import annotations
@@ -18,22 +18,32 @@ import numpy as np
 import torch
 from torch import nn
 
-from prune2onnx import density, penalty, prune
+from prune2onnx import density, prune
 from prune2onnx.callables import load_callable
-from prune2onnx.pruning import survivors, thresholds_of
+from prune2onnx.pruning import pressed, thresholds_of, weigh_by_bits
+from prune2onnx.training.allocator import keep_freed_memory
 from prune2onnx.training.compression.course import step_with_clamp
 
 PRESSURE, DENSITY = 5.0, 0.015
 STEPS_PER_EPOCH = 100
+NETWORKS = {
+    "lenet5": ("models/lenet.py:lenet5", (1, 28, 28)),
+    "resnet20": ("models/resnet_cifar.py:resnet20", (3, 32, 32)),
+}
+"""Name -> its function, and the shape of an example."""
 
 
-def make_step(model: nn.Module, *, pruned: bool, lr: float = 1e-3) -> Callable[[], None]:
+def make_step(
+    model: nn.Module, shape: tuple[int, ...], *, pruned: bool, lr: float = 1e-3
+) -> Callable[[], None]:
     """A training step on one fixed batch."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(128, 1, 28, 28, generator=generator)
+    model.to(memory_format=torch.channels_last)
+    x = torch.rand(128, *shape, generator=generator)
     y = torch.randint(0, 10, (128,), generator=generator)
     if pruned:
-        prune(model, balance=0.5)
+        prune(model, thresholds="channel")
+        weigh_by_bits(model)
     size = density(model).size
     thresholds = thresholds_of(model)
     known = {id(p) for p in thresholds}
@@ -43,15 +53,15 @@ def make_step(model: nn.Module, *, pruned: bool, lr: float = 1e-3) -> Callable[[
 
     def step() -> None:
         loss = nn.functional.cross_entropy(model(x), y)
-        if pruned:
-            above = survivors(model) / (size * DENSITY) - 1
-            loss = loss + PRESSURE / size * (above / 0.25).clamp(0, 1) * penalty(model)
         optimiser.zero_grad()
         loss.backward()
-        if pruned:
-            step_with_clamp(optimiser, thresholds_of(model), above)
-        else:
+        if not pruned:
             optimiser.step()
+            return
+        found = pressed(model)
+        above = found.alive / (size * DENSITY) - 1
+        found.add(PRESSURE / size * (above / 0.25).clamp(0, 1))
+        step_with_clamp(optimiser, thresholds, above)
 
     return step
 
@@ -68,16 +78,20 @@ def interleaved(steps: list[Callable[[], None]], count: int) -> list[float]:
 
 
 @click.command()
+@click.argument("network", type=click.Choice(list(NETWORKS)), default="lenet5")
+@click.option("--threads", default=2)
 @click.option("--steps", default=60)
 @click.option("--epochs", default=20)
-def main(steps: int, epochs: int) -> None:
+def main(network: str, threads: int, steps: int, epochs: int) -> None:
     """Time the steps and print the table."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
-    make = load_callable("models/lenet.py:lenet5")
+    keep_freed_memory()
+    function, shape = NETWORKS[network]
+    make = load_callable(function)
     torch.manual_seed(0)
-    dense = make_step(make(), pruned=False)
-    pruning = make_step(make(), pruned=True)
+    dense = make_step(make(), shape, pruned=False)
+    pruning = make_step(make(), shape, pruned=True)
     interleaved([dense, pruning], 5)
     print("| after | dense step | pruning step | ratio |")
     print("| --- | --- | --- | --- |")

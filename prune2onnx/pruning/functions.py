@@ -88,7 +88,7 @@ class _WithPartials(torch.autograd.Function):
         value, d_w, d_t = function(w, t, beta)
         ctx.save_for_backward(d_w, d_t)
         ctx.t_shape = t.shape
-        return value
+        return laid_out_as(w, value)
 
     @staticmethod
     @once_differentiable
@@ -96,6 +96,18 @@ class _WithPartials(torch.autograd.Function):
         (grad,) = grads
         d_w, d_t = ctx.saved_tensors
         return d_w.mul(grad), d_t.mul(grad).sum_to_size(ctx.t_shape), None, None
+
+
+def laid_out_as(w: Tensor, value: Tensor) -> Tensor:
+    """A tensor computed from w, with w's strides where they differ on axes of one element alone.
+
+    There strides mean nothing, but a convolution of images with one channel goes by them: whether
+    it computes with channels last, as all that follows then does, up to five times as fast.
+    """
+    pairs = zip(w.shape, w.stride(), value.stride(), strict=True)
+    if value.stride() != w.stride() and all(n == 1 or a == b for n, a, b in pairs):
+        return value.as_strided(w.shape, w.stride())
+    return value
 
 
 def differentiable(

@@ -49,7 +49,10 @@ RENAMED = {
 """Settings of version 0.1 -> their names now. The old names still work for one version."""
 
 DENSITY = 0.07
-"""Density of the pruned weights where no budget is given."""
+"""Density of the pruned weights from which the smallest network is looked for."""
+
+LEVELS, FEW_LEVELS = 7, 2
+_FEW_BITS = 0.5  # per weight: to meet such a size with few levels leaves more weights
 
 MACS = 0.5
 """Fraction of the multiply-adds where speed is the goal and no budget is given."""
@@ -66,7 +69,7 @@ class Dense(_Section):
     """Phase 1: ordinary training. Skipped where trained weights are given."""
 
     epochs: int | None = Field(
-        None, ge=1, description="epochs of dense training; default: 1,500 steps, at least 5 epochs"
+        None, ge=1, description="epochs of dense training; default: 1,500 steps, at least 8 epochs"
     )
     lr: float = Field(2e-3, gt=0, description="peak learning rate (Adam)")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (AdamW)")
@@ -105,7 +108,7 @@ class Prune(_Section):
     """Phase 3: weights and thresholds are trained together."""
 
     epochs: int | None = Field(
-        None, ge=1, description="epochs of pruning; default: 4,000 steps, at least 10 epochs"
+        None, ge=1, description="epochs of pruning; default: 3,000 steps, at least 12 epochs"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the weights (Adam)")
     threshold_lr: float = Field(1e-2, gt=0, description="peak learning rate of the thresholds")
@@ -128,7 +131,7 @@ class Prune(_Section):
         "weight", description="unit of pruning: single weights, or whole channels"
     )
     thresholds: Literal["layer", "channel"] = Field(
-        "layer", description="one learned threshold per layer, or per channel"
+        "channel", description="one learned threshold per channel, or per layer"
     )
     beta: float = Field(
         10.0, gt=0, description="sharpness of the pruning function, in 1 / rms of the weight"
@@ -152,7 +155,7 @@ class Tune(_Section):
     """Phase 4: the survivors are fine-tuned under fixed masks."""
 
     epochs: int | None = Field(
-        None, ge=1, description="epochs of tuning; default: 1,500 steps, at least 3 epochs"
+        None, ge=1, description="epochs of tuning; default: 1,000 steps, at least 5 epochs"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate (Adam)")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay (AdamW)")
@@ -164,12 +167,16 @@ class Quantize(_Section):
     epochs: int | None = Field(
         None,
         ge=1,
-        description="epochs of quantization-aware training; default: 800 steps, at least 2 epochs",
+        description="epochs of quantization-aware training; default: 800 steps, at least 5 epochs",
     )
     lr: float = Field(5e-4, gt=0, description="peak learning rate (Adam)")
     scale_lr: float = Field(1e-4, gt=0, description="peak learning rate of the levels' scales")
-    levels: int = Field(
-        7, ge=1, le=127, description="largest level k of a weight: -k ... k times one scale"
+    levels: int | None = Field(
+        None,
+        ge=1,
+        le=127,
+        description="largest level k of a weight: -k ... k times one scale; default: 7, or 2 with "
+        "a target size below half a bit per weight",
     )
     step: Literal["weight", "network"] = Field(
         "weight",
@@ -247,12 +254,12 @@ class Recipe(_Section):
         "smallest file, or the fewest multiply-adds, within it is searched for",
     )
     trials: int = Field(6, ge=1, description="most prunings in a search for max_drop")
-    distill: float = Field(
-        0.0,
+    distill: float | None = Field(
+        None,
         ge=0,
         le=1,
         description="distillation: weight of the dense network's outputs in the loss, against the "
-        "labels, 0-1",
+        "labels, 0-1; default: 1 where outputs are scores of classes, else 0",
     )
     temperature: float = Field(2.0, gt=0, description="temperature of the distillation")
     anonymize: bool = Field(
@@ -316,6 +323,13 @@ class Recipe(_Section):
     tune: Tune = Tune()
     quantize: Quantize = Quantize()
 
+    def largest_level(self, elements: int) -> int:
+        """The largest level of a weight, in a network with so many elements in pruned weights."""
+        if self.quantize.levels is not None:
+            return self.quantize.levels
+        few = self.target_size is not None and 8 * self.target_size < _FEW_BITS * elements
+        return FEW_LEVELS if few else LEVELS
+
     @property
     def first_phase(self) -> str:
         """The phase in which training starts."""
@@ -350,6 +364,12 @@ class Recipe(_Section):
     def allowed_drop(self, dense: float) -> float | None:
         """How much worse than the dense network's a metric may be, in its unit."""
         return None if self.max_drop is None else absolute(self.max_drop, dense)
+
+    @property
+    def has_no_budget(self) -> bool:
+        """Whether only accuracy limits how small a network gets."""
+        targets = (self.target_size, self.target_density, self.target_macs, self.max_drop)
+        return self.goal == "size" and all(target is None for target in targets)
 
     @property
     def searches(self) -> bool:

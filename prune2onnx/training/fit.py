@@ -43,8 +43,8 @@ THREADS = "threads.json"
 """The file in a folder of checkpoints with the number of threads."""
 
 # Where the recipe gives no epochs: the steps of a phase, and its fewest epochs.
-_DEFAULT_STEPS = {"dense": 1500, "channels": 2000, "prune": 4000, "tune": 1500, "quantize": 800}
-_FEWEST_EPOCHS = {"dense": 5, "channels": 6, "prune": 10, "tune": 3, "quantize": 2}
+_DEFAULT_STEPS = {"dense": 1500, "channels": 2000, "prune": 3000, "tune": 1000, "quantize": 800}
+_FEWEST_EPOCHS = {"dense": 8, "channels": 6, "prune": 12, "tune": 5, "quantize": 5}
 
 
 @dataclass(frozen=True)

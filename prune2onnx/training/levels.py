@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.pruning.computed import parametrize_own, unparametrize_own
+from prune2onnx.pruning.functions import laid_out_as
 from prune2onnx.pruning.learned import Learned
 from prune2onnx.pruning.rate import survivor_bits
 from prune2onnx.pruning.wrappers import refuse_distributed, unwrapped
@@ -42,7 +43,7 @@ class _Round(torch.autograd.Function):
         levels = steps.round().clamp_(-largest, largest).mul_(alive).add_(0.0)  # no -0
         ctx.save_for_backward(steps, levels, alive)
         ctx.largest = largest
-        return levels * scale
+        return laid_out_as(w, levels * scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -88,6 +88,8 @@ class Run:
             example=self.example,
             error=self.error,
             slack=lambda: self.recipe.quantize.slack * self.task.metric.point(self.dense_value),
+            drop=lambda model: self.task.metric.drop(self.dense_value, self.value(model)),
+            noise=self.noise,
             sensitivity=self.sensitivity,
             copied=self.copied,
         )
@@ -115,6 +117,16 @@ class Run:
     def value(self, model: nn.Module) -> float:
         """The task's metric on the validation split: for classification, percent of errors."""
         return next(iter(self._evaluate(model)[0].values()))
+
+    def noise(self) -> float:
+        """One standard error of the dense network's metric on the validation split.
+
+        Of a rate of errors; of another metric, whose spread is not known, its small tolerance.
+        """
+        if self.task.metric != CLASS_ERROR.quantity:
+            return self.task.metric.point(self.dense_value)
+        rate = self.dense_value / 100
+        return 100 * math.sqrt(rate * (1 - rate) / len(self.data.validation))
 
     def example(self) -> Any:
         """The inputs of a batch of two."""

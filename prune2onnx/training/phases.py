@@ -68,6 +68,10 @@ _REACH = {"channels": 32.0, "prune": 2.0}
 """Thresholds may be scaled by at most this factor at the end, or by its inverse."""
 _HALVINGS = 12
 
+FALL, RISE = 0.8, 1.15
+"""Of the density, while the accuracy loss is within its limit, or over it."""
+_SPARSEST = 0.005  # of the densities that are tried where no budget is given
+
 Finish = Callable[[], object]
 
 
@@ -266,8 +270,25 @@ def _scale(model: nn.Module, factor: float) -> None:
 
 
 def _aim(course: Course, model: nn.Module, progress: float) -> None:
-    if progress > _MEASURE_FROM * course.recipe.prune.ramp:
+    if progress <= _MEASURE_FROM * course.recipe.prune.ramp or not course.is_due("prune", progress):
+        return
+    if course.recipe.has_no_budget and course.deployment is not None:
+        _follow_metric(course, model)
+    else:
         aim(course, model)
+
+
+def _follow_metric(course: Course, model: nn.Module) -> None:
+    """Without a budget, the density falls as long as the metric is within noise of the dense one.
+
+    What is within it while the learning rate is high is so after tuning, too.
+    """
+    assert course.pressure is not None  # it is the phase that prunes
+    left = course.density(model)
+    over = course.drop(model) > course.noise()
+    goal = left * RISE if over else min(course.pressure.goal, left * FALL)
+    course.pressure.goal = min(1.0, max(goal, _SPARSEST))
+    course.state.goal = min(1.0, course.pressure.goal / MARGIN["prune"])
 
 
 # -- tune ---------------------------------------------------------------------------------------
@@ -346,7 +367,7 @@ def _quantize_in_place(course: Course, model: nn.Module) -> Finish:
     """
     folded = course.fold(course.copied(model))
     norms: dict[str, Norm] = {}
-    chosen = dict.fromkeys(course.state.pruned, course.recipe.quantize.levels)
+    chosen = dict.fromkeys(course.state.pruned, course.recipe.largest_level(course.state.size))
     places = prunable_weights(model)
     for norm_name, layer in folded.items():
         place = places[f"{layer}.weight"][0]
@@ -371,7 +392,7 @@ def _evaluates(layer: nn.Module, _: object) -> None:
 
 
 def _keep_budget(course: Course, model: nn.Module, progress: float) -> None:
-    if _KEEP_FROM <= progress < 1:
+    if _KEEP_FROM <= progress < 1 and course.is_due("quantize", progress):
         meet_budget(course, model, 1.0)
 
 

@@ -100,9 +100,9 @@ def deployed_with_scales(
 def put_on_recipe_levels(course: Course, model: nn.Module, names: Iterable[str]) -> None:
     """Puts parameters on the recipe's numbers of levels: weights on few, biases on more."""
     settings = course.recipe.quantize
+    few = course.recipe.largest_level(course.state.size)
     largest = {
-        name: settings.levels if name in course.state.pruned else settings.small_levels
-        for name in names
+        name: few if name in course.state.pruned else settings.small_levels for name in names
     }
     if settings.step == "network":
         put_on_levels(model, largest, common=True)

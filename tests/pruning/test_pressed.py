@@ -55,3 +55,14 @@ def test_frozen_weights_get_no_gradient_and_zeros_are_not_moved():
     assert model[2].parametrizations.weight.original.grad is None
     assert not model[4].parametrizations.weight.original.grad[0].any()
     assert model[4].parametrizations.weight.original.grad[1].any()
+
+
+def test_a_convolution_of_one_channel_keeps_its_layout():
+    model = nn.Conv2d(1, 4, 3).to(memory_format=torch.channels_last)
+    strides = model.weight.stride()
+    output = model(torch.ones(2, 1, 8, 8)).stride()
+    prune(model, thresholds="channel")
+    assert model.weight.stride() == strides
+    assert model(torch.ones(2, 1, 8, 8)).stride() == output
+    model(torch.ones(2, 1, 8, 8)).sum().backward()
+    assert model.parametrizations.weight.original.grad is not None

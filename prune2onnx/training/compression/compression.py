@@ -25,7 +25,14 @@ from prune2onnx.pruning import Learned, add_gradients, checked_weights, deep_cop
 from prune2onnx.pruning.channel_groups import original
 from prune2onnx.runs.defaults import FileOptions
 from prune2onnx.runs.recipe import resolve
-from prune2onnx.training.compression.course import Course, State, one_cycle, steady, step_with_clamp
+from prune2onnx.training.compression.course import (
+    MEASURES,
+    Course,
+    State,
+    one_cycle,
+    steady,
+    step_with_clamp,
+)
 from prune2onnx.training.compression.plain_names import use_plain_names
 from prune2onnx.training.compression.plan import Progress, planned
 from prune2onnx.training.compression.processes import (
@@ -39,7 +46,8 @@ from prune2onnx.training.denormals import denormals
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.export import DynamicShapes, ExportOptions
 from prune2onnx.training.model import on_device
-from prune2onnx.training.phases import IN_PLACE, warn_of_a_short_phase
+from prune2onnx.training.phases import FALL, IN_PLACE, RISE, warn_of_a_short_phase
+from prune2onnx.training.pressure import too_short
 from prune2onnx.training.size_budget import (
     as_numbers,
     deployed_with_scales,
@@ -47,11 +55,7 @@ from prune2onnx.training.size_budget import (
     use_budget,
 )
 
-_MEASURES = 20
-"""Times in a phase that the file is measured, or the network evaluated, to correct the course."""
-
 _MEMORY = 0.98  # of the squared gradients: about the last 50 steps
-_FALL, _RISE = 0.8, 1.15  # of the density, while the accuracy loss is within its limit, or over it
 _SMALL_LEVELS = 127  # of biases: no data are seen here that would say how coarse they may be
 
 
@@ -218,7 +222,7 @@ class Compression:
         self._done += 1
         steps = self._plan[name]
         if self._step < steps:
-            every = max(1, steps // _MEASURES)
+            every = max(1, steps // MEASURES)
             if self._step % every == 0:
                 self._measure()
         elif self._at + 1 < len(self._plan):
@@ -404,7 +408,7 @@ class Compression:
             drop = self._error() - self._dense_error
             left = self.course.density(self.model)
             over = drop > self._max_drop
-            goal = left * _RISE if over else min(pressure.goal, left * _FALL)
+            goal = left * RISE if over else min(pressure.goal, left * FALL)
             self.course.state.goal = pressure.goal = min(1.0, goal)
             return
         IN_PLACE[self.phase].after_epoch(self.course, self.model, self._progress())

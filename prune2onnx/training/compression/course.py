@@ -29,6 +29,9 @@ from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.fold import fold_batch_norm, has_batch_norm
 from prune2onnx.training.pressure import Pressure
 
+MEASURES = 20
+"""Times in a phase that the file is measured, or the network evaluated, to correct the course."""
+
 WEIGH_EVERY = 100  # steps between updates of the bytes that survivors take
 WARM_UP = 0.1  # fraction of a phase over which the learning rate rises
 
@@ -54,6 +57,10 @@ class State:
     history: list[Epoch] = field(default_factory=list)
 
 
+def _unknown(_: nn.Module) -> float:
+    return math.nan
+
+
 @dataclass(eq=False)
 class Course:
     """Settings and state of a compression, and functions that answer its phases.
@@ -66,6 +73,8 @@ class Course:
         example: gives a batch of inputs on the device.
         error: of a model, on data that were not trained on; less is better.
         slack: gives how much larger the error may get where biases are stored coarsely.
+        drop: how much worse a model is than the dense one, in the unit of the task's metric.
+        noise: gives how much of that chance alone explains.
         sensitivity: mean squared gradients of the pruned weights, by name, for a model.
         copied: a copy of the model that shares nothing, without mixed precision.
         in_place: whether the model's layers have to stay, as an optimizer that phases do not make
@@ -83,6 +92,8 @@ class Course:
     error: Callable[[nn.Module], float]
     slack: Callable[[], float]
     sensitivity: Callable[[nn.Module], dict[str, Tensor]]
+    drop: Callable[[nn.Module], float] = _unknown
+    noise: Callable[[], float] = lambda: 0.0
     copied: Callable[[nn.Module], nn.Module] = deep_copy
     in_place: bool = False
     meets: bool = True
@@ -99,6 +110,17 @@ class Course:
             self._pairs = fold_batch_norm(model, self.example())
             return self._pairs
         return fold_batch_norm(model, None, self._pairs)
+
+    def is_due(self, phase: str, progress: float) -> bool:
+        """Whether to measure after an epoch, which ended at this fraction of the phase.
+
+        Where epochs are short, not after each.
+        """
+        settings: Any = self.recipe.phase(phase)
+        before = progress - 1 / settings.epochs if settings.epochs else 0.0
+        # a small part of an epoch, for fractions such as 0.1 + 0.2
+        tick = 1e-9
+        return math.floor(MEASURES * progress + tick) > math.floor(MEASURES * before + tick)
 
     def excess(self, model: nn.Module, progress: float) -> Tensor:
         """Excess of what is left over what is wanted at a fraction of the phase: 0.1 is 10 %."""
@@ -151,6 +173,9 @@ def step_with_clamp(optimizer: Any, thresholds: list[Tensor], above: Tensor) -> 
         thresholds: the parameters behind them.
         above: excess of survivors; positive where more is left than wanted.
     """
+    if above.device.type == "cpu" and float(above) > 0:  # where looking at it is free
+        optimizer.step()
+        return
     before = [threshold.detach().clone() for threshold in thresholds]
     optimizer.step()
     with torch.no_grad():

@@ -259,7 +259,7 @@ class Recipe(_Section):
         ge=0,
         le=1,
         description="distillation: weight of the dense network's outputs in the loss, against the "
-        "labels, 0-1; default: 1 where outputs are scores of classes, else 0",
+        "labels, 0-1; default: its accuracy in classification, else 0",
     )
     temperature: float = Field(2.0, gt=0, description="temperature of the distillation")
     anonymize: bool = Field(

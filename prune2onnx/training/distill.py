@@ -32,7 +32,7 @@ class Teacher:
         self.model = deep_copy(model).eval().requires_grad_(False)
         self.task, self.temperature = task, recipe.temperature
         # a task without targets has nothing else to learn from
-        self.weight = 1.0 if task.targets == "outputs" else _weight(recipe, task)
+        self.weight = 1.0 if task.targets == "outputs" else recipe.distill or 0.0
 
     def loss(self, x: Any, y: Any, outputs: Any) -> Tensor:
         """Mean loss of a batch, a scalar.
@@ -57,14 +57,3 @@ class Teacher:
             loss = loss + (1 - self.weight) * self.task.loss(outputs, y)
         return loss
 
-
-def _weight(recipe: Recipe, task: Task) -> float:
-    """The recipe's weight; by default all where the teacher says more than a label does.
-
-    That is which other classes an example resembles. A network that was pruned before training
-    began is no teacher.
-    """
-    if recipe.distill is not None:
-        return recipe.distill
-    pruned = recipe.first_phase == "tune" and recipe.teacher is None
-    return 1.0 if task.softened and not pruned else 0.0

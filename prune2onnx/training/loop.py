@@ -109,6 +109,10 @@ class Run:
         """Sets the dense network to learn from and to compare with."""
         self.teacher = Teacher(dense, self.recipe, self.task)
         self.dense_value = self.value(self.teacher.model)
+        pruned = self.recipe.first_phase == "tune" and self.recipe.teacher is None
+        if self.recipe.distill is None and self.task is CLASSIFICATION and not pruned:
+            # as far as it can be trusted: one that was hardly trained has less to say than labels
+            self.teacher.weight = 1 - self.dense_value / 100
 
     def error(self, model: nn.Module) -> float:
         """The task's metric on the validation split, with the sign that makes less of it better."""
@@ -125,8 +129,9 @@ class Run:
         """
         if self.task.metric != CLASS_ERROR.quantity:
             return self.task.metric.point(self.dense_value)
-        rate = self.dense_value / 100
-        return 100 * math.sqrt(rate * (1 - rate) / len(self.data.validation))
+        examples = len(self.data.validation)
+        rate = max(self.dense_value / 100, 1 / examples)  # as no error seen does not mean none
+        return 100 * math.sqrt(rate * (1 - rate) / examples)
 
     def example(self) -> Any:
         """The inputs of a batch of two."""

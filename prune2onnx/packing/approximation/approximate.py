@@ -23,6 +23,7 @@ from onnx import ModelProto
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.packing.approximation.subject import Approximation, Subject, check_limits
+from prune2onnx.packing.calibration.means import Means
 
 _CORRECTIONS = 3  # codes whose errors cancel take a little more bits than estimated
 _LEAST_BITS, _FIRST_BITS, _MOST_BITS = 0.5, 5.0, 33.0  # of a search; more keeps every weight
@@ -69,7 +70,7 @@ def approximate(
     if bits is None and max_rel_error is None and prune is None:
         raise RecipeError("nothing to do: give bits, a fraction to prune or a relative error")
     check_limits(bits=bits, error=max_rel_error)
-    subject = Subject(model, prune, on_grids)
+    subject = _subject(model, prune, on_grids)
     if bits is not None:
         target = bits
         made = subject.rounded(subject.within(target))
@@ -82,6 +83,13 @@ def approximate(
     if max_rel_error is not None:
         return subject.rounded_each(max_rel_error)
     return subject.result({}, halve=0.0)
+
+
+def _subject(model: ModelProto, prune: float | None, on_grids: Collection[str]) -> Subject:
+    """A model whose biases make up for what is known to shift."""
+    subject = Subject(model, prune, on_grids)
+    subject.shifts = Means(subject).shifts
+    return subject
 
 
 def search(
@@ -123,7 +131,7 @@ def search(
     check_limits(error=limit)
     if evaluations < 2:
         raise RecipeError(f"{evaluations} evaluations, expected 2 or more")
-    subject = Subject(model, prune, on_grids)
+    subject = _subject(model, prune, on_grids)
 
     tried: list[Approximation] = []
 

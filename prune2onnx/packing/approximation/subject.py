@@ -130,8 +130,16 @@ def check_limits(
         raise RecipeError(f"a relative error of {error}, expected a number above 0, such as 0.01")
 
 
+Shifts = Callable[[Mapping[str, Written]], Mapping[str, NDArray[Any]]]
+"""Weights that change -> biases that make up for it, by name."""
+
+
 class Subject:
     """A model that is being approximated: its weights, pruned, with their candidate encodings.
+
+    Attributes:
+        importance: of each weight's error, relative to that of others.
+        shifts: what biases become when weights are rounded; they stay unless it is set.
 
     Args:
         model: unpacked and normalized.
@@ -172,6 +180,7 @@ class Subject:
         if prune:
             self.weights = _pruned(self.weights, prune)
         self.importance = dict.fromkeys(self.weights, 1.0)
+        self.shifts: Shifts = lambda written: {}
 
     # Choosing
 
@@ -262,7 +271,7 @@ class Subject:
         """The model with all weights in the chosen encodings."""
         written = {name: weight.write(chosen[name]) for name, weight in self.weights.items()}
         hows = {name: candidate.how for name, candidate in chosen.items()}
-        return self.result(written, hows, halve=halve)
+        return self.result(written, hows, halve=halve, changed=self.shifts(written))
 
     def rounded_each(self, limit: float) -> Approximation:
         """The model with each weight in the fewest bits that keep its own error within the limit.
@@ -279,7 +288,7 @@ class Subject:
                 if _distance(made.array, weight.array) <= allowed:
                     written[name], hows[name] = made, candidate.how
                     break
-        return self.result(written, hows, halve=limit)
+        return self.result(written, hows, halve=limit, changed=self.shifts(written))
 
     def result(
         self,
@@ -303,12 +312,12 @@ class Subject:
         touched = bits = 0.0
         for tensor in model.graph.initializer:
             name, role = tensor.name, self.roles[tensor.name]
-            if not role.kind:
+            if not role.kind and name not in changed:
                 nbytes = tensor_nbytes(tensor)
                 shape = tuple(tensor.dims)
                 rows.append(Approximated(name, shape, "kept", role.reason, -1, 0.0, nbytes))
                 continue
-            original = self.arrays[name]
+            original = self.arrays[name] if name in self.arrays else array_of(tensor)
             new = changed.get(name, original)
             how, nbits = "kept", 8.0 * original.nbytes
             if name in self.weights:
@@ -325,6 +334,8 @@ class Subject:
                 bits += nbits - CALL_BITS
             elif (half := _halved(new, role.kind, halve)) is not None:
                 new, how, nbits = half, "float16", 4.0 * original.nbytes
+            elif name in changed:
+                how = "shifted"
             if new is not original:
                 replace_values(tensor, new)
             zero = 0 if role.zero_point is None else role.zero_point

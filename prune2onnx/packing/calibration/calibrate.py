@@ -183,7 +183,7 @@ class Calibration:
                 current[layer.name] = _with(tensors[layer.name], made.written.array)
                 if bias is not None:
                     first = array_of(tensors[layer.bias])
-                    biases[layer.bias] = (first + bias.reshape(first.shape)).astype(first.dtype)
+                    biases[layer.bias] = layer.with_bias(first, bias)
                     current[layer.bias] = _with(tensors[layer.bias], biases[layer.bias])
                 done += layer.weight.array.nbytes
                 self._progress(layer.name, done, total)

@@ -62,10 +62,11 @@ class Layer:
         weight: as its readers see it, with a layout; integers without their scale.
         uses: who reads it, in the order of the graph.
         groups: groups of inputs and outputs that have nothing to do with each other.
-        bias: initializer that is added to its outputs, one for each; "" where there is none of its
-            own.
+        bias: initializer that is added to its outputs, one for each, or is the mean that a
+            BatchNormalization takes from them; "" where there is none of its own.
         order: [elements] place in `stored` of each element of `weight`; None where it is its own.
         scale: [rows] of an integer weight, what each of its rows is multiplied with.
+        is_mean: whether its bias is a mean.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Layer:
     bias: str = ""
     order: NDArray[np.int64] | None = None
     scale: NDArray[np.float64] | None = None
+    is_mean: bool = False
 
     @property
     def is_table(self) -> bool:
@@ -146,6 +148,12 @@ class Layer:
         found[self.order] = array.reshape(-1)
         return found.reshape(self.stored.array.shape)
 
+    def with_bias(self, bias: NDArray[Any], change: NDArray[np.float64]) -> NDArray[Any]:
+        """The bias with which each output becomes larger by `change`, in the bias's type."""
+        change = change.reshape(bias.shape)
+        made: NDArray[Any] = (bias - change if self.is_mean else bias + change).astype(bias.dtype)
+        return made
+
     @property
     def has_channel_steps(self) -> bool:
         """Whether each of its outputs may have a step of its own."""
@@ -196,8 +204,10 @@ class _Finder:
             groups.add(known[1])
         if len(groups) > 1:
             return None
-        biases = {self._bias(end, len(weight.rows), len(ends)) for end in ends}
-        bias = biases.pop() if len(biases) == 1 and all(use.rows for use in uses) else ""
+        biases = {self._bias(end, weight, len(ends)) for end in ends}
+        if len(biases) > 1 or not all(use.rows for use in uses):
+            biases = {("", False)}
+        bias, is_mean = biases.pop()
         order = None if seen.order is None else seen.order.reshape(-1)
         scale = None
         if stored.role.zero_point is not None:
@@ -209,7 +219,7 @@ class _Finder:
             scale = every[:, 0, 0].astype(np.float64)
         elif weight.array.dtype.kind != "f" and weight.array.dtype.name != "bfloat16":
             return None
-        return Layer(name, stored, weight, tuple(uses), groups.pop(), bias, order, scale)
+        return Layer(name, stored, weight, tuple(uses), groups.pop(), bias, order, scale, is_mean)
 
     def _use(self, end: Reader, weight: Weight) -> tuple[Use, int] | None:
         node = end.node
@@ -225,18 +235,34 @@ class _Finder:
             return None  # both are stored
         return Use(source, path, end.at, end.number, found.rows), found.groups
 
-    def _bias(self, end: Reader, outputs: int, uses: int) -> str:
-        """The initializer that is added to nothing but the outputs of so many nodes."""
-        node = end.node
+    def _bias(self, end: Reader, weight: Weight, uses: int) -> tuple[str, bool]:
+        """The initializer that shifts nothing but the outputs of so many nodes; is it a mean?"""
+        node, outputs = end.node, len(weight.rows)
         key: Key = ((), "")
-        if node.op_type in ("Conv", "Gemm"):
-            plain = node.op_type == "Conv" or attribute(node, "beta", 1.0) == 1.0
-            key = end.key(node.input[2] if len(node.input) > 2 and plain else "")
-        elif node.op_type == "MatMul" and (made := (end.path, node.output[0])):
-            readers = self._readers.of[made] if made not in self._readers.taken else []
-            if len(readers) == 1 and readers[0].node.op_type == "Add":
-                key = readers[0].key(readers[0].node.input[1 - readers[0].index])
-        return key[1] if self._is_own(key, outputs, uses) else ""
+        is_mean = False
+        if node.op_type in ("Conv", "Gemm") and len(node.input) > 2:
+            if node.op_type != "Gemm" or attribute(node, "beta", 1.0) == 1.0:
+                key = end.key(node.input[2])
+        elif node.op_type in ("Conv", "Gemm", "MatMul"):
+            key, is_mean = self._shift_behind(end, outputs, weight.array.ndim)
+        return (key[1], is_mean) if self._is_own(key, outputs, uses) else ("", False)
+
+    def _shift_behind(self, end: Reader, outputs: int, rank: int) -> tuple[Key, bool]:
+        """What the only reader of a node's outputs adds to them, one for each; is it a mean?"""
+        made = (end.path, end.node.output[0])
+        readers = self._readers.of[made] if made not in self._readers.taken else []
+        if len(readers) != 1:
+            return ((), ""), False
+        reader, node = readers[0], readers[0].node
+        if node.op_type == "BatchNormalization" and not attribute(node, "training_mode", 0):
+            return (reader.key(node.input[3]), True) if reader.index == 0 else (((), ""), False)
+        if node.op_type != "Add":
+            return ((), ""), False
+        key = reader.key(node.input[1 - reader.index])
+        tensor = self._readers.stored.get(key)
+        dims = [] if tensor is None else list(tensor.dims)
+        behind = [outputs] + [1] * (rank - 2 if end.node.op_type == "Conv" else 0)
+        return (key if dims[-len(behind) :] == behind else ((), "")), False
 
     def _is_own(self, key: Key, outputs: int, uses: int) -> bool:
         tensor = self._readers.stored.get(key)

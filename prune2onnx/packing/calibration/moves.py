@@ -104,7 +104,7 @@ class Moves:
             if way is not None:
                 return Seen(None, self._scale(way))
             order = self._order(key)
-        except _Unknown:
+        except (_Unknown, IndexError, ValueError):  # the latter where shapes do not fit
             return None
         size = self._weight.array.size
         if order.size != size or (np.bincount(order.reshape(-1), minlength=size) != 1).any():

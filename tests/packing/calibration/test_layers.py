@@ -138,6 +138,36 @@ def test_a_bias_is_known_where_it_is_the_layers_own():
     assert [layer.bias for layer in layers_of(Subject(made, None))] == ["b", ""]
 
 
+@pytest.mark.parametrize(
+    ("behind", "shape", "bias"),
+    [
+        (("Add", ["c", "b"]), (6, 1, 1), "b"),
+        (("Add", ["b", "c"]), (1, 6, 1, 1), "b"),
+        (("Add", ["c", "b"]), (6,), ""),  # along a row of each channel
+        (("Mul", ["c", "b"]), (6, 1, 1), ""),
+        (("BatchNormalization", ["c", "v", "v", "b", "v"]), (6,), "b"),
+    ],
+)
+def test_what_follows_a_convolution_may_be_its_bias(behind, shape, bias):
+    op, names = behind
+    nodes = [helper.make_node("Conv", ["x", "w"], ["c"]), helper.make_node(op, names, ["y"])]
+    weights = {"w": normal(6, 8, 3, 3), "b": normal(*shape), "v": np.abs(normal(6)) + 0.1}
+    used = {name: weights[name] for name in weights if name in {"w", *names}}
+    x = normal(1, 8, 8, 8)
+    made = networks.model(nodes, used, {"x": x.shape}, {"y": None})
+    (layer,) = layers_of(Subject(made, None))
+    assert layer.bias == bias and layer.is_mean == (op == "BatchNormalization")
+    if bias:
+        more = normal(6).astype(np.float64)
+        shifted = networks.model(
+            nodes, used | {"b": layer.with_bias(used["b"], more)}, {"x": x.shape}, {"y": None}
+        )
+        (first,), (second,) = (run_all(one, [{"x": x}])[0] for one in (made, shifted))
+        factor = 1 if op == "Add" else np.sqrt(used["v"] / (1 + 1e-5 / used["v"]))
+        want = np.broadcast_to((factor * more)[:, None, None], first.shape[1:])
+        np.testing.assert_allclose((second - first)[0], want, rtol=1e-3, atol=1e-4)
+
+
 def test_the_bias_of_a_constant_node_is_left_alone():
     small = numpy_helper.from_array(normal(4), "small")
     nodes = [

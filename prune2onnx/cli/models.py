@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prune2onnx.cli.options import (
-    Channels,
     Fraction,
     GroupedCommand,
     Pruned,
     Size,
+    Zeros,
     choice_of,
     input_options,
     input_options_of,
@@ -32,6 +32,7 @@ from prune2onnx.cli.output import (
     weights_progress,
 )
 from prune2onnx.cli.tables import curve_table, layers_table, shrink_table
+from prune2onnx.files import keep_inputs
 from prune2onnx.runs.defaults import MAX_DROP, MAX_REL_ERROR, Int8Options, PackOptions
 from prune2onnx.shrinking.structure import BLOCK
 
@@ -94,7 +95,8 @@ _external = click.option(
     "--prune",
     type=Pruned(),
     help="lossy: fraction of the weights to make zero, 0 to 1; with --data also N:M, N of M "
-    "neighbours stay, or channels:F, which removes whole channels and neurons, F of the weights",
+    "neighbours stay; RxC:F, in blocks of R outputs and C inputs; or channels:F, which removes "
+    "whole channels and neurons, F of the weights",
 )
 @click.option(
     "--max-rel-error",
@@ -124,6 +126,13 @@ _external = click.option(
 @click.option(
     "--curve", is_flag=True, help="with --data: also try other sizes, and show the errors of each"
 )
+@click.option(
+    "--report",
+    "page",
+    type=_PATH,
+    metavar="PAGE.html",
+    help="write a web page, too: bytes and error of each weight, budgets, and the curve",
+)
 @input_options
 @_external
 @click.option("--json", "as_json", is_flag=True, help="print the weights as JSON on stdout")
@@ -139,13 +148,14 @@ def pack(
     portable: bool,
     bits: float | None,
     compute: Any,
-    prune: float | tuple[int, int] | Channels | None,
+    prune: Zeros | None,
     max_rel_error: float | None,
     target_size: int | None,
     max_error: float | None,
     max_drop: float | None,
     examples: int,
     curve: bool,
+    page: Path | None,
     data: str | None,
     input_shapes: tuple[str, ...],
     tokenizer: Path | None,
@@ -174,9 +184,6 @@ def pack(
         strip=strip,
         shrink=shrink,
         bits=bits,
-        prune=prune if isinstance(prune, float) else None,
-        pattern=prune if isinstance(prune, tuple) else None,
-        channels=prune.fraction if isinstance(prune, Channels) else None,
         max_rel_error=max_rel_error,
         target_size=target_size,
         max_error=max_error,
@@ -188,11 +195,16 @@ def pack(
         anonymize=anonymize,
         portable=portable,
         compute=compute,
+        **vars(prune or Zeros()),
     )
     if (target is None) == (output is None):
         raise click.UsageError("give OUT once, behind IN or with -o")
     target = target or output
     assert target is not None
+    if page is not None:
+        if source.is_dir():
+            raise click.UsageError("--report is for a file; a folder gets a README.md with figures")
+        keep_inputs([source, target], [page])
     if source.is_dir():
         _pack_folder(source, target, options, as_json)
         return
@@ -203,13 +215,39 @@ def pack(
     nbytes = file_nbytes(target)
     print_weights(result.rows, target, nbytes, as_json, result.errors, **_facts(result))
     _show_rest(result, target, as_json)
+    if page is not None:
+        _write_report(page, source, target, result)
     must_meet(result.missed, target, "give a larger budget, or more --examples")
+
+
+def _write_report(page: Path, source: Path, target: Path, result: PackResult) -> None:
+    from prune2onnx.files import write_whole
+    from prune2onnx.graph.file import file_nbytes
+    from prune2onnx.runs.pages.packed import Packed, packed_page
+
+    packed = Packed(
+        source.name,
+        target.name,
+        result.nbytes_before,
+        file_nbytes(target),
+        rows=result.rows,
+        errors=result.errors,
+        hows=result.hows,
+        goals=result.goals,
+        curve=result.curve,
+        notes=result.notes,
+        load=str(result.load or ""),
+        warning=result.warning,
+    )
+    write_whole(page, packed_page(packed))
+    say(f"{page}: the figures as a page")
 
 
 def _facts(result: PackResult) -> dict[str, Any]:
     """What JSON has of a packed file, beside its weights."""
     return {
         "before": result.nbytes_before,
+        "hows": result.hows or None,
         "notes": result.notes,
         "load": result.load and result.load.to_dict(),
         "load_warning": result.warning or None,

@@ -27,6 +27,7 @@ from prune2onnx.runs.recipe import PHASES, RENAMED, settings
 
 _BYTES = TypeAdapter(ByteSize)
 _CHANNELS = "channels:"
+_LARGEST = 128  # side of a block
 
 
 class Size(click.ParamType[int]):
@@ -59,32 +60,52 @@ class Fraction(click.ParamType[float]):
 
 
 @dataclass(frozen=True)
-class Channels:
-    """A fraction of the weights that goes with whole channels."""
+class Zeros:
+    """What --prune asks for: the attributes of `PackOptions`."""
 
-    fraction: float
+    prune: float | None = None
+    pattern: tuple[int, int] | None = None
+    blocks: tuple[int, int] | None = None
+    channels: float | None = None
 
 
-class Pruned(click.ParamType[float | tuple[int, int] | Channels]):
-    """A fraction that becomes zero, N:M, of which N stay, or channels: 0.5, 2:4, channels:0.5."""
+class Pruned(click.ParamType[Zeros]):
+    """A fraction that becomes zero, in blocks, N:M, of which N stay, or channels.
 
-    name = "fraction|n:m|channels:fraction"
+    So 0.5, 4x1:0.5, 2:4 or channels:0.5.
+    """
+
+    name = "fraction|n:m|rxc:fraction|channels:fraction"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float | tuple[int, int] | Channels:
-        """Reads the number, the pair, or the number of channels."""
-        if str(value).startswith(_CHANNELS):
-            fraction = Fraction().convert(str(value).removeprefix(_CHANNELS), param, ctx)
+    ) -> Zeros:
+        """Reads a fraction of anything, or a pair."""
+        if isinstance(value, Zeros):
+            return value
+        text = str(value)
+        if text.startswith(_CHANNELS):
+            fraction = Fraction().convert(text.removeprefix(_CHANNELS), param, ctx)
             if not 0 < fraction < 1:
                 self.fail(f"{value!r}: expected 0 < F < 1, such as channels:0.5", param, ctx)
-            return Channels(fraction)
-        if ":" not in str(value):
-            return Fraction().convert(value, param, ctx)
-        n, _, m = str(value).partition(":")
+            return Zeros(channels=fraction)
+        if block := re.fullmatch(r"(\d+)x(\d+):(.*)", text):
+            rows, columns = int(block[1]), int(block[2])
+            fraction = Fraction().convert(block[3], param, ctx)
+            if not (0 < rows <= _LARGEST and 0 < columns <= _LARGEST and 0 < fraction < 1):
+                self.fail(
+                    f"{value!r}: expected blocks of R outputs by C inputs, 1 to {_LARGEST} each, "
+                    "and 0 < F < 1, such as 4x1:0.5",
+                    param,
+                    ctx,
+                )
+            return Zeros(fraction, blocks=(rows, columns))
+        if ":" not in text:
+            return Zeros(Fraction().convert(value, param, ctx))
+        n, _, m = text.partition(":")
         if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m) <= 64):
             self.fail(f"{value!r}: expected N of M neighbours that stay, such as 2:4", param, ctx)
-        return int(n), int(m)
+        return Zeros(pattern=(int(n), int(m)))
 
 
 class Integers(click.ParamType[tuple[int, ...]]):

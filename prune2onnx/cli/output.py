@@ -70,13 +70,16 @@ def weights_json(
     file: Path,
     nbytes: int,
     errors: Mapping[str, float] | None = None,
+    *,
+    hows: Mapping[str, str] | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """What `print_weights` prints as JSON."""
+    """What `print_weights` prints as JSON; `hows`: how each weight has changed."""
     weights = [row.to_dict() for row in rows]
     for weight in weights:
-        if weight["name"] in (errors or {}):
-            weight["relative_error"] = (errors or {})[weight["name"]]
+        for key, known in (("relative_error", errors), ("how", hows)):
+            if weight["name"] in (known or {}):
+                weight[key] = (known or {})[weight["name"]]
     known = {key: value for key, value in facts.items() if value is not None}
     return {"file": str(file), "nbytes": nbytes, **known, "weights": weights}
 

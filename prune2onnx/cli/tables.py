@@ -11,11 +11,10 @@ from rich.text import Text
 from prune2onnx.errors import printable
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.front import Front, Point, over_seeds
-from prune2onnx.runs.report import Report, bytes_text
+from prune2onnx.runs.report import CurvePoint, Report, bytes_text
 from prune2onnx.tasks.quantity import ERROR, PERCENT, Quantity
 
 if TYPE_CHECKING:  # these import onnxruntime and data sets, which only some verbs need
-    from prune2onnx.commands.lossy import CurvePoint
     from prune2onnx.commands.quantize import QuantizeResult
     from prune2onnx.commands.shrink import ShrinkResult
     from prune2onnx.runtime.benchmark import Benchmark, Timing

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from onnx import ModelProto
@@ -27,7 +26,7 @@ from prune2onnx.packing.compute.narrow import Narrowed
 from prune2onnx.packing.pack import Progress
 from prune2onnx.packing.quantized import Quantized
 from prune2onnx.runs.defaults import PackOptions
-from prune2onnx.runs.report import Goal
+from prune2onnx.runs.report import CurvePoint, Goal
 from prune2onnx.runtime.calibration import CalibrationData
 from prune2onnx.runtime.compare import output_error, run_all
 from prune2onnx.runtime.inputs import Inputs
@@ -41,27 +40,6 @@ _CURVE = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0)
 """Octaves from the slope that was chosen, for a curve of size against error."""
 
 
-@dataclass(frozen=True)
-class CurvePoint:
-    """One size on a curve.
-
-    Attributes:
-        nbytes: of the file.
-        error: relative error of the outputs on held-out examples.
-        drop: points of error that it adds there; None without labels.
-        is_chosen: whether this is the file that was written.
-    """
-
-    nbytes: int
-    error: float
-    drop: float | None
-    is_chosen: bool
-
-    def to_dict(self) -> dict[str, Any]:
-        """The point as JSON has it."""
-        return asdict(self)
-
-
 @dataclass(frozen=True, eq=False)
 class Lossy:
     """A model with other weights.
@@ -72,6 +50,8 @@ class Lossy:
         notes: what was done, in words.
         errors: by weight: relative error of its layer's outputs on examples; without examples, of
             the weight.
+        hows: by weight: how it changed, such as "calibrated grid", "float16", "pruned", or, of a
+            bias that makes up for others, "shifted".
         goals: one for each budget.
         curve: sizes and errors, from small to large.
     """
@@ -80,6 +60,7 @@ class Lossy:
     quantized: Mapping[str, Quantized]
     notes: tuple[str, ...]
     errors: Mapping[str, float]
+    hows: Mapping[str, str]
     goals: tuple[Goal, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
 
@@ -119,12 +100,14 @@ def changed(
 
 def _require_no_examples(options: PackOptions) -> None:
     """Without data nothing can be held out, so that some budgets cannot be kept."""
+    blocks = "x".join(map(str, options.blocks or ()))
     asked = {
         "--target-size": options.target_size,
         "--max-error": options.max_error,
         "--max-drop": options.max_drop,
         "--curve": options.curve or None,
         f"--prune {':'.join(map(str, options.pattern or ()))}": options.pattern,
+        f"--prune {blocks}:{options.prune or 0:g}": options.blocks,
         f"--prune channels:{options.channels or 0:g}": options.channels,
     }
     for name, value in asked.items():
@@ -164,7 +147,7 @@ def _approximated(
         )
         if evaluate is not None:
             made = replace(made, output_error=evaluate(computing.model_of(made)))
-    return Lossy(made.model, made.quantized, made.notes, _errors(made))
+    return Lossy(made.model, made.quantized, made.notes, _errors(made), _hows(made))
 
 
 def _errors(made: Approximation) -> dict[str, float]:
@@ -174,6 +157,10 @@ def _errors(made: Approximation) -> dict[str, float]:
     }
 
 
+def _hows(made: Approximation) -> dict[str, str]:
+    return {row.name: row.how for row in made.rows if row.how != "kept"}
+
+
 def calibrate(
     model: ModelProto,
     batches: Sequence[Inputs],
@@ -181,6 +168,7 @@ def calibrate(
     *,
     bits: float | None = None,
     prune: float | tuple[int, int] | None = None,
+    blocks: tuple[int, int] | None = None,
     channels: float | None = None,
     max_error: float | None = None,
 ) -> Lossy:
@@ -194,6 +182,7 @@ def calibrate(
         held_out: others, on which outputs are compared with the model's own.
         bits: of each weight on average, 1 to 8.
         prune: fraction of the weights to make zero, or (n, m): n of m neighbours stay.
+        blocks: outputs and inputs whose weights become zero together, with a fraction.
         channels: fraction of the weights that goes first, with whole channels and neurons.
         max_error: largest relative error of the outputs on `held_out`.
 
@@ -205,6 +194,7 @@ def calibrate(
         bits=bits,
         prune=None if isinstance(prune, tuple) else prune,
         pattern=prune if isinstance(prune, tuple) else None,
+        blocks=blocks,
         channels=channels,
         max_error=max_error,
     )
@@ -268,7 +258,13 @@ class _Calibrated:
                 "reads them is not known, or no example reaches it"
             )
         return Lossy(
-            made.model, made.quantized, tuple(notes), _errors(made), self._goals(best), curve
+            made.model,
+            made.quantized,
+            tuple(notes),
+            _errors(made),
+            _hows(made),
+            self._goals(best),
+            curve,
         )
 
     def _check(self) -> None:
@@ -294,7 +290,7 @@ class _Calibrated:
         fraction = self.options.prune or 0.0
         if self.options.pattern is not None:
             fraction = 1 - self.options.pattern[0] / self.options.pattern[1]
-        return self._measured(Pattern(fraction, self.options.pattern))
+        return self._measured(Pattern(fraction, self.options.pattern, blocks=self.options.blocks))
 
     def _measured(self, pattern: Pattern) -> Calibration:
         found = Calibration(

@@ -14,7 +14,7 @@ from pathlib import Path
 from onnx import ModelProto
 
 from prune2onnx.commands.computing import Computing
-from prune2onnx.commands.lossy import CurvePoint, Lossy, changed
+from prune2onnx.commands.lossy import Lossy, changed
 from prune2onnx.commands.source import read
 from prune2onnx.errors import RecipeError
 from prune2onnx.files import scratch
@@ -30,7 +30,7 @@ from prune2onnx.packing.load_cost import UNPACK, Prediction, lighter
 from prune2onnx.packing.pack import Load, Progress, pack_normalized
 from prune2onnx.packing.rows import WeightRow
 from prune2onnx.runs.defaults import PackOptions
-from prune2onnx.runs.report import Goal
+from prune2onnx.runs.report import CurvePoint, Goal
 from prune2onnx.runtime.calibration import CalibrationData
 from prune2onnx.runtime.compare import compared
 from prune2onnx.runtime.memory import BASE_NBYTES, require
@@ -62,6 +62,7 @@ class PackResult:
         goals: one for each budget: a size, an error of the outputs, an accuracy loss.
         curve: as of `commands.lossy.Lossy`.
         errors: the same; empty where nothing is lost.
+        hows: the same.
         layers: what each matrix computes in; empty unless it was asked for.
     """
 
@@ -74,6 +75,7 @@ class PackResult:
     goals: tuple[Goal, ...] = ()
     curve: tuple[CurvePoint, ...] = ()
     errors: Mapping[str, float] = field(default_factory=dict)
+    hows: Mapping[str, str] = field(default_factory=dict)
     layers: tuple[Layer, ...] = ()
 
     @property
@@ -158,7 +160,9 @@ def pack_file(
             notes.append("packing would not make the file smaller; its weights stay dense")
         notes += _size_notes(result, rows, given.nbytes, options.strip)
         files = save(result, target, options.external, source=source)
-    lost = (made.goals, made.curve, made.errors) if made is not None else ((), (), {})
+    lost = (
+        (made.goals, made.curve, made.errors, made.hows) if made is not None else ((), (), {}, {})
+    )
     warning = "" if load is None else load.warning(_advice(load, rows, options.load))
     return PackResult(rows, tuple(notes), given.nbytes, files, load, warning, *lost, form.layers)
 

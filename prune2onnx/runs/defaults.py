@@ -47,6 +47,8 @@ class PackOptions:
         bits: lossy: bits per weight, 1 to 8.
         prune: lossy: fraction of the weights that become zero.
         pattern: lossy: (n, m): n of m neighbouring weights stay; with data.
+        blocks: neighbouring outputs and inputs whose weights become zero together; with `prune`
+            and data.
         channels: lossy: fraction of the weights that goes with whole channels; with data.
         max_rel_error: lossy: largest relative error of each weight, or, with `data`, of outputs.
         target_size: lossy: most bytes of the file; with data.
@@ -68,6 +70,7 @@ class PackOptions:
     bits: float | None = None
     prune: float | None = None
     pattern: tuple[int, int] | None = None
+    blocks: tuple[int, int] | None = None
     channels: float | None = None
     max_rel_error: float | None = None
     target_size: int | None = None

@@ -323,6 +323,27 @@ class Report:
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
 
 
+@dataclass(frozen=True)
+class CurvePoint:
+    """One size on a curve.
+
+    Attributes:
+        nbytes: of the file.
+        error: relative error of the outputs on held-out examples.
+        drop: points of error that it adds there; None without labels.
+        is_chosen: whether this is the file that was written.
+    """
+
+    nbytes: int
+    error: float
+    drop: float | None
+    is_chosen: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """The point as JSON has it."""
+        return asdict(self)
+
+
 def bytes_text(count: float) -> str:
     """A number of bytes as people read it: '512 B', '6.1 kB', '1.7 MB'."""
     if count < 1000:

@@ -343,6 +343,7 @@ def test_a_curve_shows_other_sizes(tmp_path):
         ({"max_error": 0.1}, "--max-error needs examples"),
         ({"max_drop": 0.1}, "--max-drop needs examples"),
         ({"pattern": (2, 4)}, "--prune 2:4 needs examples"),
+        ({"prune": 0.5, "blocks": (4, 1)}, "--prune 4x1:0.5 needs examples"),
         ({"channels": 0.3}, "--prune channels:0.3 needs examples"),
         ({"channels": 1.3, "data": "inputs"}, "expected 0 <= D < 1"),
         ({"max_drop": 0.1, "data": "inputs"}, "limit the error of the outputs by --max-error"),

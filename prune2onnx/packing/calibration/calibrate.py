@@ -48,7 +48,7 @@ from prune2onnx.packing.calibration.rounding import (
     step_for,
 )
 from prune2onnx.packing.calibration.walk import Run, Values, Walk
-from prune2onnx.packing.calibration.zeros import Pattern, chosen_in
+from prune2onnx.packing.calibration.zeros import Pattern
 from prune2onnx.packing.compute.codes import each_input, in_blocks
 from prune2onnx.packing.pack import Progress
 from prune2onnx.shrinking.costs import structure
@@ -303,14 +303,14 @@ class Calibration:
         power: float,
         slope: float | None,
     ) -> Made:
-        factors = [Factor.of(one, in_order=self._pattern.keep is not None) for one in hessian]
+        factors = [Factor.of(one, in_order=self._pattern.has_neighbours) for one in hessian]
         stay: list[NDArray[np.bool_] | None] = [None] * layer.groups
         values = [one.astype(np.float32) for one in target]
         if self._pattern.fraction:
             fraction = self._fractions.get(layer.name, 0.0)
             for group, factor in enumerate(factors):
-                chosen = chosen_in(target[group], factor, fraction, self._pattern.keep)
-                values[group], found = pruned(target[group], factor, chosen)
+                chosen = self._pattern.chosen_in(target[group], factor, fraction)
+                values[group], found = pruned(target[group], factor, chosen, self._pattern.together)
                 stay[group] = found
                 values[group] = refit(target[group], hessian[group], values[group], found)
         elif layer.name in self._inputs:
@@ -465,8 +465,7 @@ class Calibration:
         inverse = np.linalg.inv(found.damped(PRUNING))
         effect = np.square(first) / np.diagonal(inverse, axis1=1, axis2=2)[:, :, None]
         scale = self._subject.importance[layer.name] / power if power > 0 else 0.0
-        found_effects: NDArray[np.float32] = (effect * scale).astype(np.float32).reshape(-1)
-        return found_effects
+        return self._pattern.shared((effect * scale).astype(np.float32)).reshape(-1)
 
 
 def _sums(layer: Layer, use: Use, now: Walk, original: Walk) -> Sums | None:

@@ -146,7 +146,7 @@ def _widest(bounds: Bounds) -> int:
 
 
 def pruned(
-    target: NDArray[np.floating], factor: Factor, chosen: Chosen, block: int = 2 * _BLOCK
+    target: NDArray[np.floating], factor: Factor, chosen: Chosen, block: int
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """The weights with zeros, and others that compensate for them.
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from prune2onnx.runs.front import Front
 from prune2onnx.runs.history import Epoch
+from prune2onnx.runs.report import CurvePoint
 from prune2onnx.tasks.quantity import ERROR, Quantity
 
 COLOURS = 6
@@ -347,6 +348,41 @@ def _numbers(array: NDArray[Any]) -> NDArray[np.float64]:
     return values[np.isfinite(values)]
 
 
+def draw_sizes(name: str, points: Sequence[CurvePoint]) -> str:
+    """The error of the outputs against file size, from small to large; what was written is filled.
+
+    Both axes are logarithmic, unless an error is 0.
+    """
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        sizes = [point.nbytes for point in points]
+        errors = [point.error for point in points]
+        axes.plot(sizes, errors, color=_SOFT, linewidth=1)
+        for size, error, point in zip(sizes, errors, points, strict=True):
+            filled = _LINES[1] if point.is_chosen else "none"
+            edge = _LINES[1] if point.is_chosen else _LINES[0]
+            axes.scatter(size, error, s=36, facecolors=filled, edgecolors=edge, zorder=2)
+        _log(axes, errors)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g} %")
+        _log_sizes(axes)
+        axes.grid(True)
+
+    alt = "Relative error of the outputs against file size, for each size that was tried"
+    return _svg(name, alt, (_WIDTH, 2.8), draw)
+
+
+def _log_sizes(axes: Any) -> None:
+    """A logarithmic x axis of kilobytes."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter(lambda nbytes, _: f"{nbytes / 1000:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("file (kB, log scale)")
+
+
 def draw_front(name: str, front: Front, marked: str = "") -> str:
     """The test metric against file size for a sweep's runs, for a page; `marked` gets a ring."""
     alt = f"Test {escape(front.metric.name)} against file size for each run of the sweep"
@@ -379,7 +415,6 @@ def front_picture(front: Front) -> bytes:
 def _fill_front(front: Front, figure: Any, marked: str = "") -> None:
     """Draws the test metric against file size (log axis); the run named `marked` gets a ring."""
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     axes = figure.subplots()
     seeds = sorted({point.seed for point in front.points})
@@ -395,11 +430,7 @@ def _fill_front(front: Front, figure: Any, marked: str = "") -> None:
         axes.scatter(point.nbytes, point.error, s=42, facecolors=filled, edgecolors=colour)
         if point.name == marked:
             axes.scatter(point.nbytes, point.error, s=150, facecolors="none", edgecolors=_GREY)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter(lambda nbytes, _: f"{nbytes / 1000:g}")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("file (kB, log scale)")
+    _log_sizes(axes)
     unit = f" ({front.metric.unit})" if front.metric.unit else ""
     axes.set_ylabel(f"test {front.metric.name}{unit}", parse_math=False)
     axes.grid(True)

@@ -7,8 +7,6 @@ the files and `charts` draws; nothing is trained or measured here.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import shlex
 from collections.abc import Sequence
@@ -45,12 +43,12 @@ from prune2onnx.runs.pages.charts import (
     phases,
     weights_of,
 )
+from prune2onnx.runs.pages.rendering import MINUS, rendered, signed
 from prune2onnx.runs.recipe import MACS
 from prune2onnx.runs.report import Goal, Paired, Report, bytes_text
 from prune2onnx.tasks.quantity import ERROR, PERCENT, Quantity
 
 _MOST_HISTOGRAMS = 40  # about 7 kB each: a page should open at once
-_MINUS = "\N{MINUS SIGN}"
 _GOALS = {
     "size": "fewest bytes",
     "latency": "shortest inference",
@@ -140,39 +138,15 @@ def page_of(directory: Path) -> str:
     if not directory.is_dir():
         raise RecipeError(f"{directory}: no such folder; expected that of a run or of a sweep")
     if (directory / REPORT).is_file():
-        return _rendered("run.html.j2", _run_facts(read_run(directory)))
+        return rendered("run.html.j2", _run_facts(read_run(directory)))
     if (directory / FRONT).is_file():
-        return _rendered("sweep.html.j2", _sweep_facts(read_front(directory), directory))
+        return rendered("sweep.html.j2", _sweep_facts(read_front(directory), directory))
     if (directory / RECIPE).is_file():
         read_run(directory)  # raises an error with advice
     raise RecipeError(
         f"{directory}: neither {REPORT} nor {FRONT} in it; expected the folder of a run "
         "(prune2onnx compress) or of a sweep (prune2onnx sweep)"
     )
-
-
-def _rendered(template: str, facts: dict[str, Any]) -> str:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(
-        loader=PackageLoader("prune2onnx.runs.pages"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["svg"] = Markup  # our own drawings, in which foreign text is escaped
-    environment.filters["percent"] = _percent
-    environment.filters["signed"] = _signed
-    environment.filters["size"] = bytes_text
-    assert environment.loader is not None
-    script = environment.loader.get_source(environment, "page.js")[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    # Only this script may run, and nothing may be fetched, even if some text is not escaped.
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
-    return environment.get_template(template).render(facts, script=Markup(script), policy=policy)
 
 
 def _run_facts(run: Run) -> dict[str, Any]:
@@ -256,7 +230,7 @@ def _verdict(report: Report) -> str:
     if before is None or after is None:
         return f"{smaller}; the error was not measured"
     if metric == ERROR:
-        return f"{smaller}, at {_signed(after - before)} points of test error"
+        return f"{smaller}, at {signed(after - before)} points of test error"
     return (
         f"{smaller}, at a test {metric.name} of {metric.text(after)}, dense {metric.text(before)}"
     )
@@ -278,7 +252,7 @@ def _paired_text(paired: Paired) -> str:
         f"Of the same {paired.examples:,} test examples, only the dense network gets "
         f"{paired.only_dense:,} right, only the compressed one {paired.only_compressed:,}, both "
         f"{paired.both:,}, neither {paired.neither:,}. With 95 % confidence, the added error lies "
-        f"between {_signed(low)} and {_signed(high)} points"
+        f"between {signed(low)} and {signed(high)} points"
     )
     if low > 0:
         return f"{text}: the compressed network is worse, by no more than that."
@@ -288,7 +262,7 @@ def _paired_text(paired: Paired) -> str:
 
 
 def _budget(goal: Goal) -> _Budget:
-    reached = goal.text(goal.reached).replace("-", _MINUS)
+    reached = goal.text(goal.reached).replace("-", MINUS)
     what = _BUDGETS.get(goal.what, goal.what)
     if goal.what == "drop" and goal.metric != ERROR:
         what = f"how much worse the validation {goal.metric.name} is"
@@ -311,7 +285,7 @@ def _lines(report: Report) -> list[_Line]:
         change = _change(metric, before, after)
         if report.paired is not None:
             low, high = report.paired.interval
-            change += f" (95 %: {_signed(low)} to {_signed(high)})"
+            change += f" (95 %: {signed(low)} to {signed(high)})"
         lines += [_Line(f"Test {metric.name}", metric.text(before), metric.text(after), change)]
     lines += [
         _Line(f"Test {name}", f"{a.metrics[name]:.4g}", f"{b.metrics[name]:.4g}")
@@ -332,7 +306,7 @@ def _lines(report: Report) -> list[_Line]:
             change = f"{y / x:.2f} of dense" if x > 0 else ""
             lines += [_Line(f"Latency, {what}, batch 1", f"{x:.3f} ms", f"{y:.3f} ms", change)]
     if a.load_ms is not None and b.load_ms is not None:
-        change = f"{_signed(b.load_ms - a.load_ms, 1)} ms, once a session"
+        change = f"{signed(b.load_ms - a.load_ms, 1)} ms, once a session"
         lines += [_Line("Load time", f"{a.load_ms:.1f} ms", f"{b.load_ms:.1f} ms", change)]
     if a.load_cpu_ms is not None and b.load_cpu_ms is not None:
         x, y = a.load_cpu_ms, b.load_cpu_ms
@@ -340,7 +314,7 @@ def _lines(report: Report) -> list[_Line]:
         lines += [_Line("CPU time of a load", f"{x:.1f} ms", f"{y:.1f} ms", change)]
     if a.peak_rss_bytes is not None and b.peak_rss_bytes is not None:
         x, y = a.peak_rss_bytes, b.peak_rss_bytes
-        sign = "+" if y >= x else _MINUS
+        sign = "+" if y >= x else MINUS
         part = f", {y / x:.2f} of dense" if x > 0 else ""
         change = f"{sign}{bytes_text(abs(y - x))}{part}; both hold the runtime"
         lines += [_Line("Peak memory of a load", bytes_text(x), bytes_text(y), change)]
@@ -350,7 +324,7 @@ def _lines(report: Report) -> list[_Line]:
 def _change(metric: Quantity, before: float, after: float) -> str:
     """A difference in words: '+0.31 points'."""
     unit = "points" if metric.unit == PERCENT else metric.unit
-    return f"{metric.change(before, after)} {unit}".rstrip().replace("-", _MINUS)
+    return f"{metric.change(before, after)} {unit}".rstrip().replace("-", MINUS)
 
 
 def _stages(run: Run) -> list[Stage]:
@@ -468,15 +442,3 @@ def _recipe_text(recipe: dict[str, Any], prefix: str = "") -> list[tuple[str, st
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             found += [(f"{prefix}{name}", text)]
     return found
-
-
-def _signed(value: float, digits: int = 2) -> str:
-    """A number with its sign; a rounded zero has ±."""
-    text = f"{abs(value):.{digits}f}"
-    if not text.strip("0."):
-        return f"±{text}"
-    return f"{_MINUS if value < 0 else '+'}{text}"
-
-
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.2f} %"

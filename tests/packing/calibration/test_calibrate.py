@@ -30,7 +30,7 @@ def test_less_error_than_without_examples_for_equal_bits():
     made = subject.at(subject.slope(3))
     without = approximate(model, bits=made.bits)
     assert made.bits < 4 and error(made.model) < 0.6 * error(without.model)
-    assert {row.how for row in made.rows} == {"calibrated grid", "kept", "float16"}
+    assert {row.how for row in made.rows} == {"calibrated grid", "shifted", "float16"}
 
 
 def test_what_is_made_is_deterministic_and_has_codes():
@@ -110,6 +110,26 @@ def test_two_of_four_neighbours_stay():
     (weight,) = (t for t in made.model.graph.initializer if t.name == "c.w")
     array = np.frombuffer(weight.raw_data, np.float32).reshape(32, -1, 4)
     assert ((array != 0).sum(2) <= 2).all() and (array != 0).mean() > 0.45
+
+
+@pytest.mark.parametrize("blocks", [(4, 1), (1, 4), (3, 8)])
+def test_blocks_become_zero_as_a_whole(blocks):
+    model = convnet()
+    error = output_error(model, HELD)
+    made = calibrated(model, Pattern(0.5, blocks=blocks), None)
+    (weight,) = (t for t in made.model.graph.initializer if t.name == "c.w")
+    array = np.frombuffer(weight.raw_data, np.float32).reshape(32, -1)
+    outputs, inputs = blocks
+    whole = array[: 32 // outputs * outputs, : array.shape[1] // inputs * inputs]
+    parts = whole.reshape(32 // outputs, outputs, -1, inputs).swapaxes(1, 2)
+    counts = (parts != 0).sum((2, 3))
+    assert np.isin(counts, [0, outputs * inputs]).all() and (counts == 0).any()
+    own = [row for row in made.rows if len(row.shape) > 1]
+    assert sum(row.nnz for row in own) / sum(row.size for row in own) == pytest.approx(
+        0.5, abs=0.05
+    )
+    alone = error(calibrated(model, Pattern(0.5), None).model)
+    assert alone < error(made.model) < 0.9
 
 
 def test_tables_recurrent_layers_and_attention():

@@ -90,7 +90,7 @@ def test_zeros_where_they_matter_least():
     def chosen(inside, effect):
         return effect > np.median(effect)
 
-    found, stay = pruned(target, factor, chosen)
+    found, stay = pruned(target, factor, chosen, 128)
     assert stay.mean() == pytest.approx(0.5) and np.array_equal(found != 0, stay)
     assert error(found, target, moments) < 0.5 * error(target * half, target, moments)
 

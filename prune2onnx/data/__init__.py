@@ -109,6 +109,8 @@ def load_data(
             "thresholds and checkpoints are chosen on it"
         )
     tokens = 0
+    train: Any
+    test: Any
     if spec.partition(":")[0] == TEXT:
         test = None
         train, tokens = read_text(spec.partition(":")[2], task, tokenizer, length)

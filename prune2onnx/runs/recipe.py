@@ -328,7 +328,8 @@ class Recipe(_Section):
         if self.quantize.levels is not None:
             return self.quantize.levels
         few = self.target_size is not None and 8 * self.target_size < _FEW_BITS * elements
-        return FEW_LEVELS if few else LEVELS
+        most = FEW_LEVELS if few else LEVELS
+        return min(most, _INT4) if self.compute == "int4" else most
 
     @property
     def first_phase(self) -> str:
@@ -414,7 +415,7 @@ class Recipe(_Section):
     def _is_consistent(self) -> Self:
         if self.start in ("prune", "tune") and not self._is_trained:
             raise ValueError(f"start is {self.start!r}, which needs weights; give --weights")
-        if self.compute == "int4" and self.quantize.levels > _INT4:
+        if self.compute == "int4" and (self.quantize.levels or 0) > _INT4:
             raise ValueError(
                 f"compute int4 has levels -{_INT4} ... {_INT4}, and quantize.levels is "
                 f"{self.quantize.levels}; give at most {_INT4}, or compute int8"

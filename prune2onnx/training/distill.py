@@ -56,4 +56,3 @@ class Teacher:
         if self.weight < 1:
             loss = loss + (1 - self.weight) * self.task.loss(outputs, y)
         return loss
-

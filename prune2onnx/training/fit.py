@@ -228,7 +228,6 @@ def fit(
     if "prune" in phases and recipe.prune.epochs and not recipe.channels.epochs:
         warn_of_a_short_phase(run.course, model, stacklevel=2)
     dense = plain_state(model)
-    order = {name: index for index, (name, _) in enumerate(model.named_parameters())}
     with denormals(flushed=True), threads(_threads(run, model, checkpoints)):
         for phase in phases:
             if not recipe.phase(phase).epochs:

@@ -47,7 +47,6 @@ from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.export import DynamicShapes, ExportOptions
 from prune2onnx.training.model import on_device
 from prune2onnx.training.phases import FALL, IN_PLACE, RISE, warn_of_a_short_phase
-from prune2onnx.training.pressure import too_short
 from prune2onnx.training.size_budget import (
     as_numbers,
     deployed_with_scales,

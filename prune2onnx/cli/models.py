@@ -96,7 +96,7 @@ _external = click.option(
     type=Pruned(),
     help="lossy: fraction of the weights to make zero, 0 to 1; with --data also N:M, N of M "
     "neighbours stay; RxC:F, in blocks of R outputs and C inputs; or channels:F, which removes "
-    "whole channels and neurons, F of the weights",
+    "whole channels, neurons and attention heads, F of the weights",
 )
 @click.option(
     "--max-rel-error",

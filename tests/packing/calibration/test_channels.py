@@ -56,6 +56,44 @@ def test_neurons_that_others_can_replace_go_without_an_error():
     assert output_error(model, batches[4:])(mute) > 0.3
 
 
+def heads_alike():
+    """Attention of four heads of four places, of which the first two do the same."""
+    rng = np.random.default_rng(0)
+    weights = {}
+    for name in ("q", "k", "v"):
+        array = rng.normal(size=(16, 16))
+        array[:, 4:8] = array[:, :4] + rng.normal(0, 1e-4, (16, 4))
+        weights[name] = np.float32(array)
+    weights |= {"o": np.float32(rng.normal(size=(16, 16)))}
+    weights |= {"split": np.array([0, 0, 4, 4]), "join": np.array([0, 0, 16])}
+    nodes = []
+    for name, turned in (("q", (0, 2, 1, 3)), ("k", (0, 2, 3, 1)), ("v", (0, 2, 1, 3))):
+        nodes += [
+            helper.make_node("MatMul", ["x", name], [f"{name}1"]),
+            helper.make_node("Reshape", [f"{name}1", "split"], [f"{name}2"]),
+            helper.make_node("Transpose", [f"{name}2"], [f"{name}3"], perm=turned),
+        ]
+    nodes += [
+        helper.make_node("MatMul", ["q3", "k3"], ["s"]),
+        helper.make_node("Softmax", ["s"], ["p"], axis=-1),
+        helper.make_node("MatMul", ["p", "v3"], ["h"]),
+        helper.make_node("Transpose", ["h"], ["t"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["t", "join"], ["r"]),
+        helper.make_node("MatMul", ["r", "o"], ["y"]),
+    ]
+    return networks.model(nodes, weights, {"x": ["N", 10, 16]}, {"y": ["N", 10, 16]})
+
+
+def test_a_head_that_another_one_can_replace_goes_without_an_error():
+    model = heads_alike()
+    x = np.random.default_rng(1).normal(size=(6, 40, 10, 16)).astype(np.float32)
+    batches = [{"x": part} for part in x]
+    made = calibrate(model, batches[:4], batches[4:], channels=0.2)
+    found = shapes(made.model)
+    assert [found[name] for name in "qkvo"] == [(16, 12)] * 3 + [(12, 16)]
+    assert output_error(model, batches[4:])(made.model) < 0.02
+
+
 def test_channels_of_convolutions_go_in_blocks_and_what_reads_them_is_refit():
     model = convnet()
     made = Calibration(model, BATCHES, run_all, pattern=Pattern(channels=0.4)).at(None)

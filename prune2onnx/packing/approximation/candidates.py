@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prune2onnx.packing.approximation.roles import Role
-from prune2onnx.packing.approximation.rounding import Metric, grid_codes, k_means
+from prune2onnx.packing.approximation.rounding import Metric, Sorted, grid_codes, k_means
 from prune2onnx.packing.codecs.weight import entropy_bits
 from prune2onnx.packing.compute.codes import BLOCK
 from prune2onnx.packing.quantized import MOST_STEPS, Quantized
@@ -96,38 +96,32 @@ class Weight:
         if size > _SAMPLE:
             picked = np.sort(np.random.default_rng(0).choice(size, _SAMPLE, replace=False))
         sample = self.rows.reshape(-1)[picked]
-        row = picked // self.rows[0].size
         total = _power(sample)
         # With less power, steps would be denormal; an all-zero weight is small already.
         if not total > 1e-60 * size:
             return tuple(found)
-        low, high = (self._picked(bound, picked) for bound in self._bounds)
 
-        def add(how: str, parameter: int, bits: float, values: NDArray[Any]) -> None:
-            error = _power(values - sample) / total
+        def add(how: str, parameter: int, bits: float, error: float) -> None:
+            error /= total
             if error <= _WORST:  # it is infinite where values overflowed
                 found.append(Candidate(how, parameter, bits, error))
 
-        for how, parameter in self._grids():
+        times = size / sample.size
+        for how, parameter, counts, error in self._on_grids(sample, picked):
             steps = self._steps(how, parameter)
-            step = steps[row]
-            codes = grid_codes(
-                (sample / step).reshape(-1, 1, 1), *self._multiples(low, high, parameter)
-            )
-            flat = codes.reshape(-1)
-            bits = self._coded_bits(flat, self._book_bits(flat, steps), size / sample.size)
-            add(how, parameter, bits, flat * step)
+            bits = CALL_BITS + entropy_bits(counts[counts > 0]) * times
+            add(how, parameter, bits + self._book_bits(np.count_nonzero(counts), steps), error)
         if self.only_grids:
             return _pareto(found)
         if self.role.kind != "integer":
             for levels in _LEVELS:
                 clustered = k_means(sample, levels)
                 book = 8.0 * self.array.itemsize * levels
-                bits = self._coded_bits(clustered.codes, book, size / sample.size)
-                add("codebook", levels, bits, clustered.dense())
+                bits = self._coded_bits(clustered.codes, book, times)
+                add("codebook", levels, bits, _power(clustered.dense() - sample))
         if self.array.dtype == np.float32:
             for how, rounded in _ROUNDED.items():
-                add(how, 0, _stored_bits(rounded(self.array)), rounded(sample))
+                add(how, 0, _stored_bits(rounded(self.array)), _power(rounded(sample) - sample))
         return _pareto(found)
 
     def write(self, candidate: Candidate, *, diffuse: bool = True) -> Written:
@@ -165,7 +159,7 @@ class Weight:
             parameter: the step of an integer weight.
         """
         array, dtype = self.array, self.array.dtype
-        bits = self._coded_bits(codes, self._book_bits(codes, steps), 1)
+        bits = self._coded_bits(codes, self._book_bits(np.unique(codes).size, steps), 1)
         whole = self.unfolded(codes)
         if self.role.zero_point is not None:
             values = self.role.zero_point + whole.astype(np.int64) * parameter
@@ -286,6 +280,34 @@ class Weight:
         if self.array.dtype == np.float32 and layout is not None and layout.groups == 1:
             yield from (("channel grid", index) for index in indices)
 
+    def _on_grids(
+        self, sample: NDArray[np.float32], picked: NDArray[np.int64]
+    ) -> Iterator[tuple[str, int, NDArray[np.int64], float]]:
+        """Each grid: (how, parameter), how often each code occurs, and the squared error.
+
+        Args:
+            sample: some elements, in the order of `rows`.
+            picked: their places.
+        """
+        if self.role.kind == "integer":
+            low, high = (self._picked(bound, picked) for bound in self._bounds)
+            for how, step in self._grids():
+                bounds = self._multiples(low, high, step)
+                codes = grid_codes((sample / np.float32(step)).reshape(-1, 1, 1), *bounds)
+                error = _power(codes.reshape(-1) * np.float32(step) - sample)
+                yield how, step, np.unique(codes, return_counts=True)[1], error
+            return
+        row = picked // self.rows[0].size
+        prepared: dict[tuple[str, int], Sorted] = {}
+        for how, parameter in self._grids():
+            # steps have four mantissas: those of an octave more are twice as large
+            octave, place = divmod(parameter, len(_MANTISSAS))
+            if (how, place) not in prepared:
+                relative = (self._steps(how, place) / _step(np.array(place)))[row]
+                prepared[how, place] = Sorted(sample / relative, np.square(relative))
+            step = math.ldexp(float(_step(np.array(place))), octave)
+            yield how, parameter, *prepared[how, place].on_grid(step)
+
     def _steps(self, how: str, parameter: int) -> NDArray[np.float32]:
         """The step of each row."""
         if self.role.kind == "integer":
@@ -297,9 +319,8 @@ class Weight:
         relative = np.maximum(rms / math.sqrt(np.square(rms).mean()), 1 / _SPAN)
         return _step(parameter + np.rint(4 * np.log2(relative)).astype(np.int64))
 
-    def _book_bits(self, codes: NDArray[Any], steps: NDArray[np.float32]) -> float:
+    def _book_bits(self, levels: int, steps: NDArray[np.float32]) -> float:
         """Bits of codebook and scale; one codebook of integers serves all float32 grids."""
-        levels: int = np.unique(codes).size
         if self.array.dtype != np.float32:
             return 8.0 * self.array.itemsize * levels
         return float(levels + _SCALE_BITS * (steps.size if np.ptp(steps) else 1))

@@ -11,6 +11,7 @@ for the file format `codecs`.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,9 +136,101 @@ def code_bits(codes: NDArray[np.integer[Any]], widest: int = MOST_STEPS) -> NDAr
     Integers that do not occur count as if they occurred 0.1 times; no integer takes more than 16
     bits.
     """
-    counts = np.bincount(codes.reshape(-1) + widest, minlength=2 * widest + 1)
-    bits = -np.log2(np.maximum(counts, 0.1) / max(1, codes.size))
+    return bits_of(np.bincount(codes.reshape(-1) + widest, minlength=2 * widest + 1))
+
+
+def bits_of(counts: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    """The same of each integer that occurs so often."""
+    bits = -np.log2(np.maximum(counts, 0.1) / max(1, counts.sum()))
     return np.clip(bits, 0, 16).astype(np.float32)
+
+
+PRICE = math.log(2) / 6
+"""Squared steps for a bit, on a fine grid: a step s has the error s^2 / 12 and costs -log2 s bits,
+which gives ln 2 / 6 steps^2 per bit (entropy-constrained quantization; Sullivan, IEEE Trans. Inf.
+Theory 42, 1996)."""
+
+
+class Sorted:
+    """Values in order, so that what rounding makes of them on any grid is known at once.
+
+    For one step and one price of bits, values that become the same code lie between two bounds:
+    codes are counted by bisection, and errors are differences of sums.
+
+    Args:
+        values: [n], finite.
+        weights: [n] of their squared errors.
+    """
+
+    def __init__(self, values: NDArray[np.floating], weights: NDArray[np.floating]) -> None:
+        self._size = values.size
+        self._sides = [_Side.of(sign * values, weights) for sign in (-1, 1)]
+
+    def on_grid(self, step: float, rounds: int = 2) -> tuple[NDArray[np.int64], float]:
+        """What `grid_codes` makes of `values / step`, without a metric.
+
+        Returns:
+            How often each code -127 ... 127 occurs; the sum of weighted squared errors.
+        """
+        whole = np.arange(MOST_STEPS + 1)
+        parts = [side.coded(step, whole - 0.5, whole * 0.0) for side in self._sides]
+        for _ in range(rounds):
+            bits = PRICE * bits_of(self._joined(parts)).astype(np.float64)
+            zero, middle, parts = bits[MOST_STEPS], MOST_STEPS, []
+            for side, own in zip(self._sides, (bits[middle::-1], bits[middle:]), strict=True):
+                # from where on each code is better than the one below it, and than zero
+                above = np.clip(whole - 0.5 + (own - np.roll(own, 1)) / 2, whole - 1, whole)
+                nonzero = whole / 2 + (own - zero) / (2 * np.maximum(whole, 1))
+                parts.append(side.coded(step, above, nonzero))
+        return self._joined(parts), sum(error for _, error in parts)
+
+    def _joined(self, parts: Sequence[tuple[NDArray[np.int64], float]]) -> NDArray[np.int64]:
+        """The counts of all codes, from those of both signs."""
+        below, above = (counts for counts, _ in parts)
+        zeros = self._size - below.sum() - above.sum()
+        return np.concatenate([below[:0:-1], [zeros], above[1:]])
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """The values of one sign, ascending.
+
+    Attributes:
+        values: magnitudes.
+        sums: of weights, of values and of their squares, up to each place.
+    """
+
+    values: NDArray[np.float64]
+    sums: tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
+
+    @staticmethod
+    def of(values: NDArray[np.floating], weights: NDArray[np.floating]) -> _Side:
+        """Those above 0."""
+        inside = np.flatnonzero(values > 0)
+        order = inside[np.argsort(values[inside], kind="stable")]
+        v, w = values[order].astype(np.float64), weights[order].astype(np.float64)
+        first, second, third = (np.append(0.0, np.cumsum(each)) for each in (w, w * v, w * v * v))
+        return _Side(v, (first, second, third))
+
+    def coded(
+        self, step: float, above: NDArray[np.float64], nonzero: NDArray[np.float64]
+    ) -> tuple[NDArray[np.int64], float]:
+        """How many get each code, of those that are not zero, and the error of all.
+
+        Args:
+            step: of the grid.
+            above: [codes] where each begins, in steps.
+            nonzero: [codes] from where on each is better than zero.
+        """
+        first = np.searchsorted(self.values, above * step)
+        last = np.append(first[1:], len(self.values))
+        first = np.clip(np.searchsorted(self.values, nonzero * step), first, last)
+        first[0] = last[0]  # of zero
+        whole = np.arange(len(above)) * step
+        count, value, square = (each[last] - each[first] for each in self.sums)
+        error = square - 2 * whole * value + whole * whole * count
+        zeros = self.sums[2][-1] - square.sum()
+        return last - first, float(error.sum() + zeros)
 
 
 def grid_codes(
@@ -150,12 +243,10 @@ def grid_codes(
 ) -> NDArray[np.int16]:
     """Rounds to whole numbers, by error and by bits.
 
-    Minimises error + price * bits, alternating between two steps: bits are taken from the codes'
-    histogram, then each code becomes the best of its two neighbours and zero. The price is the
-    error per bit on a fine grid: a step s has the error s^2 / 12 and costs -log2 s bits, which
-    gives ln 2 / 6 steps^2 per bit (entropy-constrained quantization; Sullivan, IEEE Trans. Inf.
-    Theory 42, 1996). With a metric, the error is its cost, and codes are chosen one by one, so that
-    later ones compensate for earlier ones.
+    Minimises error + PRICE * bits, alternating between two steps: bits are taken from the codes'
+    histogram, then each code becomes the best of its two neighbours and zero. With a metric, the
+    error is its cost, and codes are chosen one by one, so that later ones compensate for earlier
+    ones.
 
     Args:
         u: the weight in steps, [rows, inner, places]; finite. Zeros stay zero.
@@ -171,12 +262,11 @@ def grid_codes(
     [[[0, 1, 0]]]
     """
     codes = np.clip(np.rint(u), low, high).astype(np.int16)
-    price = math.log(2) / 6
     widest = max(int(np.max(high)), -int(np.min(low)))
     low, high = np.broadcast_to(low, u.shape), np.broadcast_to(high, u.shape)
     if metric is None or u.shape[1] * u.shape[2] == 1:
         for _ in range(rounds):
-            bits = price * code_bits(codes, widest)
+            bits = PRICE * code_bits(codes, widest)
             codes = cheapest(u, bits, low, high)
         codes[u == 0] = 0
         return np.asarray(codes, np.int16)
@@ -186,7 +276,7 @@ def grid_codes(
     errors = np.zeros(u.shape, np.float32)  # in the first round, codes not yet chosen are exact
     sums = np.zeros(u.shape[-1], np.float32)
     for _ in range(rounds):
-        bits = price * metric.gain * code_bits(codes, widest)
+        bits = PRICE * metric.gain * code_bits(codes, widest)
         for i, p in np.ndindex(u.shape[:2]):
             weight = float(metric.kernel[p, p]) + metric.mean
             here, own = u[i, p], errors[i, p].copy()

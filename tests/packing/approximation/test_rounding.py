@@ -10,13 +10,14 @@ from scipy.cluster.vq import kmeans2
 from prune2onnx.errors import Prune2OnnxError
 from prune2onnx.packing.approximation.rounding import (
     Metric,
+    Sorted,
     code_bits,
     grid_codes,
     k_means,
     to_half,
 )
 from prune2onnx.packing.codecs.weight import entropy_bits
-from prune2onnx.packing.quantized import Quantized, step_of
+from prune2onnx.packing.quantized import MOST_STEPS, Quantized, step_of
 
 
 def test_zeros_stay_zero_and_take_no_level():
@@ -190,3 +191,20 @@ def test_a_step_is_found_of_which_all_values_are_multiples(step, levels):
 def test_no_step_is_no_error(odd):
     assert step_of(np.float32([0.3, 0.7, odd])) is None
     assert step_of(np.zeros(0, np.float32)) is None
+
+
+@pytest.mark.parametrize("step", [0.004, 0.03, 0.2, 1.0])
+@pytest.mark.parametrize("kind", ["normal", "sparse", "few", "positive"])
+def test_sorted_values_are_counted_as_they_are_rounded(kind, step):
+    rng = np.random.default_rng(0)
+    values = rng.laplace(size=40 if kind == "few" else 5000).astype(np.float32)
+    if kind == "sparse":
+        values[rng.random(values.size) < 0.9] = 0
+    if kind == "positive":
+        values = np.abs(values)
+    codes = grid_codes((values / np.float32(step)).reshape(-1, 1, 1)).reshape(-1)
+    weights = rng.random(values.size)
+    counts, error = Sorted(values, weights).on_grid(step)
+    assert np.array_equal(counts, np.bincount(codes + MOST_STEPS, minlength=2 * MOST_STEPS + 1))
+    off = values.astype(np.float64) - step * codes
+    assert error == pytest.approx(float(weights @ np.square(off)), rel=1e-4)

@@ -108,6 +108,8 @@ def load_data(
             f"validation {validation}: expected a fraction between 0 and 1, both excluded; "
             "thresholds and checkpoints are chosen on it"
         )
+    train: Any
+    test: Any
     tokens = 0
     train: Any
     test: Any

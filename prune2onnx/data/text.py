@@ -94,7 +94,7 @@ def read_lines(argument: str, most: int | None = None) -> list[str]:
 
 
 class TextTokenizer:
-    """A tokenizer without padding, that cuts long lines.
+    """A tokenizer without padding, that cuts long lines unless it is told not to.
 
     Attributes:
         most: tokens of a line at most.
@@ -102,12 +102,13 @@ class TextTokenizer:
         size: how many tokens it knows.
     """
 
-    def __init__(self, path: Path, length: int | None = None) -> None:
+    def __init__(self, path: Path, length: int | None = None, *, cuts: bool = True) -> None:
         """Reads a tokenizer.json.
 
         Args:
             path: the file; `tokenizer_config.json` beside it may say how long a line may be.
             length: tokens of a line at most, where the graph says so.
+            cuts: whether lines of more tokens are cut.
 
         Raises:
             Prune2OnnxError: the library is not installed, or the file is missing or damaged.
@@ -133,7 +134,10 @@ class TextTokenizer:
         self.pad, self.size = _padding(self._inner), self._inner.get_vocab_size()
         self._inner.no_padding()
         self._path = path
-        self._inner.enable_truncation(self.most)
+        if cuts:
+            self._inner.enable_truncation(self.most)
+        else:
+            self._inner.no_truncation()
 
     def __call__(self, lines: Sequence[str]) -> list[Tokens]:
         """The tokens of each line.
@@ -206,7 +210,7 @@ def read_text(
             f"data {where!r}: no tokenizer; give --tokenizer tokenizer.json, or hf:FOLDER as the "
             "model, with one in it"
         )
-    reader = TextTokenizer(tokenizer, length)
+    reader = TextTokenizer(tokenizer, length, cuts=task.targets == "outputs")
     made = [tokens.ids for tokens in reader(lines)]
     if task.targets == "outputs":
         longest = max(map(len, made))

@@ -130,11 +130,11 @@ def other_parameters(model: nn.Module, counted: Collection[str]) -> Iterator[Oth
 
 def warn_of_others(model: nn.Module) -> None:
     """Warns if a large part of a model is in matrices that cannot be pruned."""
-    shapes = {name: parameter.dim() for name, parameter in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     others = other_parameters(model, prunable_weights(model))
     _warn(
         model,
-        [other for other in others if shapes[other.name] > 1],
+        [other for other in others if parameters[other.name].dim() > 1],
         f"are left alone, as only weights of {KINDS} are pruned",
     )
 

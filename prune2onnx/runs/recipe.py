@@ -311,10 +311,7 @@ class Recipe(_Section):
         None, description="tokenizer.json of text:FILE; default: the one in the model's hf:FOLDER"
     )
     length: int | None = Field(
-        None,
-        ge=1,
-        description="tokens of an example of text:FILE, at most; default: what the tokenizer says, "
-        "or 128 for language-modelling",
+        None, ge=1, description="tokens of an example of text:FILE, at most; see docs/TASKS.md"
     )
     augment: Augment = Augment()
     dense: Dense = Dense()

@@ -104,6 +104,8 @@ def test_text_is_padded_for_distillation_and_cut_into_pieces_for_the_next_token(
     data = load_data(spec, task=load_task("language-modelling"), tokenizer=own, length=6)
     x, y = data.train[0]
     assert x.shape == y.shape == (6,) and (x[1:] == y[:-1]).all()
+    words = sum(len(line.split()) + 2 for line in (folder / "lines.txt").read_text().splitlines())
+    assert sum(map(len, (data.train, data.validation, data.test))) == words // 7  # no line is cut
     assert data.tokens == data.classes == len(json.loads(own.read_text())["model"]["vocab"])
 
 

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 QUICK = {"prune.threshold_lr": 0.1}  # for as few steps
-STEPS = 40
+STEPS = 16
 
 
 @pytest.fixture(autouse=True)

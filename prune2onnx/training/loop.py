@@ -45,6 +45,7 @@ from prune2onnx.training.scoring import Order, evaluated, example_inputs, loader
 _STREAMS = {"dense": 0, "channels": 4, "prune": 1, "tune": 2, "quantize": 3}  # of random numbers
 
 _SENSITIVITY_BATCHES = 64
+_MOST_NOISE = 0.5  # points of error
 _LOOK_EVERY = 16  # steps between reads of density and losses, each of which waits for the GPU
 
 AfterEpoch = Callable[[nn.Module, float], None]
@@ -125,13 +126,14 @@ class Run:
     def noise(self) -> float:
         """One standard error of the dense network's metric on the validation split.
 
-        Of a rate of errors; of another metric, whose spread is not known, its small tolerance.
+        Of a rate of errors, and at most half a point: few examples are no reason to lose accuracy.
+        Of another metric, whose spread is not known, its small tolerance.
         """
         if self.task.metric != CLASS_ERROR.quantity:
             return self.task.metric.point(self.dense_value)
         examples = len(self.data.validation)
         rate = max(self.dense_value / 100, 1 / examples)  # as no error seen does not mean none
-        return 100 * math.sqrt(rate * (1 - rate) / examples)
+        return min(_MOST_NOISE, 100 * math.sqrt(rate * (1 - rate) / examples))
 
     def example(self) -> Any:
         """The inputs of a batch of two."""

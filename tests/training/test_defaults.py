@@ -1,6 +1,6 @@
 """What is done where the recipe leaves it open: how sparse, how many levels, whom to learn from."""
 
-import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -56,12 +56,14 @@ def test_a_budget_is_not_changed_by_the_metric(tiny_data):
     assert run.course.pressure.goal == before
 
 
-@pytest.mark.parametrize(("error", "expected"), [(0.0, 100 / 60), (25.0, 100 * math.sqrt(3) / 4)])
-def test_noise_is_one_standard_error(tiny_data, error, expected):
-    run = run_of(tiny_data)
+@pytest.mark.parametrize(
+    ("error", "examples", "expected"),
+    [(2.0, 2500, 0.28), (2.0, 100, 0.5), (0.0, 400, 0.25), (0.0, 4000, 0.025)],
+)
+def test_noise_is_one_standard_error_up_to_half_a_point(tiny_data, error, examples, expected):
+    validation = [tiny_data.validation[0]] * examples
+    run = run_of(replace(tiny_data, validation=validation))
     run.dense_value = error
-    if error:
-        expected /= math.sqrt(60)
     assert run.noise() == pytest.approx(expected, rel=0.01)
 
 

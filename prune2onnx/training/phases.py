@@ -288,7 +288,8 @@ def _follow_metric(course: Course, model: nn.Module) -> None:
     over = course.drop(model) > course.noise()
     goal = left * RISE if over else min(course.pressure.goal, left * FALL)
     course.pressure.goal = min(1.0, max(goal, _SPARSEST))
-    course.state.goal = min(1.0, course.pressure.goal / MARGIN["prune"])
+    # what is left at the end is as much as was seen to be enough, not what was tried next
+    course.state.goal = min(1.0, goal if over else left)
 
 
 # -- tune ---------------------------------------------------------------------------------------

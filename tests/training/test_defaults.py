@@ -44,6 +44,8 @@ def test_without_a_budget_the_density_follows_the_metric(tiny_data, over):
     PHASES["prune"].after_epoch(course, model, 1.0)
     followed = course.density(model) * (RISE if over else FALL)
     assert course.pressure.goal == pytest.approx(min(1.0, followed))
+    enough = followed if over else course.density(model)
+    assert course.state.goal == pytest.approx(min(1.0, enough))
 
 
 def test_a_budget_is_not_changed_by_the_metric(tiny_data):

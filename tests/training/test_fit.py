@@ -267,7 +267,7 @@ def test_a_model_that_does_not_fit_the_data_fails_before_training(network, says,
 def test_default_epochs_are_a_number_of_steps():
     recipe = tiny_recipe(**{"dense.epochs": None, "batch_size": 100})
     assert with_epochs(recipe, 1000).dense.epochs == 150
-    assert with_epochs(recipe, 10**6).dense.epochs == 5
+    assert with_epochs(recipe, 10**6).dense.epochs == 8
     assert with_epochs(recipe, 1000).tune.epochs == 2  # given, so kept
 
 

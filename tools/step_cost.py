@@ -21,8 +21,8 @@ from torch import nn
 from prune2onnx import density, prune
 from prune2onnx.callables import load_callable
 from prune2onnx.pruning import pressed, thresholds_of, weigh_by_bits
-from prune2onnx.training.allocator import keep_freed_memory
 from prune2onnx.training.compression.course import step_with_clamp
+from prune2onnx.training.cpu.allocator import keep_freed_memory
 
 PRESSURE, DENSITY = 5.0, 0.015
 STEPS_PER_EPOCH = 100

@@ -51,9 +51,6 @@ RENAMED = {
 DENSITY = 0.07
 """Density of the pruned weights from which the smallest network is looked for."""
 
-LEVELS, FEW_LEVELS = 7, 2
-_FEW_BITS = 0.5  # per weight: to meet such a size with few levels leaves more weights
-
 MACS = 0.5
 """Fraction of the multiply-adds where speed is the goal and no budget is given."""
 
@@ -319,14 +316,6 @@ class Recipe(_Section):
     prune: Prune = Prune()
     tune: Tune = Tune()
     quantize: Quantize = Quantize()
-
-    def largest_level(self, elements: int) -> int:
-        """The largest level of a weight, in a network with so many elements in pruned weights."""
-        if self.quantize.levels is not None:
-            return self.quantize.levels
-        few = self.target_size is not None and 8 * self.target_size < _FEW_BITS * elements
-        most = FEW_LEVELS if few else LEVELS
-        return min(most, _INT4) if self.compute == "int4" else most
 
     @property
     def first_phase(self) -> str:

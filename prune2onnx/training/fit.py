@@ -28,16 +28,16 @@ from prune2onnx.pruning import other_parameters, unwrapped
 from prune2onnx.runs.history import Callbacks, Epoch
 from prune2onnx.runs.recipe import PHASES, Recipe
 from prune2onnx.tasks.task import CLASSIFICATION, Task
-from prune2onnx.training.allocator import keep_freed_memory
 from prune2onnx.training.augment import check_images
 from prune2onnx.training.checkpoint import Checkpoints, plain_state
+from prune2onnx.training.cpu.allocator import keep_freed_memory
+from prune2onnx.training.cpu.threads import faster, may_choose, threads
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.loop import Run
 from prune2onnx.training.model import check_parameters
 from prune2onnx.training.phases import train_phase, warn_of_a_short_phase
 from prune2onnx.training.scoring import check_output, deviation, warn_of_saturation
-from prune2onnx.training.threads import faster, may_choose, threads
 
 THREADS = "threads.json"
 """The file in a folder of checkpoints with the number of threads."""

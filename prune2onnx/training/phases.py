@@ -49,6 +49,7 @@ from prune2onnx.training.size_budget import (
     deployed,
     first_goal,
     is_over,
+    largest_level,
     meet_budget,
     propagate_constants,
     put_on_recipe_levels,
@@ -368,7 +369,7 @@ def _quantize_in_place(course: Course, model: nn.Module) -> Finish:
     """
     folded = course.fold(course.copied(model))
     norms: dict[str, Norm] = {}
-    chosen = dict.fromkeys(course.state.pruned, course.recipe.largest_level(course.state.size))
+    chosen = dict.fromkeys(course.state.pruned, largest_level(course.recipe, course.state.size))
     places = prunable_weights(model)
     for norm_name, layer in folded.items():
         place = places[f"{layer}.weight"][0]

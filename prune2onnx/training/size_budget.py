@@ -21,6 +21,7 @@ from prune2onnx.pruning import (
     prunable_weights,
     thresholds_of,
 )
+from prune2onnx.runs.recipe import Recipe
 from prune2onnx.training.compression.course import Course
 from prune2onnx.training.denormals import denormals
 from prune2onnx.training.levels import (
@@ -40,6 +41,9 @@ between the steps the other weights adapt."""
 
 _BITS = 10.0
 """Approximate bits of a survivor where few are left, to guess a density from a size."""
+
+_LEVELS, _FEW_LEVELS = 7, 2
+_FEW_BITS = 0.5  # per weight: where so few are left, fewer levels leave more weights
 
 _FINEST, _REFINEMENTS = 0.4, 7
 _MOST_REMOVED = 0.9  # fraction of the survivors that may be removed to meet a size
@@ -97,10 +101,23 @@ def deployed_with_scales(
     return model, scales
 
 
+def largest_level(recipe: Recipe, size: int) -> int:
+    """The largest level of a weight, by the recipe or by the bits that its target size leaves.
+
+    Args:
+        recipe: the settings.
+        size: elements of the pruned weights.
+    """
+    if recipe.quantize.levels is not None:
+        return recipe.quantize.levels
+    few = recipe.target_size is not None and 8 * recipe.target_size < _FEW_BITS * size
+    return _FEW_LEVELS if few else _LEVELS
+
+
 def put_on_recipe_levels(course: Course, model: nn.Module, names: Iterable[str]) -> None:
     """Puts parameters on the recipe's numbers of levels: weights on few, biases on more."""
     settings = course.recipe.quantize
-    few = course.recipe.largest_level(course.state.size)
+    few = largest_level(course.recipe, course.state.size)
     largest = {
         name: few if name in course.state.pruned else settings.small_levels for name in names
     }

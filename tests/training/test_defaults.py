@@ -14,6 +14,7 @@ from prune2onnx.training.fit import make_accelerator, with_epochs
 from prune2onnx.training.loop import Run
 from prune2onnx.training.phases import FALL, PHASES, RISE
 from prune2onnx.training.pressure import Pressure
+from prune2onnx.training.size_budget import largest_level
 
 
 def network() -> nn.Module:
@@ -94,9 +95,9 @@ def test_few_levels_where_few_bits_are_left():
     small = resolve({"model": "m", "target_size": "9KB"})
     chosen = resolve({"model": "m", "target_size": "9KB", "quantize": {"levels": 5}})
     sizes = (266_200, 50_000)
-    assert [open_recipe.largest_level(n) for n in sizes] == [7, 7]
-    assert [small.largest_level(n) for n in sizes] == [2, 7]
-    assert [chosen.largest_level(n) for n in sizes] == [5, 5]
+    assert [largest_level(open_recipe, n) for n in sizes] == [7, 7]
+    assert [largest_level(small, n) for n in sizes] == [2, 7]
+    assert [largest_level(chosen, n) for n in sizes] == [5, 5]
 
 
 @pytest.mark.parametrize("epochs", [1, 3, 12, 20, 150])

@@ -11,8 +11,8 @@ from torch import nn
 
 from prune2onnx import fit, resolve
 from prune2onnx.training import fit as fitting
-from prune2onnx.training import threads as module
-from prune2onnx.training.threads import faster, may_choose, threads
+from prune2onnx.training.cpu import threads as module
+from prune2onnx.training.cpu.threads import faster, may_choose, threads
 
 
 @pytest.fixture

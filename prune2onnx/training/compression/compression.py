@@ -116,8 +116,9 @@ class Compression:
     ) -> None:
         budgets = (target_size, target_density, target_macs, max_drop)
         if all(budget is None for budget in budgets):
-            names = "target_size, target_density, target_macs or max_drop"
-            raise RecipeError(f"no budget; give {names}")
+            raise RecipeError(
+                "no budget; give target_size, target_density, target_macs or max_drop"
+            )
         if max_drop is not None and evaluate is None:
             raise RecipeError("max_drop needs evaluate: a function that gives a model's error")
         self.model = unwrapped(model)
@@ -162,8 +163,7 @@ class Compression:
             warn_of_a_short_phase(self.course, self.model, stacklevel=2)
         use_plain_names(self.model)  # from now on, also after `finish`
         self._at = 0  # index of the phase
-        self._step = 0  # within it
-        self._done = 0
+        self._step = self._done = 0  # steps within it, and in all
         self._fisher: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
         self._above: Tensor | None = None

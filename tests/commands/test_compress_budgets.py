@@ -115,16 +115,15 @@ MODEL = {"model": QUICK["model"]}
 
 @pytest.fixture(scope="module")
 def in_int8(tmp_path_factory):
-    """A short run whose matrices compute in int8, in at most 15 kB."""
+    """A short run whose matrices compute in int8."""
     folder = tmp_path_factory.mktemp("int8") / "run"
-    asked = {"compute": "int8", "target_size": "15KB", "prune": {"epochs": 2}}
+    asked = {"compute": "int8", "target_density": 0.5}
     return compress(resolve({**MODEL, **ONCE, **asked}), folder, cpu=True), folder
 
 
-def test_matrices_compute_in_int8_and_the_budget_is_of_that_file(in_int8):
+def test_matrices_compute_in_int8_on_the_levels_of_training(in_int8):
     report, folder = in_int8
-    assert (folder / "model.onnx").stat().st_size == report.compressed.nbytes <= 15_000
-    assert not report.missed and report.folded
+    assert (folder / "model.onnx").stat().st_size == report.compressed.nbytes and report.folded
     first, second, last = report.layers
     assert first.compute == second.compute == "int8"
     assert last.compute == "float32" and "fewer than 1024" in last.reason

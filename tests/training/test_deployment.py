@@ -142,3 +142,24 @@ def test_a_portable_file_has_no_functions():
     model = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 10))
     packed = Deployment((200,), FileOptions(portable=True)).pack(model).model
     assert is_packed(packed) and not packed.functions
+
+
+@pytest.mark.parametrize(("compute", "element_type"), [("int8", "INT8"), ("int4", "UINT8")])
+def test_the_size_that_training_measures_is_of_what_computes(compute, element_type):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)).eval()
+    with torch.no_grad():  # levels of training, -7 ... 7
+        for parameter in model.parameters():
+            parameter.copy_((parameter * 50).round().clamp(-7, 7) / 64 + 0)  # no -0
+    steps = dict.fromkeys(dict(model.named_parameters()), 1 / 64)
+    deployment = Deployment((64,), FileOptions(compute=compute))
+    packed = deployment.pack(model, steps).model
+    assert deployment.nbytes(model, steps) == packed.ByteSize()
+    plain = unpack(packed)
+    weight = next(t for t in plain.graph.initializer if t.name == "0.weight")
+    assert weight.data_type == getattr(onnx.TensorProto, element_type)
+    x = torch.randn(9, 64)
+    want, got = model(x).detach().numpy(), outputs(packed, x.numpy())
+    assert np.linalg.norm(got - want) < 0.02 * np.linalg.norm(want)  # activations are rounded
+    as_float = deployment.pack(model, steps, compute="float32").model
+    np.testing.assert_allclose(outputs(as_float, x.numpy()), want, rtol=1e-4, atol=1e-5)

@@ -143,37 +143,65 @@ def deployed(
     allowed = MAX_DROP * task.metric.point(fitted.dense_error)
     if (most := recipe.allowed_drop(fitted.dense_error)) is not None:
         allowed = max(0.0, most - task.metric.drop(fitted.dense_error, fitted.error))
-    graph, notes, error, why = shrunk, [], task.metric.badness(fitted.error), ""
-    if recipe.tries_int8 and (deployment.compute == "float32" or _has_convolutions(shrunk)):
-        options = Int8Options(
-            max_drop=allowed, compute="static" if deployment.compute == "float32" else "float32"
-        )
-        examples = labelled(shrunk, data, options, task)
-        choice = choose(shrunk, examples, options, steps=fitted.steps)
-        why = "" if choice.is_faster else choice.notes[0]
-        candidate = strip(choice.made.model).model
-        size = deployment.written(candidate, {}, check=False).model.ByteSize()
-        if choice.is_faster and recipe.target_size is not None and size > recipe.target_size:
-            why = f"in int8 it would take {size:,} bytes"
-        what = "" if deployment.compute == "float32" else "convolutions: "
-        if why:
-            notes.append(f"{what}computes in float32: {why}")
-        else:
-            left = [layer.weight for layer in choice.made.layers if not layer.is_int8]
-            note = f"{what}computes in int8, in {choice.timing.ratio:.2f} of the time"
-            notes.append(note + (f"; float32 stays {', '.join(left)}" if left else ""))
-            assert choice.made.error is not None  # it was measured
-            graph, error = candidate, choice.made.error
+    static = _statically(shrunk, fitted, deployment, recipe, data, task, allowed)
+    notes = static.notes
     if deployment.compute == "float32":
-        if why:
+        if not static.is_taken:
             return as_float(*notes)
-        value = task.metric.badness(error)  # its own inverse
-        return Deployed(deployment.written(graph, {}), value, False, tuple(notes))
-    form = deployment.narrowed(graph, fitted.steps)
+        value = task.metric.badness(static.error)  # its own inverse
+        return Deployed(deployment.written(static.graph, {}), value, False, notes)
+    form = deployment.narrowed(static.graph, fitted.steps)
     error = error_on(data, task)(form.model)
     if recipe.compute == "auto" and error > task.metric.badness(fitted.error) + allowed:
         note = f"computes in float32: {deployment.compute} adds more error than is allowed"
         return as_float(*notes, note)
-    packed = deployment.written(graph, fitted.steps)
+    packed = deployment.written(static.graph, fitted.steps)
     value = task.metric.badness(error)
     return Deployed(packed, value, False, (*notes, *form.notes), form.layers)
+
+
+@dataclass(frozen=True, eq=False)
+class _Static:
+    """A graph with layers in int8 of fixed ranges, where that pays; else as it was given.
+
+    Attributes:
+        graph: the same.
+        is_taken: whether it has any.
+        error: its metric on the validation split, less is better; 0 where it has none.
+        notes: what was decided.
+    """
+
+    graph: ModelProto
+    is_taken: bool = False
+    error: float = 0.0
+    notes: tuple[str, ...] = ()
+
+
+def _statically(
+    graph: ModelProto,
+    fitted: Fitted,
+    deployment: Deployment,
+    recipe: Recipe,
+    data: Data,
+    task: Task,
+    allowed: float,
+) -> _Static:
+    every = deployment.compute == "float32"  # else convolutions alone
+    if not recipe.tries_int8 or not (every or _has_convolutions(graph)):
+        return _Static(graph)
+    options = Int8Options(max_drop=allowed, compute="static" if every else "float32")
+    examples = labelled(graph, data, options, task)
+    choice = choose(graph, examples, options, steps=fitted.steps)
+    made = strip(choice.made.model).model
+    why = "" if choice.is_faster else choice.notes[0]
+    if not why and recipe.target_size is not None:
+        size = deployment.written(made, {} if every else fitted.steps, check=False).model.ByteSize()
+        why = f"in int8 it would take {size:,} bytes" if size > recipe.target_size else ""
+    what = "" if every else "convolutions: "
+    if why:
+        return _Static(graph, notes=(f"{what}computes in float32: {why}",))
+    left = [layer.weight for layer in choice.made.layers if not layer.is_int8]
+    note = f"{what}computes in int8, in {choice.timing.ratio:.2f} of the time"
+    note += f"; float32 stays {', '.join(left)}" if left else ""
+    assert choice.made.error is not None  # it was measured
+    return _Static(made, True, choice.made.error, (note,))

@@ -111,8 +111,6 @@ def load_data(
     train: Any
     test: Any
     tokens = 0
-    train: Any
-    test: Any
     if spec.partition(":")[0] == TEXT:
         test = None
         train, tokens = read_text(spec.partition(":")[2], task, tokenizer, length)

@@ -260,12 +260,15 @@ def fastest(
         inputs: for timing.
     """
     best: Compute = "float32"
-    least, notes = 1.0, []
+    least = 1.0
+    notes: list[str] = []
     for compute in _NARROW:
         made = narrowed(model, compute)
         if all(layer.reason for layer in made.layers):
-            notes.append("no matrix can compute in a narrower type")
-            break
+            if not notes:  # int8 has the most kernels
+                return best, ["no matrix can compute in a narrower type"]
+            notes.append(f"{compute}: no layer has a kernel for it")
+            continue
         try:
             found = None if error is None else error(made.model)
             if found is not None and found > limit:

@@ -110,7 +110,7 @@ class Weight:
         for how, parameter, counts, error in self._on_grids(sample, picked):
             steps = self._steps(how, parameter)
             bits = CALL_BITS + entropy_bits(counts[counts > 0]) * times
-            add(how, parameter, bits + self._book_bits(np.count_nonzero(counts), steps), error)
+            add(how, parameter, bits + self._book_bits(int(np.count_nonzero(counts)), steps), error)
         if self.only_grids:
             return _pareto(found)
         if self.role.kind != "integer":
@@ -305,8 +305,8 @@ class Weight:
             if (how, place) not in prepared:
                 relative = (self._steps(how, place) / _step(np.array(place)))[row]
                 prepared[how, place] = Sorted(sample / relative, np.square(relative))
-            step = math.ldexp(float(_step(np.array(place))), octave)
-            yield how, parameter, *prepared[how, place].on_grid(step)
+            common = math.ldexp(float(_step(np.array(place))), octave)
+            yield how, parameter, *prepared[how, place].on_grid(common)
 
     def _steps(self, how: str, parameter: int) -> NDArray[np.float32]:
         """The step of each row."""

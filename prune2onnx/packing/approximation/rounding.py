@@ -136,12 +136,13 @@ def code_bits(codes: NDArray[np.integer[Any]], widest: int = MOST_STEPS) -> NDAr
     Integers that do not occur count as if they occurred 0.1 times; no integer takes more than 16
     bits.
     """
-    return bits_of(np.bincount(codes.reshape(-1) + widest, minlength=2 * widest + 1))
+    counts = np.bincount(codes.reshape(-1) + widest, minlength=2 * widest + 1)
+    return bits_of(counts)
 
 
 def bits_of(counts: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
     """The same of each integer that occurs so often."""
-    bits = -np.log2(np.maximum(counts, 0.1) / max(1, counts.sum()))
+    bits: NDArray[Any] = -np.log2(np.maximum(counts, 0.1) / max(1, counts.sum()))
     return np.clip(bits, 0, 16).astype(np.float32)
 
 
@@ -172,7 +173,7 @@ class Sorted:
         Returns:
             How often each code -127 ... 127 occurs; the sum of weighted squared errors.
         """
-        whole = np.arange(MOST_STEPS + 1)
+        whole = np.arange(MOST_STEPS + 1, dtype=np.float64)
         parts = [side.coded(step, whole - 0.5, whole * 0.0) for side in self._sides]
         for _ in range(rounds):
             bits = PRICE * bits_of(self._joined(parts)).astype(np.float64)

@@ -5,8 +5,8 @@
 The network (RMSNorm, rotary positions, two heads a key, gated SiLU) reads bytes; it is trained for
 a while on the topics of Python's documentation (pydoc_data), of which every tenth one is held out.
 Perplexity is that of a byte, over windows of 128 of held-out text; tokens are made one by one on
-one thread, each from the cache of those before, in median CPU time, files interleaved. Examples that
-calibrate are windows of the training text.
+one thread, each from the cache of those before, in median CPU time, files interleaved. Examples
+that calibrate are windows of the training text.
 """
 
 from __future__ import annotations

@@ -114,13 +114,12 @@ def timing(ratio: float) -> Timing:
 )
 def test_auto_takes_what_is_fastest_within_the_error(source, monkeypatch, ratios, expected):
     """The times are pretended; the errors are measured: those of int4 are too large."""
-    from prune2onnx.commands import computing
 
     def timed(before, after, inputs):
         ops = {node.op_type for node in after.graph.node}
         return timing(ratios["int8" if "MatMulInteger" in ops else "int8-weights"])
 
-    monkeypatch.setattr(computing, "timed", timed)
+    monkeypatch.setattr("prune2onnx.runtime.int8_choice.timed", timed)
     found = Computing(load(source), PackOptions(compute="auto"))
     assert found.compute == expected
     assert any("int4: the outputs' error would be" in note for note in found.notes)

@@ -142,8 +142,9 @@ def code_bits(codes: NDArray[np.integer[Any]], widest: int = MOST_STEPS) -> NDAr
 
 def bits_of(counts: NDArray[np.integer[Any]]) -> NDArray[np.float32]:
     """The same of each integer that occurs so often."""
-    bits: NDArray[Any] = -np.log2(np.maximum(counts, 0.1) / max(1, counts.sum()))
-    return np.clip(bits, 0, 16).astype(np.float32)
+    bits = -np.log2(np.maximum(counts, 0.1) / max(1, counts.sum()))
+    clipped: NDArray[np.float32] = np.clip(bits, 0, 16).astype(np.float32)
+    return clipped
 
 
 PRICE = math.log(2) / 6

@@ -19,6 +19,7 @@ from prune2onnx.graph.tensors import array_of
 from prune2onnx.packing.unpack import unpack
 from prune2onnx.runs.history import Callbacks
 from prune2onnx.runtime.benchmark import Timing
+from prune2onnx.runtime.calibration import error_on
 
 
 def printed(table: Table) -> str:
@@ -138,10 +139,8 @@ def test_matrices_compute_in_int8_on_the_levels_of_training(in_int8):
 
 def test_the_error_is_that_of_the_file_in_int8(in_int8):
     report, folder = in_int8
-    data = load_data("digits")
-    x, y = (np.stack([np.asarray(one[i]) for one in data.validation]) for i in (0, 1))
-    (scores,) = ort.InferenceSession(folder / "model.onnx").run(None, {"input": x})
-    assert report.validation["error"] == pytest.approx(100 * np.mean(scores.argmax(1) != y))
+    found = error_on(load_data("digits"))(load(folder / "model.onnx"))  # in the same batches
+    assert report.validation["error"] == pytest.approx(found)
 
 
 def test_auto_takes_what_is_faster_within_the_accuracy_loss(tmp_path, monkeypatch):

@@ -162,9 +162,7 @@ class Quantize(_Section):
     """Phase 5: quantization-aware training, in which surviving values are few levels."""
 
     epochs: int | None = Field(
-        None,
-        ge=1,
-        description="epochs of quantization-aware training; default: 800 steps, at least 5 epochs",
+        None, ge=1, description="epochs on few levels; default: 800 steps, at least 5 epochs"
     )
     lr: float = Field(5e-4, gt=0, description="peak learning rate (Adam)")
     scale_lr: float = Field(1e-4, gt=0, description="peak learning rate of the levels' scales")
@@ -172,8 +170,7 @@ class Quantize(_Section):
         None,
         ge=1,
         le=127,
-        description="largest level k of a weight: -k ... k times one scale; default: 7, or 2 with "
-        "a target size below half a bit per weight",
+        description="largest level k: -k ... k times one scale; default: 7, or 2 for few bytes",
     )
     step: Literal["weight", "network"] = Field(
         "weight",
@@ -355,8 +352,8 @@ class Recipe(_Section):
     @property
     def has_no_budget(self) -> bool:
         """Whether only accuracy limits how small a network gets."""
-        targets = (self.target_size, self.target_density, self.target_macs, self.max_drop)
-        return self.goal == "size" and all(target is None for target in targets)
+        budgets = (self.target_size, self.target_density, self.target_macs, self.max_drop)
+        return self.goal == "size" and budgets == (None,) * 4
 
     @property
     def searches(self) -> bool:

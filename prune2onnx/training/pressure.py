@@ -27,6 +27,9 @@ _RANGE = (-5.0, 8.0)
 _RISE = 0.1
 """Range of the excess over which the clamped pressure rises from zero to full."""
 
+MEASURES = 20
+"""Times in a phase that the file is measured, or the network evaluated, to correct the course."""
+
 Slopes = tuple[float, float, float]
 """d log amount / d log density: the least to accept, the first guess, the largest to accept."""
 

@@ -8,12 +8,11 @@ from torch import nn
 
 from prune2onnx import fit, resolve
 from prune2onnx.runs.history import Callbacks
-from prune2onnx.training.compression.course import MEASURES
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.fit import make_accelerator, with_epochs
 from prune2onnx.training.loop import Run
 from prune2onnx.training.phases import FALL, PHASES, RISE
-from prune2onnx.training.pressure import Pressure
+from prune2onnx.training.pressure import MEASURES, Pressure
 from prune2onnx.training.size_budget import largest_level
 
 

@@ -25,14 +25,7 @@ from prune2onnx.pruning import Learned, add_gradients, checked_weights, deep_cop
 from prune2onnx.pruning.channel_groups import original
 from prune2onnx.runs.defaults import FileOptions
 from prune2onnx.runs.recipe import resolve
-from prune2onnx.training.compression.course import (
-    MEASURES,
-    Course,
-    State,
-    one_cycle,
-    steady,
-    step_with_clamp,
-)
+from prune2onnx.training.compression.course import Course, State, one_cycle, steady, step_with_clamp
 from prune2onnx.training.compression.plain_names import use_plain_names
 from prune2onnx.training.compression.plan import Progress, planned
 from prune2onnx.training.compression.processes import (
@@ -47,6 +40,7 @@ from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.export import DynamicShapes, ExportOptions
 from prune2onnx.training.model import on_device
 from prune2onnx.training.phases import FALL, IN_PLACE, RISE, warn_of_a_short_phase
+from prune2onnx.training.pressure import MEASURES
 from prune2onnx.training.size_budget import (
     as_numbers,
     deployed_with_scales,

@@ -27,10 +27,7 @@ from prune2onnx.runs.history import Epoch
 from prune2onnx.runs.recipe import Recipe
 from prune2onnx.training.deployment import Deployment
 from prune2onnx.training.fold import fold_batch_norm, has_batch_norm
-from prune2onnx.training.pressure import Pressure
-
-MEASURES = 20
-"""Times in a phase that the file is measured, or the network evaluated, to correct the course."""
+from prune2onnx.training.pressure import MEASURES, Pressure
 
 WEIGH_EVERY = 100  # steps between updates of the bytes that survivors take
 WARM_UP = 0.1  # fraction of a phase over which the learning rate rises

@@ -19,7 +19,7 @@ import click
 from google.protobuf.message import EncodeError
 
 import prune2onnx
-from prune2onnx.cli import interrupts, measuring, models, pages, training
+from prune2onnx.cli import interrupts, measuring, models, packing, pages, training
 from prune2onnx.errors import (
     DataWarning,
     LowMemoryWarning,
@@ -93,7 +93,7 @@ def main() -> None:
 for _verb in (
     training.compress,
     training.sweep,
-    models.pack,
+    packing.pack,
     models.unpack,
     models.shrink,
     models.quantize,

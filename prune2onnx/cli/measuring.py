@@ -6,19 +6,23 @@ from pathlib import Path
 
 import click
 
-from prune2onnx.cli.options import GroupedCommand, Integers, input_options, input_options_of
+from prune2onnx.cli.options import (
+    PATH,
+    GroupedCommand,
+    Integers,
+    input_options,
+    input_options_of,
+)
 from prune2onnx.cli.output import console, must_fold
 from prune2onnx.cli.tables import benchmark_tables, report_table
 from prune2onnx.runs.defaults import BenchmarkOptions
 
-_PATH = click.Path(path_type=Path)
-
 
 @click.command(cls=GroupedCommand)
-@click.argument("file", type=_PATH, metavar="FILE.onnx")
+@click.argument("file", type=PATH, metavar="FILE.onnx")
 @click.option(
     "--reference",
-    type=_PATH,
+    type=PATH,
     metavar="DENSE.onnx",
     help="the file to compare with; default: the unpacked FILE",
 )
@@ -57,7 +61,7 @@ def validate(
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("files", type=_PATH, metavar="FILE.onnx...", nargs=-1, required=True)
+@click.argument("files", type=PATH, metavar="FILE.onnx...", nargs=-1, required=True)
 @click.option(
     "--batch",
     type=Integers(),

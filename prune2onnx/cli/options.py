@@ -125,6 +125,10 @@ class Integers(click.ParamType[tuple[int, ...]]):
             self.fail(f"{value!r} is not a list of whole numbers, such as 1,16", param, ctx)
 
 
+PATH = click.Path(path_type=Path)
+external_option = click.option(
+    "--external", metavar="NAME", help="write large weights to a data file NAME beside OUT.onnx"
+)
 input_shape_option = click.option(
     "--input-shape",
     "input_shapes",

@@ -6,14 +6,12 @@ from pathlib import Path
 
 import click
 
-from prune2onnx.cli.options import GroupedCommand
+from prune2onnx.cli.options import PATH, GroupedCommand
 from prune2onnx.cli.output import say
-
-_PATH = click.Path(path_type=Path)
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("folder", type=_PATH, metavar="DIR")
+@click.argument("folder", type=PATH, metavar="DIR")
 def report(folder: Path) -> None:
     """Write report.html for the run in DIR again, to be opened in any browser.
 
@@ -26,8 +24,8 @@ def report(folder: Path) -> None:
 
 
 @click.command(cls=GroupedCommand)
-@click.argument("source", type=_PATH, metavar="DIR")
-@click.option("-o", "--output", required=True, type=_PATH, help="folder for the page")
+@click.argument("source", type=PATH, metavar="DIR")
+@click.option("-o", "--output", required=True, type=PATH, help="folder for the page")
 @click.option(
     "--data",
     help="data set that the model was trained on, as for compress; default: the run's; or "
@@ -35,14 +33,14 @@ def report(folder: Path) -> None:
 )
 @click.option(
     "--ort-web",
-    type=_PATH,
+    type=PATH,
     metavar="FOLDER",
     envvar="PRUNE2ONNX_ORT_WEB",
     help="folder of the npm package onnxruntime-web  [default: the one in ./node_modules]",
 )
 @click.option(
     "--transformers-js",
-    type=_PATH,
+    type=PATH,
     metavar="FOLDER",
     envvar="PRUNE2ONNX_TRANSFORMERS_JS",
     help="folder of the npm package @huggingface/transformers, for a folder with a tokenizer  "

@@ -12,6 +12,7 @@ import click
 from prune2onnx.cli.options import (
     FIRST,
     OUTPUT,
+    PATH,
     GroupedCommand,
     option,
     overrides_of,
@@ -23,7 +24,6 @@ from prune2onnx.errors import BudgetError, Prune2OnnxError, RecipeError
 from prune2onnx.runs.history import Callbacks
 from prune2onnx.runs.recipe import read_recipe, resolve
 
-_PATH = click.Path(path_type=Path)
 _trust = option(
     "--trust",
     is_flag=True,
@@ -34,9 +34,9 @@ _trust = option(
 
 @click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
-@option("-o", "--output", type=_PATH, help="folder for the run", group=FIRST)
-@option("--recipe", type=_PATH, help="YAML file with settings; options override it", group=FIRST)
-@option("--resume", type=_PATH, help="continue the run in this folder", group=FIRST)
+@option("-o", "--output", type=PATH, help="folder for the run", group=FIRST)
+@option("--recipe", type=PATH, help="YAML file with settings; options override it", group=FIRST)
+@option("--resume", type=PATH, help="continue the run in this folder", group=FIRST)
 @option("--overwrite", is_flag=True, help="start again in a folder that holds a run", group=OUTPUT)
 @_trust
 @option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout", group=OUTPUT)
@@ -136,7 +136,7 @@ _SWEPT = ("target_size", "target_density", "max_drop", "seed")
 
 @click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
-@option("-o", "--output", type=_PATH, help="folder for the sweep", group=FIRST)
+@option("-o", "--output", type=PATH, help="folder for the sweep", group=FIRST)
 @option("--sizes", metavar="6KB,10KB", help="budgets: bytes of the whole file", group=FIRST)
 @option(
     "--densities",
@@ -165,8 +165,8 @@ _SWEPT = ("target_size", "target_density", "max_drop", "seed")
     group=OUTPUT,
 )
 @option("--study", help="name of the sweep in that database  [default: prune2onnx]", group=OUTPUT)
-@option("--recipe", type=_PATH, help="YAML file with settings; options override it", group=FIRST)
-@option("--resume", type=_PATH, help="continue the sweep in this folder, or join it", group=FIRST)
+@option("--recipe", type=PATH, help="YAML file with settings; options override it", group=FIRST)
+@option("--resume", type=PATH, help="continue the sweep in this folder, or join it", group=FIRST)
 @_trust
 @option("--cpu", is_flag=True, help="do not use a GPU", group=OUTPUT)
 @option(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from prune2onnx.commands.compress import compress
     from prune2onnx.commands.lossy import calibrate
+    from prune2onnx.commands.search import search
     from prune2onnx.commands.shrink import shrink
     from prune2onnx.commands.sweep import sweep, sweep_of
     from prune2onnx.data import load_data
@@ -72,6 +73,7 @@ _HOME = {
     "read_recipe": "runs.recipe",
     "resolve": "runs.recipe",
     "shrink": "commands.shrink",
+    "search": "commands.search",
     "sweep": "commands.sweep",
     "sweep_of": "commands.sweep",
     "unpack": "packing.unpack",
@@ -111,6 +113,7 @@ __all__ = [
     "quantize_int8",
     "read_recipe",
     "resolve",
+    "search",
     "shrink",
     "sweep",
     "sweep_of",

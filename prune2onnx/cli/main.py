@@ -93,6 +93,7 @@ def main() -> None:
 for _verb in (
     training.compress,
     training.sweep,
+    training.search,
     packing.pack,
     models.unpack,
     models.shrink,

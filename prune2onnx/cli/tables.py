@@ -16,6 +16,7 @@ from prune2onnx.tasks.quantity import ERROR, PERCENT, Quantity
 
 if TYPE_CHECKING:  # these import onnxruntime and data sets, which only some verbs need
     from prune2onnx.commands.quantize import QuantizeResult
+    from prune2onnx.commands.search import Found
     from prune2onnx.commands.shrink import ShrinkResult
     from prune2onnx.runtime.benchmark import Benchmark, Timing
 
@@ -246,6 +247,25 @@ def curve_table(points: Sequence[CurvePoint]) -> Table:
         if point.drop is not None:
             cells.append(f"{point.drop:+.2f}")
         table.add_row(*cells, "yes" if point.is_chosen else "")
+    return table
+
+
+def tried_table(found: Found) -> Table:
+    """A line for each run of a search, the best one marked."""
+    names = list(dict.fromkeys(name for one in found.tried for name in one.settings))
+    table = Table(title=f"{found.metric.name} on the validation split")
+    for heading in ("run", *names, "bytes", found.metric.name):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for one in found.tried:
+        values = [one.settings.get(name, "") for name in names]
+        cells = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
+        size = "" if one.nbytes is None else f"{one.nbytes:,}"
+        value = "" if one.value is None else found.metric.text(one.value)
+        state = "" if one.state == "done" else one.state
+        marks = ["* best" if one == found.best else "", state, printable(one.message)]
+        last = Text("; ".join(mark for mark in marks if mark))
+        table.add_row(str(one.number), *cells, size, value, last)
     return table
 
 

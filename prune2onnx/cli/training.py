@@ -1,7 +1,8 @@
-"""The verbs that train: compress and sweep."""
+"""The verbs that train: compress, sweep and search."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from prune2onnx.cli.options import (
     recipe_options,
 )
 from prune2onnx.cli.output import console, must_fold, must_meet, progress, say
-from prune2onnx.cli.tables import front_table, report_table, weights_table
+from prune2onnx.cli.tables import front_table, report_table, tried_table, weights_table
 from prune2onnx.errors import BudgetError, Prune2OnnxError, RecipeError
 from prune2onnx.runs.history import Callbacks
 from prune2onnx.runs.recipe import read_recipe, resolve
@@ -128,6 +129,15 @@ def _started(
     if output is None:
         raise click.UsageError(f"Missing option '-o': the folder for the {what}")
     return content, output
+
+
+def _shown_on(shown: Sequence[Callbacks]) -> Callbacks:
+    """What calls the one that is shown at present."""
+    return Callbacks(
+        lambda step: shown[0].on_step(step),
+        lambda epoch: shown[0].on_epoch(epoch),
+        lambda trial: shown[0].on_trial(trial),
+    )
 
 
 _SWEPT = ("target_size", "target_density", "max_drop", "seed")
@@ -239,11 +249,7 @@ def sweep(
                 resume=resume is not None,
                 cpu=cpu,
                 on_note=on_note,
-                callbacks=Callbacks(
-                    lambda step: shown[0].on_step(step),
-                    lambda epoch: shown[0].on_epoch(epoch),
-                    lambda trial: shown[0].on_trial(trial),
-                ),
+                callbacks=_shown_on(shown),
             )
         except KeyboardInterrupt:
             if (directory / "sweep.yaml").exists():
@@ -266,4 +272,103 @@ def sweep(
         raise BudgetError(
             f"{directory}: {len(front.missed)} of {len(front.points)} runs missed their budget: "
             f"{names}; prune longer (--prune-epochs), or set larger budgets"
+        )
+
+
+@click.command(cls=GroupedCommand)
+@click.argument("model", required=False)
+@option("-o", "--output", type=PATH, help="folder for the search", group=FIRST)
+@option(
+    "--vary",
+    metavar="SETTING=LOW..HIGH",
+    multiple=True,
+    help="what to search, again for each: a range, or SETTING=A,B,C  [default: learning rates of "
+    "prune, tune and quantize, and quantize.levels]",
+    group=FIRST,
+)
+@option(
+    "--runs",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    help="runs of the whole search; more continue a finished one",
+    group=FIRST,
+)
+@option(
+    "--storage",
+    metavar="URL",
+    envvar="PRUNE2ONNX_STORAGE",
+    help="database, as an optuna URL, for workers on several machines  [default: sweep.db in the "
+    "folder]",
+    group=OUTPUT,
+)
+@option(
+    "--study",
+    default="search",
+    show_default=True,
+    help="name of the search in that database",
+    group=OUTPUT,
+)
+@option("--recipe", type=PATH, help="YAML file with settings; options override it", group=FIRST)
+@option("--cpu", is_flag=True, help="do not use a GPU", group=OUTPUT)
+@option("--json", "as_json", is_flag=True, help="print all runs as JSON on stdout", group=OUTPUT)
+@recipe_options
+def search(
+    model: str | None,
+    output: Path | None,
+    vary: tuple[str, ...],
+    runs: int,
+    storage: str | None,
+    study: str,
+    recipe: Path | None,
+    cpu: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Search for settings of compress: the best validation metric within a budget.
+
+    MODEL and the options are those of compress. The same command continues a search, also in
+    several processes at the same time. best.yaml in the folder is a recipe for compress.
+
+    \b
+    prune2onnx search models/lenet.py:lenet_300_100 --data digits --target-size 6KB -o runs/best
+    """  # noqa: D301  # \b is click's mark for "do not rewrap"
+    from prune2onnx.commands.search import search as run
+    from prune2onnx.runs.tuning import DEFAULT_RANGES
+    from prune2onnx.tasks.task import load_task
+
+    overrides = overrides_of(options)
+    content, directory = _started(model, recipe, output, overrides, "search")
+    given = resolve(content, overrides, source=str(recipe or "options"))
+    metric = load_task(given.task).metric
+    shown: list[Callbacks] = []  # the progress bars of the present run
+    with ExitStack() as bars:
+
+        def on_note(text: str) -> None:
+            bars.close()
+            say(text)
+            shown[:] = [bars.enter_context(progress(metric))]
+
+        found = run(
+            given,
+            directory,
+            vary=vary or DEFAULT_RANGES,
+            runs=runs,
+            storage=storage,
+            study=study,
+            cpu=cpu,
+            on_note=on_note,
+            callbacks=_shown_on(shown),
+        )
+    console.print(tried_table(found))
+    if as_json:
+        click.echo(found.to_json(), nl=False)
+    if found.best is None:
+        messages = "; ".join(one.message for one in found.tried if one.message)
+        raise Prune2OnnxError(f"{directory}: no run is done: {messages or 'all ended early'}")
+    say(f"{found.recipe}: the settings of run {found.best.number}; prune2onnx compress --recipe")
+    if not found.best.met:
+        raise BudgetError(
+            f"{directory}: no run met its budget; the best one: {found.best.message}; search "
+            "other settings (--vary), train longer, or set a larger budget"
         )

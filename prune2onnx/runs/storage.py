@@ -1,18 +1,24 @@
-"""The database of a sweep and the locks of its workers: URLs, who may add runs, what went wrong.
+"""The database of a sweep or a search, and the locks of its workers: who may add runs, errors.
 
-What stands in the database is the business of `runs.study`.
+What stands in the database is the business of `runs.study` and `runs.tuning`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
 
 STUDY = "sweep.db"
 
@@ -26,6 +32,12 @@ _TAKE = {
 The server releases it at the end of the transaction or of the connection, so also when the worker
 is killed. The number is ours, and means nothing.
 """
+
+BEAT = 30
+"""Seconds between heartbeats."""
+
+GRACE = 120
+"""Seconds without a heartbeat after which a run has lost its worker."""
 
 _WAIT = 600.0  # seconds; adding a list takes a few
 _POLL = 0.1
@@ -70,6 +82,58 @@ def unusable(url: str, error: BaseException) -> Prune2OnnxError:
     return Prune2OnnxError(
         f"{public_url(url)}: the sweep's storage cannot be used: {one_line(error)[:300]}; {advice}"
     )
+
+
+@contextlib.contextmanager
+def errors_of(url: str, *types: type[Exception]) -> Iterator[None]:
+    """Turns the errors of a database, and those of other types, into one clear error."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    caught: tuple[type[Exception], ...] = (StorageInternalError, SQLAlchemyError, *types)
+    try:
+        yield
+    except Prune2OnnxError:
+        raise
+    except caught as error:
+        raise unusable(url, error) from error
+
+
+def opened(url: str) -> RDBStorage:
+    """The database, in which each run has a heartbeat; `errors_of` is around it."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    options: dict[str, Any] = {}
+    if url.startswith("sqlite"):
+        options = {"connect_args": {"timeout": 60}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.storages.RDBStorage(url, options, heartbeat_interval=BEAT, grace_period=GRACE)
+
+
+@contextlib.contextmanager
+def beating(storage: RDBStorage, beat: Callable[[], None]) -> Iterator[None]:
+    """Calls `beat`, which sends a run's heartbeat, again and again, and once at the end."""
+    over = threading.Event()
+
+    def once() -> None:
+        with contextlib.suppress(Exception):  # the next heartbeat may succeed
+            beat()
+
+    def beats() -> None:
+        while not over.wait(BEAT):
+            once()
+        once()
+        storage.remove_session()
+
+    thread = threading.Thread(target=beats, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def lock_of(directory: Path, name: str) -> FileLock:

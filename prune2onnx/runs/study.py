@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator
@@ -33,7 +32,15 @@ from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.runs.front import DenseNetwork, Front, Point
 from prune2onnx.runs.recipe import Recipe
 from prune2onnx.runs.report import Report
-from prune2onnx.runs.storage import claim_lock, lock_of, one_at_a_time, public_url, unusable
+from prune2onnx.runs.storage import (
+    beating,
+    claim_lock,
+    errors_of,
+    lock_of,
+    one_at_a_time,
+    opened,
+    public_url,
+)
 from prune2onnx.tasks.task import load_task
 
 if TYPE_CHECKING:
@@ -41,9 +48,6 @@ if TYPE_CHECKING:
 
 BUDGETS = {"size": "target_size", "density": "target_density", "drop": "max_drop"}
 """Budget -> its setting in the recipe."""
-
-_BEAT = 30  # seconds between heartbeats
-_GRACE = 120  # seconds without a heartbeat after which a run has lost its worker
 
 
 @dataclass(frozen=True)
@@ -69,22 +73,15 @@ class Study:
     def __init__(self, url: str, name: str, recipe: Recipe, directory: Path) -> None:
         import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.url, self.directory = public_url(url), directory
         self.metric = load_task(recipe.task).metric
         self.worker = f"{socket.gethostname()}:{directory}"
         self.writing = lock_of(directory, "front")
         self._url = url
         self._claiming = claim_lock(url, directory)
-        options: dict[str, Any] = {}
-        if url.startswith("sqlite"):
-            options = {"connect_args": {"timeout": 60}}
         # when it is opened, drivers, SQLAlchemy, alembic and optuna raise errors of many types
-        with self._errors(Exception), self._adding(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self._storage = optuna.storages.RDBStorage(
-                url, options, heartbeat_interval=_BEAT, grace_period=_GRACE
-            )
+        with self._errors(Exception), self._adding():
+            self._storage = opened(url)
             self._study = optuna.create_study(
                 storage=self._storage,
                 study_name=name,
@@ -107,19 +104,8 @@ class Study:
         with self._claiming, one_at_a_time(self._url):  # in this order everywhere
             yield
 
-    @contextlib.contextmanager
-    def _errors(self, *types: type[Exception]) -> Iterator[None]:
-        """Turns the errors of a database, and those of other types, into one clear error."""
-        from optuna.exceptions import StorageInternalError
-        from sqlalchemy.exc import SQLAlchemyError
-
-        caught: tuple[type[Exception], ...] = (StorageInternalError, SQLAlchemyError, *types)
-        try:
-            yield
-        except Prune2OnnxError:
-            raise
-        except caught as error:
-            raise unusable(self._url, error) from error
+    def _errors(self, *types: type[Exception]) -> contextlib.AbstractContextManager[None]:
+        return errors_of(self._url, *types)
 
     def _check_recipe(self, name: str, recipe: Recipe) -> None:
         """Stores the recipe in a new study; else checks that it is the study's."""
@@ -250,27 +236,14 @@ class Study:
     def beating(self, claim: Claim) -> Iterator[None]:
         """Sends the run's heartbeat, and stores the time that is spent on it."""
         began = time.monotonic()
-        over = threading.Event()
 
         def beat() -> None:
-            with contextlib.suppress(Exception):  # the next heartbeat may succeed
-                self._storage.record_heartbeat(claim.trial_id)
-                seconds = claim.seconds + time.monotonic() - began
-                self._storage.set_trial_user_attr(claim.trial_id, "seconds", seconds)
+            self._storage.record_heartbeat(claim.trial_id)
+            seconds = claim.seconds + time.monotonic() - began
+            self._storage.set_trial_user_attr(claim.trial_id, "seconds", seconds)
 
-        def beats() -> None:
-            while not over.wait(_BEAT):
-                beat()
-            beat()
-            self._storage.remove_session()
-
-        thread = threading.Thread(target=beats, daemon=True)
-        thread.start()
-        try:
+        with beating(self._storage, beat):
             yield
-        finally:
-            over.set()
-            thread.join()
 
     def finish(self, claim: Claim, result: Report | Prune2OnnxError) -> None:
         """Stores the result of a run."""

@@ -17,7 +17,7 @@ from sweep_worker import REPORT
 from prune2onnx import Prune2OnnxError, RecipeError, resolve, sweep, sweep_of
 from prune2onnx.cli.main import main
 from prune2onnx.commands import sweep as sweeping
-from prune2onnx.runs import study
+from prune2onnx.runs import storage
 from prune2onnx.runs.front import DenseNetwork, Front, Point
 from prune2onnx.runs.history import Callbacks
 from prune2onnx.runs.pages.charts import front_picture
@@ -209,7 +209,7 @@ def test_two_processes_share_the_runs_and_one_takes_over_from_a_killed_one(log, 
 
 
 def test_a_run_without_a_heartbeat_is_done_again(log, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "_GRACE", 1)
+    monkeypatch.setattr(storage, "GRACE", 1)
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     settings = sweeping._Settings(recipe=RECIPE, sizes=(2000, 3000))
     lost = Study(url, "prune2onnx", RECIPE, tmp_path / "elsewhere")
@@ -313,7 +313,7 @@ def test_a_missing_driver_is_named_with_what_to_install(log, tmp_path, monkeypat
 
 
 def test_a_run_that_lost_its_worker_is_queued_once_by_those_who_notice(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "_GRACE", 1)
+    monkeypatch.setattr(storage, "GRACE", 1)
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     lost, *others = (Study(url, "prune2onnx", RECIPE, tmp_path / str(i)) for i in range(4))
     lost.add([Point("size", 2000, 0)], again=False)

@@ -18,7 +18,7 @@ from pathlib import Path
 import onnx
 from filelock import FileLock, Timeout
 
-from prune2onnx.commands.deployed import computes_in, deployed, error_of, sized
+from prune2onnx.commands.compute.deployed import computes_in, deployed, error_of, sized
 from prune2onnx.commands.prepare import export_inputs, prepared
 from prune2onnx.data import Data, batches
 from prune2onnx.errors import RecipeError

@@ -20,9 +20,9 @@ import onnx
 from onnx import ModelProto
 
 from prune2onnx.commands import card
-from prune2onnx.commands.computing import Computing
+from prune2onnx.commands.compute.computing import Computing
+from prune2onnx.commands.compute.runtime_type import runtime_type
 from prune2onnx.commands.pack import PackResult, pack_file
-from prune2onnx.commands.runtime_type import runtime_type
 from prune2onnx.commands.source import read
 from prune2onnx.data.text import is_text, tokenizer_beside
 from prune2onnx.errors import Prune2OnnxError, RecipeError

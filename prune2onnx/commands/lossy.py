@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from onnx import ModelProto
 
-from prune2onnx.commands.computing import Computing
+from prune2onnx.commands.compute.computing import Computing
 from prune2onnx.errors import RecipeError
 from prune2onnx.graph.protobuf import nbytes
 from prune2onnx.packing.approximation.approximate import approximate, search

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from onnx import ModelProto
 
-from prune2onnx.commands.computing import Computing
+from prune2onnx.commands.compute.computing import Computing
 from prune2onnx.commands.lossy import Lossy, changed
 from prune2onnx.commands.source import read
 from prune2onnx.errors import RecipeError

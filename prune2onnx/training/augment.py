@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prune2onnx.data import Data
 from prune2onnx.errors import RecipeError
-from prune2onnx.runs.recipe import Augment
+from prune2onnx.runs.sections import Augment
 
 
 def check_images(settings: Augment, data: Data) -> None:

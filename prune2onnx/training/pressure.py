@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prune2onnx.runs.recipe import Prune
+from prune2onnx.runs.sections import Prune
 
 _RATE = 40.0
 """Growth of log lambda over a whole phase at an excess of 100 %."""
@@ -43,7 +43,7 @@ def too_short(settings: Prune, steps: int, goal: float) -> str | None:
     Adam moves what is behind a threshold by the learning rate a step. The threshold wanted is that
     of normally distributed weights.
 
-    >>> from prune2onnx.runs.recipe import Prune
+    >>> from prune2onnx.runs.sections import Prune
     >>> too_short(Prune(), 1000, 0.1) is None
     True
     """

@@ -14,8 +14,8 @@ from sentences import decoder, folder, text_file, transformer
 from prune2onnx.cli.main import main
 from prune2onnx.commands import card
 from prune2onnx.commands import folder as module
+from prune2onnx.commands.compute.runtime_type import runtime_type
 from prune2onnx.commands.folder import pack_folder
-from prune2onnx.commands.runtime_type import runtime_type
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.graph.file import load, save
 from prune2onnx.packing.inline import is_packed

@@ -10,7 +10,7 @@ from networks import convnet, tokens
 from onnx import TensorProto
 
 from prune2onnx.cli.main import main
-from prune2onnx.commands.computing import Computing
+from prune2onnx.commands.compute.computing import Computing
 from prune2onnx.commands.pack import pack_file
 from prune2onnx.graph.file import load, save
 from prune2onnx.packing.unpack import unpack

@@ -22,7 +22,7 @@ from prune2onnx.pruning import (
 )
 from prune2onnx.pruning.functions import differentiable, survivor_gate
 from prune2onnx.pruning.rate import VALUE_BITS, survivor_bits
-from prune2onnx.runs.recipe import Prune
+from prune2onnx.runs.sections import Prune
 
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 

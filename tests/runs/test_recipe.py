@@ -7,7 +7,8 @@ import yaml
 
 from prune2onnx.errors import RecipeError
 from prune2onnx.pruning import FUNCTIONS, GRANULARITIES
-from prune2onnx.runs.recipe import Prune, Recipe, read_recipe, resolve, settings
+from prune2onnx.runs.recipe import Recipe, read_recipe, resolve, settings
+from prune2onnx.runs.sections import Prune
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path):

@@ -6,7 +6,7 @@ import torch
 
 from prune2onnx.data import Arrays, Data
 from prune2onnx.errors import RecipeError
-from prune2onnx.runs.recipe import Augment
+from prune2onnx.runs.sections import Augment
 from prune2onnx.training.augment import augment, check_images
 
 

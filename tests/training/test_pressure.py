@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prune2onnx.runs.recipe import Prune
+from prune2onnx.runs.sections import Prune
 from prune2onnx.training.pressure import Pressure
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -79,12 +79,10 @@ def unparametrize_own(module: nn.Module, name: str) -> None:
     """
     _own_class(module)
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-    order, own = getattr(module, _ORDER), module._parameters
+    order = getattr(module, _ORDER)
     if not parametrize.is_parametrized(module):
         delattr(module, _ORDER)
-    for later in order[order.index(name) + 1 :]:
-        if later in own:
-            own[later] = own.pop(later)
+    _put_in_place(module, name, order)
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()
 
@@ -176,10 +174,20 @@ def with_plain_parameters(model: _Module) -> _Module:
             )
             delattr(module, name)
             module.register_parameter(name, plain)
+            if name in (order := getattr(module, _ORDER, ())):
+                _put_in_place(module, name, order)
         for module in model.modules():
             if isinstance(module, nn.RNNBase):
                 module._init_flat_weights()
     return model
+
+
+def _put_in_place(module: nn.Module, name: str, order: Sequence[str]) -> None:
+    """Moves the parameters that come behind one behind it."""
+    own = module._parameters
+    for later in order[order.index(name) + 1 :]:
+        if later in own:
+            own[later] = own.pop(later)
 
 
 def _own_class(module: nn.Module) -> None:

@@ -82,7 +82,8 @@ def test_the_smallest_file_within_a_loss_is_searched_for_and_a_killed_search_con
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr(checkpoint, "_LEAST_SECONDS", 0.0)  # so that each epoch is trained once
-    recipe = resolve({**QUICK, "max_drop": 40.0, "trials": 3})
+    prune = QUICK["prune"] | {"thresholds": "layer"}
+    recipe = resolve({**QUICK, "prune": prune, "distill": 0, "max_drop": 40.0, "trials": 3})
     folder, epochs = tmp_path / "run", []
 
     class StoppedError(Exception):

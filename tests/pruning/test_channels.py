@@ -263,7 +263,9 @@ def test_a_pruned_branch_does_not_come_back_while_the_rest_is_trained(tiny_data,
     layers = {name for name, _ in fitted.model.named_parameters() if name.endswith("weight")}
     assert layers == {f"{name}.weight" for name in ("stem", "c1", "c2", "c3", "last")}
     graph = deployment.shrunk(fitted.model).graph
-    assert {t.name for t in graph.initializer} & layers == layers - {"c1.weight", "c2.weight"}
+    left = {tensor.name for tensor in graph.initializer} & layers
+    # c3 may go, too: a shortcut leads past it
+    assert left | {"c3.weight"} == layers - {"c1.weight", "c2.weight"}
 
 
 def rows_left(thresholds: ChannelThresholds) -> dict[str, tuple[int, int]]:

@@ -170,7 +170,7 @@ def test_a_report_has_the_promised_schema(dense, packed, tmp_path):
     content = json.loads(report.to_json())
     assert " ".join(content) == (
         "schema task metric version seed environment dense compressed ratio drop paired density "
-        "parameters folded unfolded max_abs_diff skipped budget validation notes weights"
+        "parameters folded unfolded max_abs_diff skipped budget validation notes weights layers"
     )
     assert (
         " ".join(content["dense"])

@@ -24,7 +24,7 @@ STEPS = 16
 @pytest.fixture(autouse=True)
 def measured_seldom(monkeypatch):
     """A file takes longer to measure than these networks to train."""
-    monkeypatch.setattr("prune2onnx.training.compression.compression._MEASURES", 4)
+    monkeypatch.setattr("prune2onnx.training.compression.compression.MEASURES", 4)
 
 
 def sentences(count: int = 256) -> tuple[torch.Tensor, torch.Tensor]:

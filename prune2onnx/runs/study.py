@@ -80,7 +80,8 @@ class Study:
         self._url = url
         self._claiming = claim_lock(url, directory)
         # when it is opened, drivers, SQLAlchemy, alembic and optuna raise errors of many types
-        with self._errors(Exception), self._adding():
+        with self._errors(Exception), self._adding(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._storage = opened(url)
             self._study = optuna.create_study(
                 storage=self._storage,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -28,9 +28,6 @@ from prune2onnx.cli.output import (
 from prune2onnx.cli.tables import layers_table, shrink_table
 from prune2onnx.runs.defaults import MAX_DROP, MAX_REL_ERROR, Int8Options
 from prune2onnx.shrinking.structure import BLOCK
-
-if TYPE_CHECKING:
-    pass
 
 _source = click.argument("source", type=PATH, metavar="IN.onnx")
 _target = click.argument("target", type=PATH, metavar="OUT.onnx")

@@ -139,7 +139,7 @@ input_shape_option = click.option(
 
 tokenizer_option = click.option(
     "--tokenizer",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="tokenizer.json for --data text:FILE; default: the one in the model's folder",
 )

@@ -207,20 +207,19 @@ def pack(
     print_weights(result.rows, target, nbytes, as_json, result.errors, **_facts(result))
     _show_rest(result, target, as_json)
     if page is not None:
-        _write_report(page, source, target, result)
+        _write_report(page, source.name, target.name, nbytes, result)
     must_meet(result.missed, target, "give a larger budget, or more --examples")
 
 
-def _write_report(page: Path, source: Path, target: Path, result: PackResult) -> None:
+def _write_report(page: Path, source: str, target: str, nbytes: int, result: PackResult) -> None:
     from prune2onnx.files import write_whole
-    from prune2onnx.graph.file import file_nbytes
     from prune2onnx.runs.pages.packed import Packed, packed_page
 
     packed = Packed(
-        source.name,
-        target.name,
+        source,
+        target,
         result.nbytes_before,
-        file_nbytes(target),
+        nbytes,
         rows=result.rows,
         errors=result.errors,
         hows=result.hows,

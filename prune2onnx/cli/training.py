@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,20 @@ from prune2onnx.cli.tables import front_table, report_table, tried_table, weight
 from prune2onnx.errors import BudgetError, Prune2OnnxError, RecipeError
 from prune2onnx.runs.history import Callbacks
 from prune2onnx.runs.recipe import read_recipe, resolve
+from prune2onnx.tasks.quantity import Quantity
 
+_recipe = option(
+    "--recipe", type=PATH, help="YAML file with settings; options override it", group=FIRST
+)
+_cpu = option("--cpu", is_flag=True, help="do not use a GPU", group=OUTPUT)
+_storage = option(
+    "--storage",
+    metavar="URL",
+    envvar="PRUNE2ONNX_STORAGE",
+    help="database, as an optuna URL, for workers on several machines  [default: sweep.db in the "
+    "folder]",
+    group=OUTPUT,
+)
 _trust = option(
     "--trust",
     is_flag=True,
@@ -36,12 +49,12 @@ _trust = option(
 @click.command(cls=GroupedCommand)
 @click.argument("model", required=False)
 @option("-o", "--output", type=PATH, help="folder for the run", group=FIRST)
-@option("--recipe", type=PATH, help="YAML file with settings; options override it", group=FIRST)
+@_recipe
 @option("--resume", type=PATH, help="continue the run in this folder", group=FIRST)
 @option("--overwrite", is_flag=True, help="start again in a folder that holds a run", group=OUTPUT)
 @_trust
 @option("--json", "as_json", is_flag=True, help="print the report as JSON on stdout", group=OUTPUT)
-@option("--cpu", is_flag=True, help="do not use a GPU", group=OUTPUT)
+@_cpu
 @recipe_options
 def compress(
     model: str | None,
@@ -131,13 +144,25 @@ def _started(
     return content, output
 
 
-def _shown_on(shown: Sequence[Callbacks]) -> Callbacks:
-    """What calls the one that is shown at present."""
-    return Callbacks(
-        lambda step: shown[0].on_step(step),
-        lambda epoch: shown[0].on_epoch(epoch),
-        lambda trial: shown[0].on_trial(trial),
-    )
+@contextmanager
+def _bars(metric: Quantity) -> Iterator[tuple[Callable[[str], None], Callbacks]]:
+    """What says that a run begins, with progress bars of its own; what moves those."""
+    shown: list[Callbacks] = []
+    with ExitStack() as bars:
+
+        def on_note(text: str) -> None:
+            bars.close()
+            say(text)
+            shown[:] = [bars.enter_context(progress(metric))]
+
+        yield (
+            on_note,
+            Callbacks(
+                lambda step: shown[0].on_step(step),
+                lambda epoch: shown[0].on_epoch(epoch),
+                lambda trial: shown[0].on_trial(trial),
+            ),
+        )
 
 
 _SWEPT = ("target_size", "target_density", "max_drop", "seed")
@@ -166,19 +191,12 @@ _SWEPT = ("target_size", "target_density", "max_drop", "seed")
     help="random seeds; each budget is run with each of them  [default: the recipe's]",
     group=FIRST,
 )
-@option(
-    "--storage",
-    metavar="URL",
-    envvar="PRUNE2ONNX_STORAGE",
-    help="database, as an optuna URL, for workers on several machines  [default: sweep.db in the "
-    "folder]",
-    group=OUTPUT,
-)
+@_storage
 @option("--study", help="name of the sweep in that database  [default: prune2onnx]", group=OUTPUT)
-@option("--recipe", type=PATH, help="YAML file with settings; options override it", group=FIRST)
+@_recipe
 @option("--resume", type=PATH, help="continue the sweep in this folder, or join it", group=FIRST)
 @_trust
-@option("--cpu", is_flag=True, help="do not use a GPU", group=OUTPUT)
+@_cpu
 @option(
     "--json",
     "as_json",
@@ -234,28 +252,20 @@ def sweep(
         given["recipe"] = resolve(content, overrides, source=str(recipe or "options"))
         given |= {"storage": storage, "study": study or "prune2onnx"}
     metric = load_task(given["recipe"].task).metric
-    shown: list[Callbacks] = []  # the progress bars of the present run
-    with ExitStack() as bars:
-
-        def on_note(text: str) -> None:
-            bars.close()
-            say(text)
-            shown[:] = [bars.enter_context(progress(metric))]
-
-        try:
+    try:
+        with _bars(metric) as (on_note, callbacks):
             front = run(
                 **given,
                 directory=directory,
                 resume=resume is not None,
                 cpu=cpu,
                 on_note=on_note,
-                callbacks=_shown_on(shown),
+                callbacks=callbacks,
             )
-        except KeyboardInterrupt:
-            if (directory / "sweep.yaml").exists():
-                bars.close()
-                say(f"continue with: prune2onnx sweep --resume {directory}")
-            raise
+    except KeyboardInterrupt:
+        if (directory / "sweep.yaml").exists():
+            say(f"continue with: prune2onnx sweep --resume {directory}")
+        raise
     console.print(front_table(front))
     for name in ("front.json", "front.svg", "report.html"):
         say(f"{directory / name}")
@@ -294,14 +304,7 @@ def sweep(
     help="runs of the whole search; more continue a finished one",
     group=FIRST,
 )
-@option(
-    "--storage",
-    metavar="URL",
-    envvar="PRUNE2ONNX_STORAGE",
-    help="database, as an optuna URL, for workers on several machines  [default: sweep.db in the "
-    "folder]",
-    group=OUTPUT,
-)
+@_storage
 @option(
     "--study",
     default="search",
@@ -309,8 +312,8 @@ def sweep(
     help="name of the search in that database",
     group=OUTPUT,
 )
-@option("--recipe", type=PATH, help="YAML file with settings; options override it", group=FIRST)
-@option("--cpu", is_flag=True, help="do not use a GPU", group=OUTPUT)
+@_recipe
+@_cpu
 @option("--json", "as_json", is_flag=True, help="print all runs as JSON on stdout", group=OUTPUT)
 @recipe_options
 def search(
@@ -341,14 +344,7 @@ def search(
     content, directory = _started(model, recipe, output, overrides, "search")
     given = resolve(content, overrides, source=str(recipe or "options"))
     metric = load_task(given.task).metric
-    shown: list[Callbacks] = []  # the progress bars of the present run
-    with ExitStack() as bars:
-
-        def on_note(text: str) -> None:
-            bars.close()
-            say(text)
-            shown[:] = [bars.enter_context(progress(metric))]
-
+    with _bars(metric) as (on_note, callbacks):
         found = run(
             given,
             directory,
@@ -358,7 +354,7 @@ def search(
             study=study,
             cpu=cpu,
             on_note=on_note,
-            callbacks=_shown_on(shown),
+            callbacks=callbacks,
         )
     console.print(tried_table(found))
     if as_json:

@@ -32,7 +32,7 @@ from prune2onnx.tasks.quantity import Quantity
 
 SETTINGS, RESULT, BEST = "search.yaml", "search.json", "best.yaml"
 
-_ARE_SHARED = ("prune.", "channels.", "tune.", "quantize.", "target_", "max_drop", "distill")
+_LEAVE_DENSE = ("prune.", "channels.", "tune.", "quantize.", "target_", "max_drop", "distill")
 """Beginnings of settings that leave the dense network as it is."""
 
 
@@ -118,7 +118,10 @@ def search(
     prepared(recipe)  # fail now, not in every run
     url = storage or default_storage(directory)
     tuning = Tuning(url, study, recipe, ranges, claim_lock(url, directory))
-    worker = _Worker(recipe, directory, tuning, cpu, on_note, callbacks or Callbacks())
+    shares_dense = recipe.first_phase == "dense" and all(
+        one.name.startswith(_LEAVE_DENSE) for one in ranges
+    )
+    worker = _Worker(recipe, directory, tuning, shares_dense, cpu, callbacks or Callbacks())
     with contextlib.closing(tuning):
         worker.write()
         while (claimed := tuning.next(runs)) is not None:
@@ -128,7 +131,7 @@ def search(
                 result = worker.run(trial, settings)
             tuning.finish(trial, result)
             worker.write()
-        return worker.write()
+        return worker.write()  # with what other workers have done meanwhile
 
 
 def _listed(settings: dict[str, Any]) -> str:
@@ -169,8 +172,8 @@ class _Worker:
     recipe: Recipe
     directory: Path
     tuning: Tuning
+    shares_dense: bool
     cpu: bool
-    on_note: Callable[[str], None]
     callbacks: Callbacks
 
     def run(self, trial: Any, settings: dict[str, Any]) -> Report | Prune2OnnxError | None:
@@ -188,7 +191,7 @@ class _Worker:
         try:
             own = resolve(self.recipe.model_dump(mode="json"), settings, source="search")
             report = compress(
-                own.model_copy(update=self._start(own)),
+                own.model_copy(update=self._start()),
                 self.directory / RUNS / f"{trial.number:04}",
                 overwrite=True,
                 cpu=self.cpu,
@@ -201,10 +204,9 @@ class _Worker:
         assert report is not None  # there is one process
         return report
 
-    def _start(self, recipe: Recipe) -> dict[str, Any]:
-        """Where a run starts: at the dense network that all share."""
-        names = [text.partition("=")[0] for text in read_recipe(self.directory / SETTINGS)["vary"]]
-        if recipe.first_phase != "dense" or not all(n.startswith(_ARE_SHARED) for n in names):
+    def _start(self) -> dict[str, Any]:
+        """Where a run starts: at the dense network that all share, if they do."""
+        if not self.shares_dense:
             return {}
         with lock_of(self.directory, "dense"):
             weights = train_dense(

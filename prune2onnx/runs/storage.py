@@ -19,6 +19,7 @@ from prune2onnx.errors import Prune2OnnxError, RecipeError, one_line
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
+    from optuna.study import Study
 
 STUDY = "sweep.db"
 
@@ -110,6 +111,22 @@ def opened(url: str) -> RDBStorage:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.storages.RDBStorage(url, options, heartbeat_interval=BEAT, grace_period=GRACE)
+
+
+def close(storage: RDBStorage, url: str) -> None:
+    """Closes the connections to a database."""
+    with errors_of(url):
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def fail_stale(study: Study) -> None:
+    """Marks the runs of a study as failed that have lost their worker, as heartbeats say."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        optuna.storages.fail_stale_trials(study)
 
 
 @contextlib.contextmanager

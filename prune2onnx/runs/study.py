@@ -35,7 +35,9 @@ from prune2onnx.runs.report import Report
 from prune2onnx.runs.storage import (
     beating,
     claim_lock,
+    close,
     errors_of,
+    fail_stale,
     lock_of,
     one_at_a_time,
     opened,
@@ -95,9 +97,7 @@ class Study:
 
     def close(self) -> None:
         """Closes the connections."""
-        with self._errors():
-            self._storage.remove_session()
-            self._storage.engine.dispose()
+        close(self._storage, self._url)
 
     @contextlib.contextmanager
     def _adding(self) -> Iterator[None]:
@@ -170,11 +170,7 @@ class Study:
 
     def _queue_lost(self) -> None:
         """Queues the runs again that have lost their worker, as heartbeats say."""
-        import optuna
-
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            optuna.storages.fail_stale_trials(self._study)
+        fail_stale(self._study)
         if _lost(self._trials()):
             with self._adding():  # another worker may have seen the same
                 for trial in _lost(self._trials()):

@@ -19,7 +19,15 @@ from filelock import FileLock
 from prune2onnx.errors import Prune2OnnxError, RecipeError
 from prune2onnx.runs.recipe import Recipe, resolve, settings
 from prune2onnx.runs.report import Goal, Report
-from prune2onnx.runs.storage import beating, errors_of, one_at_a_time, opened, public_url
+from prune2onnx.runs.storage import (
+    beating,
+    close,
+    errors_of,
+    fail_stale,
+    one_at_a_time,
+    opened,
+    public_url,
+)
 from prune2onnx.tasks.task import load_task
 
 if TYPE_CHECKING:
@@ -188,18 +196,13 @@ class Tuning:
 
     def close(self) -> None:
         """Closes the connections."""
-        with errors_of(self._url):
-            self._storage.remove_session()
-            self._storage.engine.dispose()
+        close(self._storage, self._url)
 
     def next(self, most: int) -> tuple[Trial, dict[str, Any]] | None:
         """A run to do, with its settings; None where there are so many already."""
-        import optuna
-
         with errors_of(self._url), warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             warnings.filterwarnings("ignore", "Heartbeat of storage")  # `beating` sends it
-            optuna.storages.fail_stale_trials(self._study)
+            fail_stale(self._study)
             if sum(_counts(trial) for trial in self._study.get_trials(deepcopy=False)) >= most:
                 return None
             trial = self._study.ask()

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import (
+    NodeProto,
     SparseTensorProto,
     TensorProto,
     helper,
@@ -326,3 +328,28 @@ def replace(tensor: TensorProto, values: NDArray[Any]) -> None:
         tensor.ClearField(name)
     tensor.raw_data = new.raw_data
     tensor.dims[:] = new.dims
+
+
+def evaluated(
+    nodes: Sequence[NodeProto], given: Mapping[str, NDArray[Any]], output: str, version: int
+) -> NDArray[Any]:
+    """What nodes make of arrays, by onnx's reference evaluator; it raises errors of any type.
+
+    Args:
+        nodes: sorted, of the operators of ONNX.
+        given: all that they read, by name.
+        output: the value that is wanted.
+        version: of the operator set.
+    """
+    from onnx.reference import ReferenceEvaluator
+
+    inputs = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), None)
+        for name, array in given.items()
+    ]
+    graph = helper.make_graph(
+        nodes, "evaluated", inputs, [helper.make_empty_tensor_value_info(output)]
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)])
+    (made,) = ReferenceEvaluator(model).run([output], dict(given))
+    return np.asarray(made)

@@ -16,12 +16,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, helper
-from onnx.reference import ReferenceEvaluator
+from onnx import NodeProto
 from scipy.special import ndtri
 
-from prune2onnx.graph.tensors import array_of
-from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, is_constant
+from prune2onnx.graph.tensors import array_of, evaluated
+from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, is_constant, opset
 from prune2onnx.packing.approximation.candidates import Written
 from prune2onnx.packing.approximation.subject import Subject
 from prune2onnx.packing.calibration.layers import Layer, layers_of
@@ -109,7 +108,7 @@ class _Spreads:
 
     def __init__(self, subject: Subject) -> None:
         model = subject.model
-        self._model = model
+        self._model, self._version = model, opset(model.opset_import) or 0
         self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self._at: dict[str, _Spread] = {}
         every = [one for one in layers_of(subject) if not one.is_table and len(one.uses) == 1]
@@ -167,7 +166,7 @@ class _Spreads:
             if array is None:
                 return None
             given[name] = array.astype(np.float32)
-        made = _evaluated(node, given, self._model)
+        made = evaluated([node], given, node.output[0], self._version)
         if made.shape != first.points.shape or not np.isfinite(made).all():
             return None
         return _Spread(made.astype(np.float64), first.axis, first.root)
@@ -189,18 +188,3 @@ class _Spreads:
         if array.size != channels or behind != wanted:
             return None
         return array.reshape(1, channels)
-
-
-def _evaluated(
-    node: NodeProto, given: Mapping[str, NDArray[Any]], model: ModelProto
-) -> NDArray[Any]:
-    """What a node makes of some arrays."""
-    inputs = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), None)
-        for name, array in given.items()
-    ]
-    output = helper.make_empty_tensor_value_info(node.output[0])
-    graph = helper.make_graph([node], "node", inputs, [output])
-    own = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    (found,) = ReferenceEvaluator(own).run(None, dict(given))
-    return np.asarray(found)

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper
-from onnx.reference import ReferenceEvaluator
 
 from prune2onnx.graph.names import Names
 from prune2onnx.graph.protobuf import keep as keep_only
 from prune2onnx.graph.protobuf import tensor as stored
-from prune2onnx.graph.tensors import array_of
+from prune2onnx.graph.tensors import array_of, evaluated
 from prune2onnx.graph.walk import DEFAULT_DOMAINS, attribute, bodies, opset, used_in
 from prune2onnx.packing.compute.codes import in_bytes
 from prune2onnx.packing.compute.uses import LEAST_ELEMENTS, RECURRENT
@@ -61,19 +60,8 @@ class Arranged:
         """
         if not self.nodes:
             return array
-        x = helper.make_tensor_value_info(self.tensor.name, TensorProto.FLOAT, array.shape)
-        y = helper.make_tensor_value_info(self.value, TensorProto.FLOAT, None)
-        tensors = []
-        for name, tensor in self.constants:
-            own = TensorProto()
-            own.CopyFrom(tensor)
-            own.name = name
-            tensors.append(own)
-        graph = helper.make_graph(self.nodes, "arranged", [x], [y], tensors)
-        opsets = [helper.make_opsetid("", version)]
-        evaluator = ReferenceEvaluator(helper.make_model(graph, opset_imports=opsets))
-        (made,) = evaluator.run([self.value], {self.tensor.name: array})
-        return np.asarray(made)
+        given = {name: array_of(tensor) for name, tensor in self.constants}
+        return evaluated(self.nodes, {self.tensor.name: array, **given}, self.value, version)
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import NodeProto, TensorProto, helper
-from onnx.reference import ReferenceEvaluator
+from onnx import NodeProto, helper
 
+from prune2onnx.graph.tensors import evaluated
 from prune2onnx.graph.walk import attribute
 from prune2onnx.shrinking.flow import (
     FLOATS,
@@ -112,7 +112,6 @@ def _evaluated(
         return result
     names = [name for name in node.input if name]
     values = {}
-    inputs = []
     copy = NodeProto()
     copy.CopyFrom(node)
     copy.input[:] = [str(names.index(name)) if name else "" for name in node.input]
@@ -121,16 +120,11 @@ def _evaluated(
         element_type = flow.element_types[name]
         known = vector[~missing].astype(helper.tensor_dtype_to_np_dtype(element_type))
         values[str(number)] = known[0] if scalars and number else known
-        inputs.append(helper.make_tensor_value_info(str(number), element_type, None))
-    output = helper.make_tensor_value_info(node.output[0], TensorProto.UNDEFINED, None)
-    graph = helper.make_graph([copy], "constants", inputs, [output])
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", flow.opset)])
     try:
         with np.errstate(all="ignore"):
-            (made,) = ReferenceEvaluator(model).run(None, values)
+            made = evaluated([copy], values, node.output[0], flow.opset).astype(np.float64)
     except Exception:  # whatever it raises: then the result is unknown
         return result
-    made = np.asarray(made, np.float64)
     result[~missing] = np.where(np.isfinite(made), made, np.nan)
     return result
 
